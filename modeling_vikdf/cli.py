@@ -1,0 +1,161 @@
+"""The command `vikdf`. Each sub-command is one function here that reads its arguments and calls the package."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Talks in the terminal, or answers the given messages as successive user turns and ends."""
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    import modeling_vikdf
+
+    logging.disable_progress_bar()
+    pipe = pipeline("vikdf-dialogue", model=args.model or str(modeling_vikdf.DEFAULT_CHECKPOINT))
+    messages = []
+
+    def answer(text: str) -> None:
+        messages.append({"role": "user", "content": text})
+        reply = ""
+        try:
+            for piece in pipe.stream(
+                messages, use_knowledge=not args.no_knowledge, max_new_tokens=args.max_new_tokens
+            ):
+                print(piece, end="", flush=True)
+                reply += piece
+        finally:
+            print(flush=True)
+        messages.append({"role": "assistant", "content": reply.strip() or "..."})
+
+    for text in args.message:
+        if args.interactive:
+            print(f"you> {text}\nvikdf> ", end="", flush=True)
+        answer(text)
+    if args.message and not (args.interactive and sys.stdin.isatty()):
+        return
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print("Type a message; /reset starts a new dialogue, /exit ends.", file=sys.stderr)
+    while True:
+        try:
+            text = input("you> " if terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if text == "/exit":
+            break
+        if text == "/reset":
+            messages.clear()
+            print("(new dialogue)", file=sys.stderr)
+        elif text:
+            print("vikdf> " if terminal else "", end="", flush=True)
+            try:
+                answer(text)
+            except KeyboardInterrupt:  # stops this reply, not the program
+                del messages[-1]
+            except ValueError as error:
+                del messages[-1]
+                print(error, file=sys.stderr)
+
+
+def new(args: argparse.Namespace) -> None:
+    """Builds an untrained model around pretrained backbones and writes model and processor to a folder."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    from .backbones import locate_backbone
+    from .modeling_vikdf import VikdfForConditionalGeneration
+    from .processing_vikdf import VikdfProcessor
+
+    language_model, context_encoder = locate_backbone(args.language_model), locate_backbone(args.context_encoder)
+    processor = VikdfProcessor.from_backbones(
+        AutoTokenizer.from_pretrained(language_model),
+        AutoTokenizer.from_pretrained(context_encoder),
+        AutoImageProcessor.from_pretrained(locate_backbone(args.vision_encoder)) if args.vision_encoder else None,
+        vocab_size=AutoConfig.from_pretrained(language_model).get_text_config().vocab_size,
+        num_knowledge_tokens=args.num_knowledge_tokens,
+        system_prompt=args.system_prompt,
+    )
+    layers = {"num_hidden_layers": args.layers, "hidden_size": args.width, "intermediate_size": 4 * args.width}
+    model = VikdfForConditionalGeneration.from_backbones(
+        args.language_model,
+        args.context_encoder,
+        args.vision_encoder,
+        processor=processor,
+        iqformer_config={**layers, "num_attention_heads": args.heads, "cross_attention_frequency": 1},
+        base_text=args.base_text,
+        project_inputs=True,
+    )
+    model.generation_config.update(max_new_tokens=64, do_sample=False, no_repeat_ngram_size=3)
+    model.save_pretrained(args.output)
+    processor.save_pretrained(args.output)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"Wrote an untrained model with {trained / 1e6:.1f} M trainable parameters to {args.output}")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Turns a checkpoint of the authors' code into a self-contained VIKDF checkpoint."""
+    from .conversion import convert_checkpoint
+
+    model, unused = convert_checkpoint(args.checkpoint)
+    model.save_pretrained(args.output)
+    print(f"Wrote {args.output}.")
+    if unused:
+        print(f"Left out {len(unused)} weights that only training needs: {', '.join(unused)}", file=sys.stderr)
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Measures, prints and writes figures of speed and memory, as ratios wherever machines differ."""
+    from .benchmark import benchmark_generation
+
+    figures = benchmark_generation(args.model, repeats=args.repeats)
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if args.output:
+        Path(args.output).write_text(text + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script `vikdf`."""
+    parser = argparse.ArgumentParser(prog="vikdf", description="Visual common sense for a frozen chat LLM.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    sub = commands.add_parser("chat", help="talk in the terminal")
+    sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
+    sub.add_argument("--message", action="append", default=[], help="a user turn to answer; may be repeated")
+    sub.add_argument("--interactive", action="store_true", help="after --message go on in the terminal")
+    sub.add_argument("--no-knowledge", action="store_true", help="ask the bare language model")
+    sub.add_argument("--max-new-tokens", type=int, default=64, help="longest reply in tokens (default: 64)")
+    sub.set_defaults(run=chat)
+
+    sub = commands.add_parser("new", help="build an untrained model around pretrained backbones")
+    sub.add_argument("--language-model", required=True, help="folder or Hub id of a chat LLM")
+    sub.add_argument("--context-encoder", required=True, help="folder or Hub id of a text encoder")
+    sub.add_argument("--vision-encoder", help="folder or Hub id of a vision encoder")
+    sub.add_argument("--output", required=True, help="folder to write")
+    sub.add_argument("--num-knowledge-tokens", type=int, default=32, help="number of queries (default: 32)")
+    sub.add_argument("--layers", type=int, default=12, help="layers of the IQ-Former (default: 12)")
+    sub.add_argument("--width", type=int, default=768, help="width of the IQ-Former (default: 768)")
+    sub.add_argument("--heads", type=int, default=12, help="attention heads of the IQ-Former (default: 12)")
+    sub.add_argument("--system-prompt", help="system message of chats that bring none")
+    sub.add_argument("--base-text", help="start with silent knowledge: a harmless sentence in its place")
+    sub.set_defaults(run=new)
+
+    sub = commands.add_parser("convert", help="convert a checkpoint of the authors' code")
+    sub.add_argument("checkpoint", help="folder with config.json and a safetensors file")
+    sub.add_argument("--output", required=True, help="folder to write")
+    sub.set_defaults(run=convert)
+
+    sub = commands.add_parser("benchmark", help="measure speed and memory")
+    sub.add_argument("what", choices=["generation"])
+    sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
+    sub.add_argument("--output", help="JSON file to write")
+    sub.add_argument("--repeats", type=int, default=7, help="timed runs of each arm (default: 7)")
+    sub.set_defaults(run=benchmark)
+
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"vikdf: {error}")

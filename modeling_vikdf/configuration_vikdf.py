@@ -1,0 +1,124 @@
+"""Configuration of VIKDF: which frozen backbones, which IQ-Former, how many knowledge vectors.
+
+One `VikdfConfig` describes a whole model; `text_config`, `context_config` and `vision_config` describe the frozen LLM,
+text encoder and vision encoder, whatever their family. A backbone listed in `backbones` is loaded from its own
+repository and never saved with the model; one that is not listed is part of the checkpoint.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
+
+
+# role of a frozen backbone (the attribute of the model) -> the sub-configuration that describes it
+BACKBONE_CONFIGS = {
+    "language_model": "text_config",
+    "context_encoder": "context_config",
+    "vision_encoder": "vision_config",
+}
+
+
+def _to_config(value: Any, key: str, default_model_type: str) -> PreTrainedConfig:
+    """Builds a sub-configuration from a dict (its `model_type` says which), or passes a configuration through."""
+    if isinstance(value, PreTrainedConfig):
+        return value
+    fields = dict(value or {})
+    model_type = fields.pop("model_type", default_model_type)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        if "Unrecognized model identifier" not in str(error):
+            raise
+        raise ValueError(
+            f"VikdfConfig.{key} names the model type {model_type!r}, which this version of transformers does not know. "
+            "Check the spelling, or upgrade transformers to a version that has this model."
+        ) from None
+
+
+@strict
+class VikdfConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`VikdfForConditionalGeneration`].
+
+    Args:
+        text_config (`dict` or `PreTrainedConfig`): the frozen LLM (any causal language model of transformers).
+        context_config (`dict` or `PreTrainedConfig`): the frozen text encoder (CLIP, SigLIP, BERT-like, ...).
+        vision_config (`dict` or `PreTrainedConfig`, *optional*): the frozen vision encoder (CLIP, SigLIP, DINOv2, ...);
+            `None` for a model that never sees a picture.
+        iqformer_config (`dict` or `Blip2QFormerConfig`): the IQ-Former; default BERT-base-sized as in the paper.
+        num_knowledge_tokens (`int`): n, the number of queries and so of knowledge vectors (paper: 32).
+        knowledge_token_id (`int`, *optional*): id of the placeholder in the LLM's vocabulary that knowledge replaces.
+        project_inputs (`bool`): whether each encoder's states pass through a trained LayerNorm-Linear-LayerNorm to the
+            IQ-Former's width. Needed for towers that were not trained together; `False` as in the paper, where CLIP's
+            own projections put both towers into one space.
+        vision_post_layernorm (`bool`): for CLIP's vision tower, whether patch states pass the post-layernorm before
+            CLIP's projection, as CLIP's own pooled state does. (The authors' code leaves it out.)
+        backbones (`dict`): role (`language_model`, `context_encoder`, `vision_encoder`) ->
+            `{"repo_id": ..., "revision": ...}` of a backbone that is not stored in this checkpoint.
+
+    Raises:
+        ValueError: for an unknown model type, an unknown role in `backbones`, or widths that do not fit.
+    """
+
+    model_type = "vikdf"
+    sub_configs = {
+        "text_config": AutoConfig,
+        "context_config": AutoConfig,
+        "vision_config": AutoConfig,
+        "iqformer_config": Blip2QFormerConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    context_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    iqformer_config: dict | PreTrainedConfig | None = None
+    num_knowledge_tokens: int = 32
+    knowledge_token_id: int | None = None
+    project_inputs: bool = False
+    vision_post_layernorm: bool = True
+    backbones: dict | None = None
+    initializer_range: float = 0.02
+    # The language model ties its own embeddings if it wants to; nothing is tied across the parts.
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any):
+        self.text_config = _to_config(self.text_config, "text_config", "llama")
+        self.context_config = _to_config(self.context_config, "context_config", "clip_text_model")
+        if self.vision_config is not None:
+            self.vision_config = _to_config(self.vision_config, "vision_config", "clip_vision_model")
+        if self.iqformer_config is None or isinstance(self.iqformer_config, dict):
+            width = self.encoder_width("context_config")
+            self.iqformer_config = {"encoder_hidden_size": width, **(self.iqformer_config or {})}
+        self.iqformer_config = _to_config(self.iqformer_config, "iqformer_config", "blip_2_qformer")
+        self.backbones = {} if self.backbones is None else self.backbones
+        super().__post_init__(**kwargs)
+        self._check_fit()
+
+    def encoder_width(self, key: str) -> int:
+        """Width of the states that the encoder described by `key` (`context_config`, `vision_config`) hands over."""
+        config = getattr(self, key)
+        # CLIP's towers are followed by CLIP's own projections
+        return config.projection_dim if config.model_type.startswith("clip_") else config.hidden_size
+
+    def _check_fit(self) -> None:
+        if self.num_knowledge_tokens < 1:
+            raise ValueError(f"num_knowledge_tokens must be at least 1, got {self.num_knowledge_tokens}.")
+        unknown = sorted(set(self.backbones) - set(BACKBONE_CONFIGS))
+        if unknown:
+            raise ValueError(f"backbones names the roles {unknown}; known roles are {sorted(BACKBONE_CONFIGS)}.")
+        width = self.iqformer_config.encoder_hidden_size
+        if self.project_inputs:
+            # the trained input projections end in the IQ-Former's own width
+            self.iqformer_config.encoder_hidden_size = self.iqformer_config.hidden_size
+            return
+        for key in ("context_config", "vision_config"):
+            if getattr(self, key) is not None and self.encoder_width(key) != width:
+                raise ValueError(
+                    f"{key}: the encoder's states are {self.encoder_width(key)} wide but the IQ-Former expects "
+                    f"iqformer_config.encoder_hidden_size={width}. Set encoder_hidden_size to the encoders' width, or "
+                    "project_inputs=True to learn a projection for each encoder."
+                )
+
+
+__all__ = ["VikdfConfig"]

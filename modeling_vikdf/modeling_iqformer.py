@@ -1,0 +1,110 @@
+"""The Implicit Query Transformer (IQ-Former): encoder states of a text or a picture -> n knowledge vectors.
+
+It knows nothing of the encoders before it nor of the LLM behind it. One set of queries and weights serves both
+modalities: K^T = IQ(Q; H^T), K^I = IQ(Q; H^I) (paper, section "Implicit Query Transformer").
+"""
+
+import torch
+from torch import nn
+from transformers import Blip2QFormerModel, PreTrainedModel
+
+from .configuration_vikdf import VikdfConfig
+
+
+class VikdfInputProjection(nn.Module):
+    """LayerNorm-Linear-LayerNorm from an encoder's width to the IQ-Former's: [B, S, d_encoder] -> [B, S, h]."""
+
+    def __init__(self, encoder_width: int, hidden_size: int):
+        super().__init__()
+        self.norm_in = nn.LayerNorm(encoder_width)
+        self.dense = nn.Linear(encoder_width, hidden_size)
+        self.norm_out = nn.LayerNorm(hidden_size)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.norm_out(self.dense(self.norm_in(states)))
+
+
+class VikdfIQFormer(nn.Module):
+    """
+    n learnable queries that attend to each other in every layer and, in every `cross_attention_frequency`-th layer, to
+    an encoder's states. The layers are BLIP-2's Q-Former without its text branch.
+
+    Parameters: `query_tokens` [1, n, h]; `qformer`; with `config.project_inputs` one input projection per modality.
+    """
+
+    def __init__(self, config: VikdfConfig):
+        super().__init__()
+        iqformer = config.iqformer_config
+        if iqformer._attn_implementation not in ("eager", "sdpa"):
+            iqformer._attn_implementation = "sdpa"  # kept in float32, which the flash kernels do not take
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_knowledge_tokens, iqformer.hidden_size))
+        self.context_projection = self.vision_projection = nn.Identity()
+        if config.project_inputs:
+            self.context_projection = VikdfInputProjection(
+                config.encoder_width("context_config"), iqformer.hidden_size
+            )
+            if config.vision_config is not None:
+                self.vision_projection = VikdfInputProjection(
+                    config.encoder_width("vision_config"), iqformer.hidden_size
+                )
+        self.qformer = Blip2QFormerModel(iqformer)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            states: encoder states, already projected, [B, S, encoder_hidden_size].
+            mask: 1 for states to attend to, 0 for padding, [B, S]; `None` attends to all.
+
+        Returns:
+            Knowledge vectors [B, n, h].
+        """
+        queries = self.query_tokens.expand(states.shape[0], -1, -1)  # [B, n, h]
+        return self.qformer(
+            query_embeds=queries, encoder_hidden_states=states, encoder_attention_mask=mask
+        ).last_hidden_state  # [B, n, h]
+
+    def text_knowledge(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """K^T [B, n, h] from token states H^T [B, T, d] and their padding mask [B, T]."""
+        return self(self.context_projection(states.to(self.query_tokens.dtype)), mask)
+
+    def image_knowledge(self, states: torch.Tensor) -> torch.Tensor:
+        """K^I [B, n, h] from patch states H^I [B, P+1, d]."""
+        return self(self.vision_projection(states.to(self.query_tokens.dtype)))
+
+
+@torch.no_grad()
+def initialize_from_bert(iqformer: VikdfIQFormer, bert: PreTrainedModel) -> None:
+    """
+    Copies every encoder layer of a BERT-like model, feed-forward included, into the IQ-Former.
+
+    BERT has no cross-attention and no queries: those keep their fresh initialisation.
+
+    Args:
+        iqformer: the module to fill; its layers must have the BERT model's sizes. A shallower IQ-Former takes the
+            first layers.
+        bert: a `BertModel` (or one laid out like it).
+
+    Raises:
+        ValueError: if the sizes differ or the IQ-Former is deeper than the BERT model.
+    """
+    ours, theirs = iqformer.qformer.config, bert.config
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads"):
+        if getattr(ours, key) != getattr(theirs, key):
+            raise ValueError(
+                f"Cannot initialise the IQ-Former from this BERT checkpoint: its {key} is {getattr(theirs, key)}, the "
+                f"IQ-Former's is {getattr(ours, key)}. Give both the same sizes."
+            )
+    if ours.num_hidden_layers > theirs.num_hidden_layers:
+        raise ValueError(
+            f"The IQ-Former has {ours.num_hidden_layers} layers, the BERT checkpoint only {theirs.num_hidden_layers}."
+        )
+    iqformer.qformer.layernorm.load_state_dict(bert.embeddings.LayerNorm.state_dict())
+    for layer, source in zip(iqformer.qformer.encoder.layer, bert.encoder.layer, strict=False):
+        for name in ("query", "key", "value"):
+            getattr(layer.attention.attention, name).load_state_dict(getattr(source.attention.self, name).state_dict())
+        layer.attention.output.load_state_dict(source.attention.output.state_dict())
+        layer.intermediate_query.load_state_dict(source.intermediate.state_dict())
+        layer.output_query.load_state_dict(source.output.state_dict())
+
+
+__all__ = ["VikdfIQFormer", "initialize_from_bert"]

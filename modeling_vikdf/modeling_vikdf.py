@@ -1,0 +1,699 @@
+"""VIKDF's dialogue model: context -> knowledge -> frozen LLM -> reply.
+
+Reads as the data flows: `get_text_knowledge` / `get_image_knowledge` (frozen encoder, IQ-Former), `project_knowledge`
+(into the LLM's embedding space), `embed_prompt` (splice at the placeholders), the LLM. The frozen backbones come from
+their own repositories and are not stored with the model.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Blip2QFormerConfig,
+    Cache,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipTextModel,
+)
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
+from .modeling_iqformer import VikdfIQFormer, initialize_from_bert
+
+
+@dataclass
+class VikdfCausalLMOutputWithPast(ModelOutput):
+    """
+    loss: mean negative log-likelihood of the labels, in nats a token, scalar.
+    logits: [B, T, vocabulary]; with `labels` only the positions that predict a label of some row, [B, k, vocabulary].
+    knowledge: knowledge vectors [B, m, h]: n of the text, then n of the picture, whichever were given.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    knowledge: torch.Tensor | None = None
+
+
+class VikdfPreTrainedModel(PreTrainedModel):
+    """Where the frozen backbones live: built in, or attached after the trained part was loaded, and never saved."""
+
+    config: VikdfConfig
+    config_class = VikdfConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+    # what is trained keeps float32 weights beside a half-precision LLM
+    _keep_in_fp32_modules_strict = ["iqformer", "language_projection", "knowledge_base", "knowledge_gate"]
+
+    def __init__(self, config: VikdfConfig):
+        super().__init__(config)
+        for role, key in BACKBONE_CONFIGS.items():
+            sub_config = getattr(config, key)
+            if role in config.backbones or sub_config is None:
+                setattr(self, role, None)  # attached after loading, or none
+            else:
+                backbone_class = _backbone_class(role, sub_config)
+                build = getattr(backbone_class, "from_config", backbone_class)
+                setattr(self, role, build(sub_config).requires_grad_(False))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VikdfIQFormer):
+            init.normal_(module.query_tokens, std=self.config.initializer_range)
+        if hasattr(module, "knowledge_base"):
+            # the paper's parametrisation: nothing but the projected knowledge
+            init.zeros_(module.knowledge_base)
+            init.ones_(module.knowledge_gate)
+
+    def train(self, mode: bool = True) -> "VikdfPreTrainedModel":
+        """Sets the trained parts to training mode; the frozen backbones stay in evaluation mode (no dropout)."""
+        super().train(mode)
+        for role in BACKBONE_CONFIGS:
+            if getattr(self, role) is not None:
+                getattr(self, role).eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The LLM's token embedding."""
+        return None if self.language_model is None else self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the LLM's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The LLM's vocabulary head."""
+        return None if self.language_model is None else self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the LLM's vocabulary head."""
+        self.language_model.set_output_embeddings(value)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = None,
+        quantization_config: Any = None,
+        attn_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> "VikdfPreTrainedModel":
+        """
+        Loads the trained part from a folder or the Hub, then attaches the frozen backbones that its configuration
+        names, each from its own source.
+
+        Args:
+            pretrained_model_name_or_path: folder or repository id of a VIKDF checkpoint.
+            dtype: of the backbones; `"auto"` keeps each one's saved dtype. The trained part stays in float32.
+            device_map, quantization_config, attn_implementation: for the LLM, as in its own `from_pretrained`. The
+                encoders and the trained part follow its input embeddings' device.
+
+        Raises:
+            OSError: if the weights are missing, truncated or incomplete, or a backbone cannot be found.
+            ValueError: if a backbone does not fit the configuration.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "VIKDF loads safetensors only: pickled weights can run code. Leave use_safetensors unset."
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        if attn_implementation is not None:
+            kwargs["attn_implementation"] = attn_implementation
+        config = kwargs.pop("config", None)
+        if not isinstance(config, PreTrainedConfig):
+            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            config = cls.config_class.from_pretrained(
+                config or pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+            )
+        if "language_model" in config.backbones:
+            load_kwargs = {}
+        elif quantization_config is not None:
+            raise ValueError(
+                "quantization_config is for the LLM, but this checkpoint holds its own LLM. Load the LLM from its "
+                "repository instead: set config.backbones['language_model'] = {'repo_id': ...}."
+            )
+        else:
+            load_kwargs = {"device_map": device_map}
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **load_kwargs,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights in {pretrained_model_name_or_path!r} cannot be read ({error}). The file is truncated or "
+                "damaged: copy or download it again."
+            ) from error
+        if info["missing_keys"]:
+            raise OSError(
+                f"The checkpoint {pretrained_model_name_or_path!r} lacks {len(info['missing_keys'])} weights of "
+                f"{cls.__name__}, such as {sorted(info['missing_keys'])[:3]}. It is incomplete or of another model."
+            )
+        model.attach_backbones(
+            dtype=dtype, device_map=device_map, quantization_config=quantization_config, **_hub_kwargs(kwargs)
+        )
+        model.eval()
+        return (model, info) if wants_info else model
+
+    def attach_backbones(
+        self,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = None,
+        quantization_config: Any = None,
+        **hub_kwargs: Any,
+    ) -> None:
+        """
+        Loads and attaches the backbones that `config.backbones` names, frozen and in evaluation mode: the LLM and the
+        text encoder now, the vision encoder with the first picture (a text chat does without).
+
+        Raises:
+            OSError: if one cannot be found.
+            ValueError: if the LLM found has other sizes than `config.text_config` says.
+        """
+        self._load_kwargs = {"dtype": dtype, **hub_kwargs}
+        text_config = self.config.text_config
+        if "language_model" in self.config.backbones:
+            self.language_model = self._load_backbone(
+                "language_model",
+                device_map=device_map,
+                quantization_config=quantization_config,
+                # where an Auto class puts it
+                attn_implementation=text_config._attn_implementation,
+            )
+            found = self.language_model.config.get_text_config()
+            for key in ("hidden_size", "vocab_size"):
+                if getattr(found, key) != getattr(text_config, key):
+                    raise ValueError(
+                        f"The language model {self.config.backbones['language_model']['repo_id']!r} has {key}="
+                        f"{getattr(found, key)}, but this checkpoint was made for {key}={getattr(text_config, key)}. "
+                        "Attach the language model it was trained with."
+                    )
+        if "context_encoder" in self.config.backbones:
+            self.context_encoder = self._load_backbone("context_encoder")
+        # everything else follows the LLM's embeddings, wherever a device map put them
+        device = self.get_input_embeddings().weight.device
+        for name, part in self.named_children():
+            if name != "language_model":
+                part.to(device)
+        for parameter in self.parameters(recurse=False):
+            parameter.data = parameter.data.to(device)
+        if hasattr(self.language_model, "hf_device_map"):
+            self.hf_device_map = {f"language_model.{k}": v for k, v in self.language_model.hf_device_map.items()}
+        self.post_init()  # what the parts tie and keep in float32 is now known to the whole
+
+    def attach_vision_encoder(self) -> None:
+        """
+        Loads the vision encoder, frozen, unless it is there.
+
+        Raises:
+            OSError: if it cannot be found.
+            ValueError: if the model was built without one.
+        """
+        if self.config.vision_config is None:
+            raise ValueError("This model has no vision encoder (config.vision_config is None): it takes no pictures.")
+        if self.vision_encoder is None:
+            self.vision_encoder = self._load_backbone("vision_encoder").to(self.get_input_embeddings().weight.device)
+
+    def _load_backbone(self, role: str, **kwargs: Any) -> PreTrainedModel:
+        """The backbone that `config.backbones` names for a role, frozen, from wherever it is found."""
+        source, sub_config = self.config.backbones[role], getattr(self.config, BACKBONE_CONFIGS[role])
+        load_kwargs = {**self._load_kwargs, **kwargs, "use_safetensors": True}
+        path, load_kwargs["revision"] = _locate(source["repo_id"], source.get("revision"), **_hub_kwargs(load_kwargs))
+        if role != "language_model":
+            load_kwargs["config"] = sub_config  # the right tower of a two-tower repository
+        load_kwargs = {key: value for key, value in load_kwargs.items() if value is not None}
+        backbone = _backbone_class(role, sub_config).from_pretrained(path, **load_kwargs)
+        # never saved with the model: its repository has it
+        backbone._keys_to_ignore_on_save = set(backbone.state_dict())
+        self._keys_to_ignore_on_save = {
+            *(self._keys_to_ignore_on_save or ()),
+            *(f"{role}.{key}" for key in backbone._keys_to_ignore_on_save),
+        }
+        return backbone.requires_grad_(False).eval()
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, include_backbones: bool = False, **kwargs: Any
+    ) -> None:
+        """
+        Writes what was trained and nothing frozen (safetensors); with `include_backbones` a self-contained checkpoint.
+
+        All files are written aside and then moved into place, so that an interrupted save leaves the previous
+        checkpoint as it was.
+        """
+        push = {key: kwargs.pop(key) for key in ("push_to_hub", "repo_id", "commit_message") if key in kwargs}
+        if push.get("push_to_hub"):
+            raise ValueError("save_pretrained(push_to_hub=True) is not supported: call push_to_hub(repo_id) instead.")
+        os.makedirs(save_directory, exist_ok=True)
+        aside = tempfile.mkdtemp(dir=save_directory, prefix=".saving-")
+        try:
+            if include_backbones and self.config.vision_config is not None:
+                self.attach_vision_encoder()
+            with self._self_contained() if include_backbones else contextlib.nullcontext():
+                super().save_pretrained(aside, **kwargs)
+            # weights first: a configuration never describes weights that are not there yet
+            for name in sorted(os.listdir(aside), key=lambda name: (name.endswith(".json"), name)):
+                os.replace(os.path.join(aside, name), os.path.join(save_directory, name))
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _self_contained(self):
+        """For the time of a save the model is one without backbones elsewhere."""
+        outside, ignored = self.config.backbones, self._keys_to_ignore_on_save
+        self.config.backbones, self._keys_to_ignore_on_save = {}, None
+        try:
+            yield
+        finally:
+            self.config.backbones, self._keys_to_ignore_on_save = outside, ignored
+
+
+class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
+    """
+    The dialogue model. P(reply | context) = P_LLM(reply | prompt, K), K = IQ(Q; H^T) from the context's words and, if
+    there is a picture, IQ(Q; H^I) beside it.
+
+    The vector spliced in at placeholder i is base_i + gate_i * (W k_i + b). With base 0 and gate 1 that is the paper's
+    linear projection; with the gate at 0 the knowledge is silent. Without placeholders the model is its LLM.
+    """
+
+    def __init__(self, config: VikdfConfig):
+        super().__init__(config)
+        n, d_llm = config.num_knowledge_tokens, config.text_config.hidden_size
+        self.iqformer = VikdfIQFormer(config)
+        self.language_projection = nn.Linear(config.iqformer_config.hidden_size, d_llm)
+        self.knowledge_base = nn.Parameter(torch.zeros(n, d_llm))
+        self.knowledge_gate = nn.Parameter(torch.ones(n))
+        self.post_init()
+
+    @classmethod
+    def from_backbones(
+        cls,
+        language_model: str,
+        context_encoder: str,
+        vision_encoder: str | None = None,
+        *,
+        processor: Any,
+        revisions: dict[str, str] | None = None,
+        iqformer_config: dict | None = None,
+        bert: str | None = None,
+        base_text: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        **config_kwargs: Any,
+    ) -> "VikdfForConditionalGeneration":
+        """
+        Builds a new, untrained model around pretrained backbones.
+
+        Args:
+            language_model, context_encoder, vision_encoder: folder, Hub id or known package of each backbone. A
+                two-tower repository (CLIP, SigLIP) may be named for both encoders.
+            processor: the `VikdfProcessor` that writes the prompts; its `num_knowledge_tokens` and
+                `knowledge_token_id` become the model's.
+            revisions: role -> revision to pin, e.g. `{"language_model": "main"}`.
+            iqformer_config: fields of `Blip2QFormerConfig` (layers, width, ...).
+            bert: a BERT-like checkpoint whose layers, feed-forward included, initialise the IQ-Former; its sizes are
+                the IQ-Former's unless `iqformer_config` says otherwise.
+            base_text: start with the knowledge silent: gate 0 and as base vectors the embeddings of this sentence,
+                repeated or cut to n tokens. `None`: base 0 and gate 1 as in the paper.
+            config_kwargs: further fields of `VikdfConfig`.
+
+        Raises:
+            OSError: if a backbone cannot be found.
+            ValueError: if the parts do not fit together.
+        """
+        names = {
+            "language_model": language_model,
+            "context_encoder": context_encoder,
+            "vision_encoder": vision_encoder,
+        }
+        backbones = {
+            role: {"repo_id": name, "revision": (revisions or {}).get(role)} for role, name in names.items() if name
+        }
+        sub_configs = {}
+        for role, source in backbones.items():
+            path, revision = _locate(source["repo_id"], source["revision"])
+            sub_config = _tower_config(AutoConfig.from_pretrained(path, revision=revision), role)
+            sub_config.name_or_path = source["repo_id"]  # not the folder of this machine
+            sub_configs[BACKBONE_CONFIGS[role]] = sub_config
+        iqformer_config = dict(iqformer_config or {})
+        if bert is not None:
+            bert_path, bert_revision = _locate(bert, None)
+            bert_model = AutoModel.from_pretrained(bert_path, revision=bert_revision, dtype=torch.float32)
+            same = set(Blip2QFormerConfig().to_dict()) & set(bert_model.config.to_dict())
+            same -= {"model_type", "architectures", "dtype", "transformers_version", "_name_or_path"}
+            iqformer_config = {key: getattr(bert_model.config, key) for key in same} | iqformer_config
+        config = cls.config_class(
+            **sub_configs,
+            iqformer_config=iqformer_config,
+            backbones=backbones,
+            num_knowledge_tokens=processor.num_knowledge_tokens,
+            knowledge_token_id=processor.knowledge_token_id,
+            **config_kwargs,
+        )
+        model = cls(config)
+        model.attach_backbones(dtype=dtype)
+        if bert is not None:
+            initialize_from_bert(model.iqformer, bert_model)
+        model.generation_config = model.language_model.generation_config
+        embeddings = model.get_input_embeddings().weight
+        with torch.no_grad():
+            # K leaves a LayerNorm, so |k| is about sqrt(h): let |W k| start at the token embeddings' mean norm
+            norm = embeddings.float().norm(dim=-1).mean()
+            model.language_projection.weight.normal_(std=norm / model.language_projection.weight.numel() ** 0.5)
+            if base_text is not None:
+                ids = processor.tokenizer(base_text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+                ids = ids.repeat(-(-config.num_knowledge_tokens // len(ids)))[: config.num_knowledge_tokens]  # [n]
+                model.knowledge_base.copy_(embeddings[ids.to(embeddings.device)])
+                model.knowledge_gate.zero_()
+        return model.eval()
+
+    @torch.no_grad()
+    def encode_context(self, context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor) -> torch.Tensor:
+        """Token states H^T [B, T, d] of the frozen text encoder; CLIP's pass CLIP's own projection."""
+        states = self.context_encoder(
+            input_ids=context_input_ids, attention_mask=context_attention_mask
+        ).last_hidden_state  # [B, T, d_text]
+        if self.config.context_config.model_type == "clip_text_model":
+            states = self.context_encoder.text_projection(states)
+        return states
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch states H^I [B, P+1, d] of the frozen vision encoder; CLIP's pass CLIP's own projection."""
+        self.attach_vision_encoder()
+        encoder = self.vision_encoder
+        states = encoder(pixel_values=pixel_values.to(encoder.dtype)).last_hidden_state  # [B, P+1, d_vision]
+        if self.config.vision_config.model_type == "clip_vision_model":
+            if self.config.vision_post_layernorm:
+                states = encoder.vision_model.post_layernorm(states)
+            states = encoder.visual_projection(states)
+        return states
+
+    def get_text_knowledge(
+        self, context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        K^T [B, n, h], float32: the knowledge that a text evokes.
+
+        Args:
+            context_input_ids: ids of the text encoder's tokenizer [B, T].
+            context_attention_mask: 1 for tokens, 0 for padding, [B, T]; default all 1.
+        """
+        if context_attention_mask is None:
+            context_attention_mask = torch.ones_like(context_input_ids)
+        states = self.encode_context(context_input_ids, context_attention_mask)
+        return self.iqformer.text_knowledge(states, context_attention_mask)
+
+    def get_image_knowledge(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        K^I [B, n, h], float32: the knowledge that a picture shows.
+
+        Args:
+            pixel_values: preprocessed pictures [B, 3, H, W].
+
+        Raises:
+            OSError: if the vision encoder cannot be found.
+            ValueError: if the model was built without one.
+        """
+        return self.iqformer.image_knowledge(self.encode_images(pixel_values))
+
+    def get_knowledge(
+        self,
+        context_input_ids: torch.Tensor | None = None,
+        context_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """The knowledge of whatever is given, text before picture: [B, n, h], [B, 2n, h], or `None` for nothing."""
+        parts = []
+        if context_input_ids is not None:
+            parts.append(self.get_text_knowledge(context_input_ids, context_attention_mask))
+        if pixel_values is not None:
+            parts.append(self.get_image_knowledge(pixel_values))
+        return torch.cat(parts, dim=1) if parts else None
+
+    def project_knowledge(self, knowledge: torch.Tensor) -> torch.Tensor:
+        """
+        Knowledge [B, m, h] -> vectors for the LLM's prompt [B, m, d_llm]: base_i + gate_i * (W k_i + b).
+
+        Raises:
+            ValueError: unless m is n or 2n and the width is h, and every value is finite.
+        """
+        n, width = self.config.num_knowledge_tokens, self.config.iqformer_config.hidden_size
+        if knowledge.dim() != 3 or knowledge.shape[1] not in (n, 2 * n) or knowledge.shape[2] != width:
+            raise ValueError(
+                f"knowledge must have the shape [batch, {n}, {width}], or [batch, {2 * n}, {width}] for text and "
+                f"picture together; got {list(knowledge.shape)}."
+            )
+        if not torch.isfinite(knowledge).all():
+            raise ValueError("knowledge holds NaN or infinite values; check what it was computed from.")
+        sources = knowledge.shape[1] // n
+        base, gate = self.knowledge_base.repeat(sources, 1), self.knowledge_gate.repeat(sources)[:, None]
+        return base + gate * self.language_projection(knowledge.to(self.language_projection.weight.dtype))
+
+    def embed_prompt(
+        self,
+        input_ids: torch.Tensor,
+        knowledge: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Token embeddings [B, T, d_llm] with the placeholders replaced by the projected knowledge.
+
+        Args:
+            input_ids: prompt [B, T] with one placeholder for each knowledge vector.
+            knowledge: [B, m, h], m = n or 2n (text, then picture).
+            image_mask: rows that have a picture [B] (bool); in the others the last n vectors are not used.
+
+        Raises:
+            ValueError: if a row's number of placeholders is not its number of knowledge vectors.
+        """
+        placeholders = input_ids == self.config.knowledge_token_id  # [B, T]
+        # the placeholder's own embedding is never used, so its id may lie outside the LLM's vocabulary
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))  # [B, T, d_llm]
+        if knowledge is None:
+            # a single token is a decoding step: its prompt was checked when it was read
+            if input_ids.shape[1] > 1 and placeholders.any():
+                raise ValueError(
+                    f"The prompt holds {int(placeholders.sum())} knowledge placeholders but no knowledge was given. "
+                    "Pass context_input_ids, pixel_values or knowledge, or write the prompt with use_knowledge=False."
+                )
+            return embeds
+        vectors = self.project_knowledge(knowledge)  # [B, m, d_llm]
+        keep = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)  # [B, m]
+        if image_mask is not None:
+            keep[:, -self.config.num_knowledge_tokens :] = image_mask.to(keep.device)[:, None]
+        found, expected = placeholders.sum(1), keep.sum(1)
+        if found.shape != expected.shape or (found != expected).any():
+            raise ValueError(
+                f"Each row needs one placeholder (id {self.config.knowledge_token_id}) for each knowledge vector: "
+                f"expected {expected.tolist()}, found {found.tolist()}. Was the prompt written by this model's "
+                "processor, and not truncated since?"
+            )
+        return embeds.masked_scatter(placeholders[..., None], vectors[keep].to(embeds.dtype))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        context_input_ids: torch.Tensor | None = None,
+        context_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        knowledge: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> VikdfCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: prompt [B, T] with placeholders; or `inputs_embeds` [B, T, d_llm], already spliced.
+            attention_mask: 1 for tokens, 0 for padding, [B, T].
+            context_input_ids, context_attention_mask: dialogue context for the text encoder [B, C].
+            pixel_values: pictures [B, 3, H, W]; image_mask: rows that have one [B].
+            knowledge: precomputed knowledge [B, m, h]; then both encoders are skipped.
+            labels: target ids, -100 where nothing is to be learned, [B, T].
+            logits_to_keep: as in transformers; with labels by default the positions that predict some row's label.
+            num_items_in_batch: number of labels over all accumulated batches, for an exact mean.
+            kwargs: for the LLM.
+
+        Raises:
+            ValueError: see `embed_prompt`, `project_knowledge` and `get_image_knowledge`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if knowledge is None:
+            knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)  # [B, m, h]
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_prompt(input_ids, knowledge, image_mask)  # [B, T, d_llm]
+        targets = None
+        if labels is not None:
+            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # [B, T]: position t predicts label t+1
+            if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+                # the vocabulary head is a large part of a small LLM: no logits where no row has a label
+                logits_to_keep = (targets != -100).any(0).nonzero().squeeze(1)  # [k]
+                targets = targets[:, logits_to_keep]  # [B, k]
+            elif isinstance(logits_to_keep, int):
+                targets = targets[:, -logits_to_keep:]
+            else:
+                targets = targets[:, logits_to_keep]
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        loss = None
+        if targets is not None and (targets != -100).any():
+            loss = self.loss_function(
+                outputs.logits,
+                labels=None,
+                vocab_size=outputs.logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=targets.contiguous(),
+            )
+        elif targets is not None:
+            loss = outputs.logits.sum() * 0.0  # nothing to learn is no NaN
+        return VikdfCausalLMOutputWithPast(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            knowledge=knowledge,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        knowledge: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Hands the knowledge over with the tokens that hold its placeholders: once with a cache, else every time."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
+        if knowledge is not None and reads_prompt and inputs_embeds is None:
+            new_ids = model_inputs["input_ids"]
+            is_cached = new_ids.shape[1] < input_ids.shape[1] and not (new_ids == self.config.knowledge_token_id).any()
+            if not is_cached:
+                model_inputs |= {"knowledge": knowledge, "image_mask": image_mask}
+        return model_inputs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        context_input_ids: torch.Tensor | None = None,
+        context_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        knowledge: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Generates replies; everything that `GenerationMixin.generate` takes, and the knowledge inputs of `forward`.
+
+        The knowledge is computed once a row, before rows are copied for beams or several replies.
+
+        Raises:
+            ValueError: for `prefill_chunk_size` (chunks would lose the knowledge), or knowledge with `inputs_embeds`.
+        """
+        config = generation_config if generation_config is not None else self.generation_config
+        if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
+            raise ValueError(
+                "prefill_chunk_size cuts the prompt into chunks and would lose the knowledge: leave it unset."
+            )
+        if knowledge is None:
+            knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)
+        if knowledge is not None:
+            if kwargs.get("inputs_embeds") is not None:
+                raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
+            kwargs["knowledge"] = knowledge
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching takes token ids alone and would ignore the knowledge without a word."""
+        raise NotImplementedError(
+            "Continuous batching would ignore the knowledge. Use generate(), which batches too; for the LLM without "
+            "knowledge call model.language_model.generate_batch()."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+def _backbone_class(role: str, config: PreTrainedConfig) -> Any:
+    """The class that holds a backbone: CLIP's towers with their projections, else what the Auto class finds."""
+    if role == "language_model":
+        return AutoModelForCausalLM
+    towers = {
+        "clip_text_model": CLIPTextModelWithProjection,
+        "clip_vision_model": CLIPVisionModelWithProjection,
+        "siglip_text_model": SiglipTextModel,  # the Auto class knows SigLIP's vision tower only
+    }
+    return towers.get(config.model_type, AutoModel)
+
+
+def _tower_config(config: PreTrainedConfig, role: str) -> PreTrainedConfig:
+    """The configuration of the wanted tower where a repository holds a text and a vision tower."""
+    tower = {"context_encoder": "text_config", "vision_encoder": "vision_config"}.get(role)
+    return getattr(config, tower) if tower and hasattr(config, tower) else config
+
+
+def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that say where and how to look on the Hub."""
+    return {key: kwargs[key] for key in ("cache_dir", "local_files_only", "token") if key in kwargs}
+
+
+def _locate(repo_id: str, revision: str | None, **hub_kwargs: Any) -> tuple[str, str | None]:
+    """Where to load a backbone from: `(folder or repository id, revision)`."""
+    try:
+        # the installed package knows more sources than the Hub; code loaded from the Hub does without
+        from modeling_vikdf.backbones import locate_backbone
+    except ImportError:
+        return repo_id, revision
+    return locate_backbone(repo_id, revision, **hub_kwargs), None
+
+
+__all__ = ["VikdfCausalLMOutputWithPast", "VikdfForConditionalGeneration", "VikdfPreTrainedModel"]

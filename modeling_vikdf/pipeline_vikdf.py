@@ -1,0 +1,170 @@
+"""`pipeline("vikdf-dialogue")`: a chat in, a reply out. Everything it does is processor -> generate -> decode."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+
+class VikdfDialoguePipeline(Pipeline):
+    """
+    Replies to chats with a [`VikdfForConditionalGeneration`].
+
+    ```python
+    >>> import modeling_vikdf
+    >>> from transformers import pipeline
+
+    >>> chat = pipeline("vikdf-dialogue")
+    >>> chat([{"role": "user", "content": "I spent the day at the beach."}], return_full_text=False)
+    [{'generated_text': '...'}]
+    ```
+    """
+
+    _load_processor = True
+    _load_tokenizer = _load_image_processor = _load_feature_extractor = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.model, "get_text_knowledge"):
+            raise ValueError(
+                f"vikdf-dialogue needs a VikdfForConditionalGeneration, got a {type(self.model).__name__}. For another "
+                'language model use the "text-generation" pipeline.'
+            )
+
+    def __call__(self, inputs: Any, images: Any = None, **kwargs: Any) -> list:
+        """
+        Args:
+            inputs: a string (one user turn), a chat (list of messages with `role` and `content`), or a list, generator
+                or dataset of either.
+            images: a picture (PIL image, path or URL) for a single input, or a list of pictures or `None`s, one an input.
+            batch_size: how many chats are answered at once.
+            use_knowledge: `False` asks the bare LLM.
+            return_full_text: for chats, whether `generated_text` is the chat with the reply appended (default) or the
+                reply alone; a string is always answered with the reply alone.
+            streamer, generate_kwargs, and everything that `generate` takes.
+
+        Returns:
+            As the text-generation pipeline: `[{"generated_text": ...}]` for one input, a list of such for several.
+
+        Raises:
+            ValueError: for empty or malformed chats, or images that do not fit the inputs.
+        """
+        if isinstance(inputs, (list, tuple)):
+            if not inputs:
+                raise ValueError(
+                    "Nothing to reply to: expected a string, a chat or a list of chats, got an empty list."
+                )
+            if isinstance(inputs[0], dict):
+                return super().__call__({"chat": list(inputs), "image": images}, **kwargs)
+            images = [None] * len(inputs) if images is None else images
+            if not isinstance(images, (list, tuple)) or len(images) != len(inputs):
+                count = len(images) if isinstance(images, (list, tuple)) else "a single picture"
+                raise ValueError(
+                    f"{len(inputs)} inputs need a list of {len(inputs)} images (None for no picture), got {count}."
+                )
+            items = [{"chat": chat, "image": image} for chat, image in zip(inputs, images, strict=True)]
+            return super().__call__(items, **kwargs)
+        if isinstance(inputs, str):
+            return super().__call__({"chat": inputs, "image": images}, **kwargs)
+        if images is not None:
+            raise ValueError("With a generator or dataset put the pictures into the messages, as image parts.")
+        return super().__call__(inputs, **kwargs)
+
+    def stream(self, chat: str | list[dict], images: Any = None, **kwargs: Any) -> Iterator[str]:
+        """
+        Yields the reply to one chat piece by piece; closing the iterator stops the generation.
+
+        Raises:
+            Whatever the generation raises.
+        """
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop, errors = _Stop(), []
+
+        def reply() -> None:
+            try:
+                self(chat, images, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop]), **kwargs)
+            except BaseException as error:
+                errors.append(error)
+                streamer.on_finalized_text("", stream_end=True)
+
+        thread = threading.Thread(target=reply, daemon=True)
+        thread.start()
+        try:
+            yield from streamer
+        finally:
+            stop.event.set()
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def _sanitize_parameters(
+        self,
+        use_knowledge: bool | None = None,
+        return_full_text: bool | None = None,
+        generate_kwargs: dict | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict, dict, dict]:
+        forward = {**kwargs, **(generate_kwargs or {})}
+        if use_knowledge is not None:
+            forward["use_knowledge"] = use_knowledge
+        return {}, forward, {} if return_full_text is None else {"return_full_text": return_full_text}
+
+    def preprocess(self, item: Any) -> dict[str, Any]:
+        """One input -> its messages and its picture; they become tensors in `_forward`, a batch at a time."""
+        if not (isinstance(item, dict) and "chat" in item):
+            item = {"chat": item, "image": None}
+        chat = item["chat"]
+        # a dataset's chats come wrapped in an object with the messages in it
+        messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else getattr(chat, "messages", chat)
+        return {"messages": messages, "image": item["image"], "is_text": isinstance(chat, str)}
+
+    def _forward(self, inputs: dict[str, Any], use_knowledge: bool = True, **generate_kwargs: Any) -> dict[str, Any]:
+        batched = isinstance(inputs["is_text"], list)
+        chats = inputs["messages"] if batched else [inputs["messages"]]
+        images = inputs["image"] if batched else [inputs["image"]]
+        features = self.processor(
+            chats,
+            images=images if any(image is not None for image in images) else None,
+            use_knowledge=use_knowledge,
+            max_length=self._room_for_prompt(generate_kwargs),
+        ).to(self.device)
+        sequences = self.model.generate(**features, **generate_kwargs)
+        if not isinstance(sequences, torch.Tensor):
+            sequences = sequences.sequences
+        new_tokens = sequences[:, features["input_ids"].shape[1] :]  # [B * replies, T_new]
+        return {"generated": new_tokens.reshape(len(chats), -1, new_tokens.shape[1]).cpu(), **inputs}
+
+    def postprocess(self, outputs: dict[str, Any], return_full_text: bool = True) -> list[dict[str, Any]]:
+        """Token ids of the replies to one chat [1, replies, T_new] -> `[{"generated_text": ...}, ...]`."""
+        replies = self.processor.batch_decode(outputs["generated"][0], skip_special_tokens=True)
+        if outputs["is_text"] or not return_full_text:
+            return [{"generated_text": reply.strip()} for reply in replies]
+        messages = list(outputs["messages"])
+        return [{"generated_text": [*messages, {"role": "assistant", "content": reply.strip()}]} for reply in replies]
+
+    def _room_for_prompt(self, generate_kwargs: dict[str, Any]) -> int | None:
+        """How many tokens the prompt may have so that the reply still fits into the LLM's window."""
+        window = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        config = generate_kwargs.get("generation_config") or self.model.generation_config
+        new_tokens = generate_kwargs.get("max_new_tokens", config.max_new_tokens) or 0
+        return None if window is None else window - new_tokens
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes model and processor into one folder that `pipeline("vikdf-dialogue", model=folder)` loads."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+class _Stop(StoppingCriteria):
+    """Ends a generation from another thread."""
+
+    def __init__(self):
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+__all__ = ["VikdfDialoguePipeline"]

@@ -1,0 +1,577 @@
+"""The way in: chats and pictures become the tensors a VIKDF model reads.
+
+    messages -> the dialogue as text                         -> context tokenizer -> context_input_ids (text encoder)
+             -> the LLM's chat template, with n placeholders -> tokenizer         -> input_ids         (LLM)
+    pictures ------------------------------------------------> image processor    -> pixel_values      (vision encoder)
+
+This module knows which token holds the place of a knowledge vector, where the placeholders go and what is left out of
+a chat that is too long. It knows no model: models find the placeholders by `knowledge_token_id`.
+"""
+
+import copy
+import os
+import re
+from bisect import bisect_left
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.image_utils import load_image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # from the top it may want torchvision
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+KNOWLEDGE_TOKEN = "<|knowledge|>"
+# How vocabularies name tokens that no text uses: <empty_output>, <|reserved_special_token_0|>, [unused0], ...
+SPARE_TOKEN = re.compile(r"[<\[].*(empty_output|reserved|unused|extra_id|placeholder|dummy).*[>\]]", re.IGNORECASE)
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+IGNORED = -100  # the label that the loss skips
+
+
+class VikdfProcessor(ProcessorMixin):
+    """Turns chats into model inputs: prompts with knowledge placeholders, contexts for the text encoder, pictures.
+
+    The processor owns its tokenizers: it pads prompts on the left, cuts contexts on the left, and lends the
+    end-of-sequence token to a tokenizer without padding token.
+
+    Args:
+        tokenizer: The LLM's tokenizer; it must know `knowledge_token` as one special token (see `from_backbones`).
+        context_tokenizer: The text encoder's tokenizer.
+        image_processor: The vision encoder's image processor; without one, pictures are refused.
+        chat_template: Replaces the chat template of the LLM's tokenizer.
+        num_knowledge_tokens: Placeholders for the knowledge drawn from the text; in a chat that shows a picture, as
+            many for the picture follow them.
+        knowledge_token: The special token that holds the place of a knowledge vector. No message may contain it.
+        knowledge_message: The message that carries the placeholders: "system", "first_user" or "last_user".
+        knowledge_placement: Where they stand in its content: "start" or "end".
+        system_prompt: The system message of chats that bring none.
+        max_context_length: Most tokens of a context; by default what the context tokenizer says its encoder reads.
+
+    Raises:
+        ValueError: If a setting is none of the above, or `tokenizer` lacks a chat template or `knowledge_token`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context_tokenizer: PreTrainedTokenizerBase,
+        image_processor: Any = None,
+        chat_template: str | dict[str, str] | None = None,
+        num_knowledge_tokens: int = 32,
+        knowledge_token: str = KNOWLEDGE_TOKEN,
+        knowledge_message: str = "last_user",
+        knowledge_placement: str = "end",
+        system_prompt: str | None = None,
+        max_context_length: int | None = None,
+    ):
+        _check_choice("knowledge_message", knowledge_message, ("system", "first_user", "last_user"))
+        _check_choice("knowledge_placement", knowledge_placement, ("start", "end"))
+        if num_knowledge_tokens < 1:
+            raise ValueError(f"num_knowledge_tokens must be at least 1, not {num_knowledge_tokens}.")
+        if system_prompt is not None and knowledge_token in system_prompt:
+            raise ValueError(f"system_prompt contains {knowledge_token!r}, which is reserved for knowledge vectors.")
+        special = context_tokenizer.num_special_tokens_to_add()
+        if max_context_length is not None and max_context_length <= special:
+            raise ValueError(f"max_context_length must exceed the {special} special tokens, not {max_context_length}.")
+        if isinstance(chat_template, dict):  # several were saved; kept is always the one in use
+            chat_template = chat_template.get("default")
+        if chat_template is None and not tokenizer.chat_template:
+            raise ValueError(
+                "The LLM's tokenizer has no chat template. Pass chat_template=, and check that `tokenizer` and "
+                "`context_tokenizer` are not swapped."
+            )
+        super().__init__(tokenizer, context_tokenizer, chat_template=tokenizer.get_chat_template(chat_template))
+        if image_processor is not None:
+            self.check_argument_for_proper_class("image_processor", image_processor)
+        self.image_processor = image_processor
+        self.num_knowledge_tokens = num_knowledge_tokens
+        self.knowledge_token = knowledge_token
+        self.knowledge_message = knowledge_message
+        self.knowledge_placement = knowledge_placement
+        self.system_prompt = system_prompt
+        self.max_context_length = max_context_length
+
+        known = tokenizer.added_tokens_decoder.get(self.knowledge_token_id)
+        if known is None or known.content != knowledge_token or not known.special:
+            raise ValueError(
+                f"The LLM's tokenizer ({len(tokenizer)} tokens) does not know {knowledge_token!r} as a special token. "
+                "Build the processor with VikdfProcessor.from_backbones, name another knowledge_token=, or check that "
+                "`tokenizer` and `context_tokenizer` are not swapped."
+            )
+        for each in (tokenizer, context_tokenizer):
+            if each.pad_token is None:
+                each.pad_token = each.eos_token
+        tokenizer.padding_side = "left"  # replies grow on the right
+        context_tokenizer.truncation_side = "left"  # the newest words tell most about the reply
+
+    @classmethod
+    def from_backbones(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        context_tokenizer: PreTrainedTokenizerBase,
+        image_processor: Any = None,
+        *,
+        vocab_size: int | None = None,
+        knowledge_token: str | None = None,
+        **settings: Any,
+    ) -> "VikdfProcessor":
+        """Builds a processor from the backbones' own parts; the tokenizers are copied and stay as they are.
+
+        The LLM is frozen and its embedding never resized, so the placeholder must be one of its rows: without
+        `knowledge_token` a new token in a free row, else one the vocabulary keeps in reserve, else the unknown one.
+
+        Args:
+            tokenizer, context_tokenizer, image_processor: As for `VikdfProcessor`.
+            vocab_size: Rows of the LLM's embedding; by default as many as its tokenizer has tokens.
+            knowledge_token: The token to use; it is added if it is unknown and a row is free.
+            settings: More settings of `VikdfProcessor`, such as `num_knowledge_tokens`.
+
+        Raises:
+            ValueError: If no token of the vocabulary will do, or the one asked for has no row.
+        """
+        tokenizer, context_tokenizer = copy.deepcopy(tokenizer), copy.deepcopy(context_tokenizer)
+        knowledge_token = _reserve_token(tokenizer, vocab_size or len(tokenizer), knowledge_token)
+        return cls(tokenizer, context_tokenizer, image_processor, knowledge_token=knowledge_token, **settings)
+
+    @property
+    def knowledge_token_id(self) -> int:
+        """The id that holds the place of a knowledge vector in `input_ids`."""
+        return self.tokenizer.convert_tokens_to_ids(self.knowledge_token)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What `__call__` may return, labels aside."""
+        context_names = ["context_input_ids", "context_attention_mask"]
+        return ["input_ids", "attention_mask", *context_names, "pixel_values", "image_mask"]
+
+    def __call__(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        images: Any = None,
+        use_knowledge: bool = True,
+        max_length: int | None = None,
+        add_generation_prompt: bool | None = None,
+        return_labels: bool = False,
+    ) -> BatchFeature:
+        """Prepares one chat or a batch of chats.
+
+        A message is `{"role": "system" | "user" | "assistant", "content": ...}`; its content is a string or a list of
+        parts, `{"type": "text", "text": ...}` (joined by newlines) and `{"type": "image", "image": ...}` (a PIL image,
+        a path or a URL). A chat shows at most one picture.
+
+        A prompt that is too long loses its oldest turns, up to the next user turn; the system message and the newest
+        turn stay. The context is the dialogue up to the last user turn, joined by newlines, without the system
+        message; a reply after it is no part of the context, for the knowledge must not have read what it helps to say.
+        A context that is too long loses its oldest turns, and the beginning of the newest if that alone is too long.
+
+        Args:
+            messages: One chat or a list of chats.
+            images: One picture, or a list with a picture or None for every chat, instead of image parts.
+            use_knowledge: False gives the LLM's plain prompt, token for token; pictures are ignored.
+            max_length: Most tokens of a prompt; by default what the LLM's tokenizer says it reads.
+            add_generation_prompt: Whether prompts end where the assistant speaks next; default `not return_labels`.
+            return_labels: Whether to supervise the assistant's turns, each with its end-of-turn token. Knowledge that
+                stands before the last user turn has read the earlier replies, so these are then not supervised.
+
+        Returns:
+            Tensors: `input_ids` and `attention_mask` [B, T], padded on the left; `labels` [B, T] if asked for; with
+            knowledge `context_input_ids` and `context_attention_mask` [B, C]; and if any chat shows a picture
+            `pixel_values` [B, 3, H, W], zeros for the others, and `image_mask` [B]. The attributes `dropped_turns` and
+            `dropped_context_turns` (lists of B numbers) say how many turns each prompt and context lost.
+
+        Raises:
+            TypeError, ValueError: If a chat or picture is not as described above; the error names row and message.
+        """
+        if add_generation_prompt is None:
+            add_generation_prompt = not return_labels
+        chats, pictures = self._read_batch(messages, images)
+        if not use_knowledge:
+            pictures = [None] * len(chats)
+
+        prompts, labels, contexts, dropped_turns, dropped_context_turns = [], [], [], [], []
+        for row, (turns, picture) in enumerate(zip(chats, pictures, strict=True)):
+            self._check_roles(turns, add_generation_prompt, return_labels, row)
+            slots = self.num_knowledge_tokens * (use_knowledge + (picture is not None))
+            kept, ids, dropped = self._fit(turns, slots, max_length, add_generation_prompt, row)
+            prompts.append(ids)
+            dropped_turns.append(dropped)
+            if return_labels:
+                labels.append(self._label(kept, ids, add_generation_prompt, row))
+            context, dropped = self._encode_context(turns) if use_knowledge else ([], 0)
+            contexts.append(context)
+            dropped_context_turns.append(dropped)
+
+        data = {
+            "input_ids": _pad(prompts, self.tokenizer.pad_token_id, "left"),  # [B, T]
+            "attention_mask": _pad([[1] * len(ids) for ids in prompts], 0, "left"),  # [B, T]
+        }
+        if return_labels:
+            data["labels"] = _pad(labels, IGNORED, "left")  # [B, T]
+        if use_knowledge:
+            side = self.context_tokenizer.padding_side
+            data["context_input_ids"] = _pad(contexts, self.context_tokenizer.pad_token_id, side)  # [B, C]
+            data["context_attention_mask"] = _pad([[1] * len(ids) for ids in contexts], 0, side)  # [B, C]
+        if any(picture is not None for picture in pictures):
+            data["pixel_values"], data["image_mask"] = self._encode_pictures(pictures)  # [B, 3, H, W], [B]
+
+        inputs = BatchFeature(data)
+        # Attributes and not entries, for `model.generate(**inputs)` must not receive them.
+        inputs.dropped_turns, inputs.dropped_context_turns = dropped_turns, dropped_context_turns
+        if any(dropped_turns) or any(dropped_context_turns):
+            logger.warning(
+                f"Too long: {sum(dropped_turns)} of the oldest turns were left out of the prompts and "
+                f"{sum(dropped_context_turns)} out of the contexts; see dropped_turns and dropped_context_turns."
+            )
+        return inputs
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        **kwargs: Any,
+    ) -> str | list[str] | torch.Tensor | BatchFeature:
+        """The LLM's plain prompt as text; with `tokenize=True`, what `__call__` makes of the conversation."""
+        if tokenize:
+            kwargs.pop("return_tensors", None)  # torch tensors in any case
+            inputs = self(conversation, add_generation_prompt=add_generation_prompt, **kwargs)
+            return inputs if return_dict else inputs["input_ids"]
+        chats, _ = self._read_batch(conversation, None)
+        texts = [self._render(turns, add_generation_prompt, row, **kwargs) for row, turns in enumerate(chats)]
+        return texts if isinstance(conversation[0], (list, tuple)) else texts[0]
+
+    # ---- the steps of `__call__`, in their order ----
+
+    def _read_batch(self, messages: list, images: Any) -> tuple[list[list[dict[str, Any]]], list[Any]]:
+        """All chats as turns of plain text, the system prompt first; and the picture of each, or None."""
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"messages must be a chat (a list of messages) or a list of chats, not {messages!r}.")
+        chats = messages if isinstance(messages[0], (list, tuple)) else [messages]
+        if not isinstance(images, (list, tuple)):
+            images = [None] * len(chats) if images is None else [images]
+        if len(images) != len(chats):
+            raise ValueError(f"{len(images)} images for {len(chats)} chats: give one image or None for every chat.")
+        all_turns, pictures = [], []
+        for row, (chat, image) in enumerate(zip(chats, images, strict=True)):
+            turns, shown = _read_chat(chat, row, self.knowledge_token)
+            shown += [] if image is None else [image]
+            if len(shown) > 1:
+                raise ValueError(f"row {row}: the chat shows {len(shown)} pictures; at most one is understood.")
+            if self.system_prompt is not None and turns[0]["role"] != "system":
+                turns.insert(0, {"role": "system", "content": self.system_prompt})
+            all_turns.append(turns)
+            pictures.append(shown[0] if shown else None)
+        return all_turns, pictures
+
+    def _check_roles(self, turns: list[dict], add_generation_prompt: bool, return_labels: bool, row: int) -> None:
+        roles = [turn["role"] for turn in turns]
+        if return_labels and "assistant" not in roles:
+            raise ValueError(f"row {row}: return_labels=True needs an assistant message to learn; there is none.")
+        if add_generation_prompt and not return_labels and roles[-1] == "assistant":
+            raise ValueError(
+                f"row {row}: the last message is the assistant's, so there is nothing to reply to. Remove it, or pass "
+                "return_labels=True to learn it, or add_generation_prompt=False to take the chat as it is."
+            )
+
+    def _fit(
+        self, turns: list[dict], slots: int, max_length: int | None, add_generation_prompt: bool, row: int
+    ) -> tuple[list[dict], list[int], int]:
+        """Leaves out as few of the oldest turns as it can: the turns kept, their ids, how many were left out."""
+        limit = self.tokenizer.model_max_length if max_length is None else max_length
+        head = int(turns[0]["role"] == "system")
+        # Templates want a dialogue to begin with the user, so a cut is only made in front of a user turn.
+        cuts = [head] + [index for index, turn in enumerate(turns) if turn["role"] == "user" and index > head]
+
+        @cache
+        def attempt(cut: int) -> tuple[list[dict], list[int]]:
+            kept = self._place(turns[:head] + turns[cut:], slots, row)
+            return kept, self._encode_prompt(kept, slots, add_generation_prompt, row)
+
+        def fits(cut: int) -> bool:
+            return len(attempt(cut)[1]) <= limit
+
+        first = 0 if fits(head) else bisect_left(cuts, True, lo=1, key=fits)
+        if first == len(cuts):
+            raise ValueError(
+                f"row {row}: the system message, the newest turn and {slots} knowledge placeholders take "
+                f"{len(attempt(cuts[-1])[1])} tokens; at most {limit} are allowed. Shorten them or raise max_length."
+            )
+        return *attempt(cuts[first]), cuts[first] - head
+
+    def _place(self, turns: list[dict], slots: int, row: int) -> list[dict]:
+        """Writes `slots` placeholders into the message that carries them."""
+        if slots == 0:
+            return turns
+        users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
+        if not users:
+            raise ValueError(f"row {row}: knowledge is drawn from what the user says, but there is no user message.")
+        carrier = {"system": 0, "first_user": users[0], "last_user": users[-1]}[self.knowledge_message]
+        if self.knowledge_message == "system" and turns[0]["role"] != "system":
+            raise ValueError(f"row {row}: no system message to carry the knowledge; give one, or set system_prompt.")
+        placeholders, content = self.knowledge_token * slots, turns[carrier]["content"]
+        content = placeholders + content if self.knowledge_placement == "start" else content + placeholders
+        return [*turns[:carrier], {**turns[carrier], "content": content}, *turns[carrier + 1 :]]
+
+    def _render(self, turns: list[dict], add_generation_prompt: bool, row: int, **kwargs: Any) -> Any:
+        kwargs = {"tokenize": False, "chat_template": self.chat_template, **kwargs}
+        try:
+            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, **kwargs)
+        except Exception as error:  # a template is a program and may raise anything
+            raise ValueError(
+                f"row {row}: the LLM's chat template refuses a chat with the roles {[t['role'] for t in turns]}: "
+                f"{error} Change the chat or the system_prompt, or pass another chat_template=."
+            ) from error
+
+    def _encode_prompt(self, turns: list[dict], slots: int, add_generation_prompt: bool, row: int) -> list[int]:
+        text = self._render(turns, add_generation_prompt, row)
+        # The template writes all special tokens, the leading one too.
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if slots and ids.count(self.knowledge_token_id) != slots:
+            raise ValueError(
+                f"row {row}: {slots} times {self.knowledge_token!r} went into the chat and "
+                f"{ids.count(self.knowledge_token_id)} came out of the chat template, which must render it unchanged."
+            )
+        return ids
+
+    def _label(self, turns: list[dict], ids: list[int], add_generation_prompt: bool, row: int) -> list[int]:
+        """The ids where the assistant speaks or ends its turn, `IGNORED` elsewhere."""
+        find_replies = self._marked_replies if GENERATION_BLOCK.search(self.chat_template) else self._rendered_replies
+        replies = find_replies(turns, add_generation_prompt, row)
+        if self.knowledge_message != "last_user":  # the knowledge has read the earlier replies and must not whisper
+            final = sum(turn["role"] == "assistant" for turn in turns[_last_user(turns) + 1 :])
+            replies = replies[len(replies) - final :]
+        labels = [IGNORED] * len(ids)
+        for start, stop in replies:
+            labels[start:stop] = ids[start:stop]
+        return labels
+
+    def _marked_replies(self, turns: list[dict], add_generation_prompt: bool, row: int) -> list[tuple[int, int]]:
+        """Where the template's `{% generation %}` blocks are in the ids, with the end-of-turn token behind each."""
+        tokenized = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        prompt = self._render(turns, add_generation_prompt, row, **tokenized)
+        ids, marks = prompt["input_ids"], [0, *prompt["assistant_masks"], 0]
+        special = {id_ for id_, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
+        def next_word(positions: range) -> int | None:  # the first that is not white space
+            return next((i for i in positions if self.tokenizer.decode(ids[i]).strip()), None)
+
+        replies = []
+        for start in (i for i in range(len(ids)) if marks[i + 1] and not marks[i]):
+            stop = marks.index(0, start + 1) - 1
+            last = next_word(range(stop - 1, start, -1)) or start
+            after = next_word(range(last + 1, len(ids)))
+            if ids[last] not in special and after is not None and ids[after] in special:
+                last = after
+            replies.append((start, last + 1))
+        if len(replies) != (said := sum(turn["role"] == "assistant" for turn in turns)):
+            raise ValueError(
+                f"row {row}: the {{% generation %}} blocks of the chat template mark {len(replies)} of {said} replies. "
+                "They must enclose all that the assistant says."
+            )
+        return replies
+
+    def _rendered_replies(self, turns: list[dict], add_generation_prompt: bool, row: int) -> list[tuple[int, int]]:
+        """What each assistant message adds to the prompt that asks for it, as a span of the ids."""
+        text = self._render(turns, add_generation_prompt, row)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts = [start for start, _ in encoding["offset_mapping"]]
+        replies = []
+        for index in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
+            asked = self._render(turns[:index], True, row) if index else None
+            answered = self._render(turns[: index + 1], False, row)
+            if asked is None or not (answered.startswith(asked) and text.startswith(answered)):
+                raise ValueError(
+                    f"row {row}, message {index}: the chat template renders this reply differently depending on what "
+                    "is around it, so labels cannot tell its tokens. Pass chat_template= with {% generation %} and "
+                    "{% endgeneration %} around what the assistant says."
+                )
+            end = len(answered.rstrip())  # white space behind the end-of-turn token is the template's
+            replies.append((bisect_left(starts, len(asked)), bisect_left(starts, end)))
+        return replies
+
+    def _encode_context(self, turns: list[dict]) -> tuple[list[int], int]:
+        """The ids of as many of the newest turns as the text encoder reads, and how many older ones there are."""
+        dialogue = [turn["content"] for turn in turns[: _last_user(turns) + 1] if turn["role"] != "system"]
+        limit = self.max_context_length or self.context_tokenizer.model_max_length
+        ids = self.context_tokenizer(dialogue[-1], verbose=False)["input_ids"]
+        if len(ids) > limit:
+            ids = self.context_tokenizer(dialogue[-1], truncation=True, max_length=limit)["input_ids"]
+        for older in range(len(dialogue) - 1, 0, -1):
+            longer = self.context_tokenizer("\n".join(dialogue[older - 1 :]), verbose=False)["input_ids"]
+            if len(longer) > limit:
+                return ids, older
+            ids = longer
+        return ids, 0
+
+    def _encode_pictures(self, pictures: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels [B, 3, H, W], zeros where there is no picture, and the mask [B] of the rows with one."""
+        if self.image_processor is None:
+            raise ValueError("There are pictures in the chats, but this processor was built without image_processor.")
+        loaded = [_load_picture(picture, row) for row, picture in enumerate(pictures) if picture is not None]
+        pixels = self.image_processor(images=loaded, return_tensors="pt")["pixel_values"]
+        image_mask = torch.tensor([picture is not None for picture in pictures])
+        pixel_values = pixels.new_zeros(len(pictures), *pixels.shape[1:])
+        pixel_values[image_mask] = pixels
+        return pixel_values, image_mask
+
+    # ---- saving and loading ----
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """The parts that are always there; `image_processor` may be None and is saved among the settings."""
+        return ["tokenizer", "context_tokenizer"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, and the sizes of the vocabularies, by which `from_pretrained` recognises the tokenizers."""
+        return {**super().to_dict(), "vocabulary_sizes": [len(self.tokenizer), len(self.context_tokenizer)]}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "VikdfProcessor":
+        """Loads what `save_pretrained` wrote; the context tokenizer has a folder of its own, `context_tokenizer/`.
+
+        Args:
+            pretrained_model_name_or_path: A folder or a repository of the Hub.
+            kwargs: Where to look (`revision`, `cache_dir`, `local_files_only`, ...), and settings to override.
+
+        Raises:
+            OSError: If there is no VIKDF processor, or one of its files is missing.
+            ValueError: If a tokenizer is not the one that was saved.
+        """
+        path = pretrained_model_name_or_path
+        settings, overrides = cls.get_processor_dict(path, **kwargs)
+        if "vocabulary_sizes" not in settings:
+            raise OSError(f"{path} holds no VIKDF processor; build one with VikdfProcessor.from_backbones.")
+        where = {key: value for key, value in kwargs.items() if key not in overrides}
+        root = where.pop("subfolder", "")
+        # Tokenizers are given a configuration so that AutoTokenizer looks for none: the one in the root is the whole
+        # model's, and `context_tokenizer/` has none. Their own files say which class they are.
+        tokenizer, context_tokenizer = (
+            AutoTokenizer.from_pretrained(path, subfolder=folder, config=PreTrainedConfig(), **where)
+            for folder in (root, f"{root}/context_tokenizer".lstrip("/"))
+        )
+        sizes, saved_sizes = [len(tokenizer), len(context_tokenizer)], settings.pop("vocabulary_sizes")
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"The tokenizers in {path} (the LLM's, the text encoder's) have {sizes} tokens, but those that were "
+                f"saved had {saved_sizes}. Load an unchanged copy, or save the processor again."
+            )
+        image_processor = None
+        if settings.pop("image_processor") is not None:
+            image_processor = AutoImageProcessor.from_pretrained(path, subfolder=root, **where)
+        return cls.from_args_and_dict([tokenizer, context_tokenizer, image_processor], settings, **overrides)
+
+
+# ---- helpers that need no processor ----
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
+
+
+def _read_chat(chat: Any, row: int, reserved: str) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The messages with their contents as plain text, and the pictures that were among them."""
+    if not isinstance(chat, (list, tuple)) or not chat:
+        raise ValueError(f"row {row}: a chat must be a list of at least one message, not {chat!r}.")
+    turns, pictures = [], []
+    for index, message in enumerate(chat):
+        where = f"row {row}, message {index}"
+        if not isinstance(message, dict):
+            raise TypeError(f"{where}: a message must be a dictionary with role and content, not {message!r}.")
+        if missing := [key for key in ("role", "content") if key not in message]:
+            raise ValueError(f"{where}: {' and '.join(missing)} missing; a message has a role and a content.")
+        _check_choice(f"{where}: role", message["role"], ("system", "user", "assistant"))
+        if message["role"] == "system" and index > 0:
+            raise ValueError(f"{where}: only the first message of a chat can be the system message.")
+        text, shown = _read_content(message["content"], where)
+        if not text.strip() and not shown:
+            raise ValueError(f"{where}: the content is empty; give it some text or leave the message out.")
+        if reserved in text:
+            raise ValueError(f"{where}: the content contains {reserved!r}, which is reserved for knowledge vectors.")
+        turns.append({**message, "content": text})
+        pictures += shown
+    return turns, pictures
+
+
+def _read_content(content: Any, where: str) -> tuple[str, list[Any]]:
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, (list, tuple)):
+        raise TypeError(f"{where}: a content must be a string or a list of parts, not {content!r}.")
+    texts, pictures = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image" and (sources := [part[key] for key in ("image", "url", "path") if part.get(key)]):
+            pictures += sources
+        else:
+            raise ValueError(
+                f"{where}: a part must be {{'type': 'text', 'text': ...}} or {{'type': 'image', 'image': ...}} (or "
+                f"with 'url' or 'path'), not {part!r}."
+            )
+    return "\n".join(texts), pictures
+
+
+def _load_picture(picture: Any, row: int) -> Any:
+    try:
+        loaded = load_image(os.fspath(picture) if isinstance(picture, os.PathLike) else picture)
+    except Exception as error:  # downloads and decoders fail in many ways
+        raise ValueError(
+            f"row {row}: cannot read the picture {str(picture)[:200]}: {error} Give a PIL image, a path or a URL."
+        ) from error
+    if 0 in loaded.size:
+        raise ValueError(f"row {row}: the picture has no pixels, its size is {loaded.size}.")
+    return loaded
+
+
+def _last_user(turns: list[dict]) -> int:
+    return max((index for index, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+
+
+def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
+    """Rows of different lengths as one tensor [B, longest]."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
+def _reserve_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int, wanted: str | None) -> str:
+    """Makes one token the special token that holds the place of knowledge vectors, and returns its name."""
+    wanted = wanted or (KNOWLEDGE_TOKEN if len(tokenizer) < vocab_size else _spare_token(tokenizer, vocab_size))
+    tokenizer.add_tokens([AddedToken(wanted, normalized=False, special=True)], special_tokens=True)
+    if (id_ := tokenizer.convert_tokens_to_ids(wanted)) >= vocab_size:
+        raise ValueError(
+            f"knowledge_token {wanted!r} would have the id {id_}, but the LLM's embedding has {vocab_size} rows and "
+            "is not resized. Name a special token of its vocabulary that no text uses."
+        )
+    return wanted
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
+    """A token of the vocabulary that neither texts nor the chat template use."""
+    busy = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    for token, id_ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        free = id_ < vocab_size and id_ not in busy and token not in str(tokenizer.chat_template)
+        if free and (token == KNOWLEDGE_TOKEN or SPARE_TOKEN.fullmatch(token)):
+            return token
+    # The unknown token will do if bytes stand in for unknown characters, so that no text contains it.
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown not in busy and unknown not in tokenizer("\U0010fffd")["input_ids"]:
+        return tokenizer.unk_token
+    raise ValueError(
+        f"The LLM's embedding has no free row beyond its {vocab_size} tokens, and none of these is kept in reserve. "
+        "Name a special token that no text uses: knowledge_token=."
+    )

