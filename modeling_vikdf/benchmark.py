@@ -1,4 +1,4 @@
-"""What knowledge costs: the model against its own LLM, in one run, arms alternating so that both see the same machine."""
+"""What knowledge costs: the model against its own LLM, in one run, in turns, so that both see the same machine."""
 
 import platform
 import resource

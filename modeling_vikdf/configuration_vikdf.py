@@ -31,7 +31,7 @@ def _to_config(value: Any, key: str, default_model_type: str) -> PreTrainedConfi
         if "Unrecognized model identifier" not in str(error):
             raise
         raise ValueError(
-            f"VikdfConfig.{key} names the model type {model_type!r}, which this version of transformers does not know. "
+            f"VikdfConfig.{key} names the model type {model_type!r}, which this transformers does not know. "
             "Check the spelling, or upgrade transformers to a version that has this model."
         ) from None
 
@@ -44,8 +44,8 @@ class VikdfConfig(PreTrainedConfig):
     Args:
         text_config (`dict` or `PreTrainedConfig`): the frozen LLM (any causal language model of transformers).
         context_config (`dict` or `PreTrainedConfig`): the frozen text encoder (CLIP, SigLIP, BERT-like, ...).
-        vision_config (`dict` or `PreTrainedConfig`, *optional*): the frozen vision encoder (CLIP, SigLIP, DINOv2, ...);
-            `None` for a model that never sees a picture.
+        vision_config (`dict` or `PreTrainedConfig`, *optional*): the frozen vision encoder (CLIP, SigLIP, DINOv2,
+            ...); `None` for a model that never sees a picture.
         iqformer_config (`dict` or `Blip2QFormerConfig`): the IQ-Former; default BERT-base-sized as in the paper.
         num_knowledge_tokens (`int`): n, the number of queries and so of knowledge vectors (paper: 32).
         knowledge_token_id (`int`, *optional*): id of the placeholder in the LLM's vocabulary that knowledge replaces.

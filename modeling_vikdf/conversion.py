@@ -100,7 +100,8 @@ def convert_checkpoint(folder: str | Path) -> tuple[VikdfForConditionalGeneratio
     wrong = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
     if missing or wrong:
         raise ValueError(
-            f"The checkpoint in {folder} does not fit its config.json: missing {missing[:5]}, of another shape {wrong[:5]}."
+            f"The checkpoint in {folder} does not fit its config.json: missing {missing[:5]}, of another shape "
+            f"{wrong[:5]}."
         )
     model.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
     return model.eval(), sorted(name for name in weights if rename(name) not in wanted)

@@ -29,7 +29,7 @@ class VikdfDialoguePipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if not hasattr(self.model, "get_text_knowledge"):
             raise ValueError(
-                f"vikdf-dialogue needs a VikdfForConditionalGeneration, got a {type(self.model).__name__}. For another "
+                f"vikdf-dialogue needs a VikdfForConditionalGeneration, got a {type(self.model).__name__}. For a plain "
                 'language model use the "text-generation" pipeline.'
             )
 
@@ -38,7 +38,7 @@ class VikdfDialoguePipeline(Pipeline):
         Args:
             inputs: a string (one user turn), a chat (list of messages with `role` and `content`), or a list, generator
                 or dataset of either.
-            images: a picture (PIL image, path or URL) for a single input, or a list of pictures or `None`s, one an input.
+            images: a picture (PIL image, path or URL) for a single input, or a list with a picture or `None` for each.
             batch_size: how many chats are answered at once.
             use_knowledge: `False` asks the bare LLM.
             return_full_text: for chats, whether `generated_text` is the chat with the reply appended (default) or the
