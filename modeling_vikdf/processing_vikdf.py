@@ -11,7 +11,7 @@ a chat that is too long. It knows no model: models find the placeholders by `kno
 import copy
 import os
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers import (
 from transformers.image_utils import load_image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # from the top it may want torchvision
 from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
 
 
 logger = logging.get_logger(__name__)
@@ -201,13 +202,16 @@ class VikdfProcessor(ProcessorMixin):
 
         prompts, labels, contexts, dropped_turns, dropped_context_turns = [], [], [], [], []
         for row, (turns, picture) in enumerate(zip(chats, pictures, strict=True)):
-            self._check_roles(turns, add_generation_prompt, return_labels, row)
             slots = self.num_knowledge_tokens * (use_knowledge + (picture is not None))
-            kept, ids, dropped = self._fit(turns, slots, max_length, add_generation_prompt, row)
+            try:
+                _check_replies(turns, add_generation_prompt, return_labels)
+                kept, ids, dropped = self._fit(turns, slots, max_length, add_generation_prompt)
+                if return_labels:
+                    labels.append(self._label(kept, add_generation_prompt))
+            except ValueError as error:
+                raise ValueError(f"row {row}: {error}") from error
             prompts.append(ids)
             dropped_turns.append(dropped)
-            if return_labels:
-                labels.append(self._label(kept, ids, add_generation_prompt, row))
             context, dropped = self._encode_context(turns) if use_knowledge else ([], 0)
             contexts.append(context)
             dropped_context_turns.append(dropped)
@@ -250,7 +254,7 @@ class VikdfProcessor(ProcessorMixin):
             inputs = self(conversation, add_generation_prompt=add_generation_prompt, **kwargs)
             return inputs if return_dict else inputs["input_ids"]
         chats, _ = self._read_batch(conversation, None)
-        texts = [self._render(turns, add_generation_prompt, row, **kwargs) for row, turns in enumerate(chats)]
+        texts = [self._render(turns, add_generation_prompt, **kwargs) for turns in chats]
         return texts if isinstance(conversation[0], (list, tuple)) else texts[0]
 
     # ---- the steps of `__call__`, in their order ----
@@ -276,18 +280,8 @@ class VikdfProcessor(ProcessorMixin):
             pictures.append(shown[0] if shown else None)
         return all_turns, pictures
 
-    def _check_roles(self, turns: list[dict], add_generation_prompt: bool, return_labels: bool, row: int) -> None:
-        roles = [turn["role"] for turn in turns]
-        if return_labels and "assistant" not in roles:
-            raise ValueError(f"row {row}: return_labels=True needs an assistant message to learn; there is none.")
-        if add_generation_prompt and not return_labels and roles[-1] == "assistant":
-            raise ValueError(
-                f"row {row}: the last message is the assistant's, so there is nothing to reply to. Remove it, or pass "
-                "return_labels=True to learn it, or add_generation_prompt=False to take the chat as it is."
-            )
-
     def _fit(
-        self, turns: list[dict], slots: int, max_length: int | None, add_generation_prompt: bool, row: int
+        self, turns: list[dict], slots: int, max_length: int | None, add_generation_prompt: bool
     ) -> tuple[list[dict], list[int], int]:
         """Leaves out as few of the oldest turns as it can: the turns kept, their ids, how many were left out."""
         limit = self.tokenizer.model_max_length if max_length is None else max_length
@@ -297,8 +291,8 @@ class VikdfProcessor(ProcessorMixin):
 
         @cache
         def attempt(cut: int) -> tuple[list[dict], list[int]]:
-            kept = self._place(turns[:head] + turns[cut:], slots, row)
-            return kept, self._encode_prompt(kept, slots, add_generation_prompt, row)
+            kept = self._place(turns[:head] + turns[cut:], slots)
+            return kept, self._encode_prompt(kept, slots, add_generation_prompt)
 
         def fits(cut: int) -> bool:
             return len(attempt(cut)[1]) <= limit
@@ -306,100 +300,100 @@ class VikdfProcessor(ProcessorMixin):
         first = 0 if fits(head) else bisect_left(cuts, True, lo=1, key=fits)
         if first == len(cuts):
             raise ValueError(
-                f"row {row}: the system message, the newest turn and {slots} knowledge placeholders take "
+                f"the system message, the newest turn and {slots} knowledge placeholders take "
                 f"{len(attempt(cuts[-1])[1])} tokens; at most {limit} are allowed. Shorten them or raise max_length."
             )
         return *attempt(cuts[first]), cuts[first] - head
 
-    def _place(self, turns: list[dict], slots: int, row: int) -> list[dict]:
+    def _place(self, turns: list[dict], slots: int) -> list[dict]:
         """Writes `slots` placeholders into the message that carries them."""
         if slots == 0:
             return turns
         users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
         if not users:
-            raise ValueError(f"row {row}: knowledge is drawn from what the user says, but there is no user message.")
+            raise ValueError("knowledge is drawn from what the user says, but there is no user message.")
         carrier = {"system": 0, "first_user": users[0], "last_user": users[-1]}[self.knowledge_message]
         if self.knowledge_message == "system" and turns[0]["role"] != "system":
-            raise ValueError(f"row {row}: no system message to carry the knowledge; give one, or set system_prompt.")
+            raise ValueError("no system message to carry the knowledge; give one, or set system_prompt.")
         placeholders, content = self.knowledge_token * slots, turns[carrier]["content"]
         content = placeholders + content if self.knowledge_placement == "start" else content + placeholders
         return [*turns[:carrier], {**turns[carrier], "content": content}, *turns[carrier + 1 :]]
 
-    def _render(self, turns: list[dict], add_generation_prompt: bool, row: int, **kwargs: Any) -> Any:
-        kwargs = {"tokenize": False, "chat_template": self.chat_template, **kwargs}
+    def _render(self, turns: list[dict], add_generation_prompt: bool, **kwargs: Any) -> str:
+        kwargs = {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt, **kwargs}
         try:
-            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, **kwargs)
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
         except Exception as error:  # a template is a program and may raise anything
             raise ValueError(
-                f"row {row}: the LLM's chat template refuses a chat with the roles {[t['role'] for t in turns]}: "
-                f"{error} Change the chat or the system_prompt, or pass another chat_template=."
+                f"the LLM's chat template refuses a chat with the roles {[turn['role'] for turn in turns]}: {error} "
+                f"Change the chat or the system_prompt, or pass another chat_template=."
             ) from error
 
-    def _encode_prompt(self, turns: list[dict], slots: int, add_generation_prompt: bool, row: int) -> list[int]:
-        text = self._render(turns, add_generation_prompt, row)
+    def _encode_prompt(self, turns: list[dict], slots: int, add_generation_prompt: bool) -> list[int]:
+        text = self._render(turns, add_generation_prompt)
         # The template writes all special tokens, the leading one too.
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if slots and ids.count(self.knowledge_token_id) != slots:
             raise ValueError(
-                f"row {row}: {slots} times {self.knowledge_token!r} went into the chat and "
+                f"{slots} times {self.knowledge_token!r} went into the chat and "
                 f"{ids.count(self.knowledge_token_id)} came out of the chat template, which must render it unchanged."
             )
         return ids
 
-    def _label(self, turns: list[dict], ids: list[int], add_generation_prompt: bool, row: int) -> list[int]:
-        """The ids where the assistant speaks or ends its turn, `IGNORED` elsewhere."""
+    def _label(self, turns: list[dict], add_generation_prompt: bool) -> list[int]:
+        """The prompt's ids where the assistant speaks or ends its turn, `IGNORED` elsewhere."""
+        text = self._render(turns, add_generation_prompt)
         find_replies = self._marked_replies if GENERATION_BLOCK.search(self.chat_template) else self._rendered_replies
-        replies = find_replies(turns, add_generation_prompt, row)
+        replies = find_replies(turns, text)
         if self.knowledge_message != "last_user":  # the knowledge has read the earlier replies and must not whisper
             final = sum(turn["role"] == "assistant" for turn in turns[_last_user(turns) + 1 :])
             replies = replies[len(replies) - final :]
-        labels = [IGNORED] * len(ids)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts, ends = zip(*encoding["offset_mapping"], strict=True)
+        labels = [IGNORED] * len(starts)
         for start, stop in replies:
-            labels[start:stop] = ids[start:stop]
+            tokens = slice(bisect_right(ends, start), bisect_left(starts, stop))  # all that touch the reply
+            labels[tokens] = encoding["input_ids"][tokens]
         return labels
 
-    def _marked_replies(self, turns: list[dict], add_generation_prompt: bool, row: int) -> list[tuple[int, int]]:
-        """Where the template's `{% generation %}` blocks are in the ids, with the end-of-turn token behind each."""
-        tokenized = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        prompt = self._render(turns, add_generation_prompt, row, **tokenized)
-        ids, marks = prompt["input_ids"], [0, *prompt["assistant_masks"], 0]
-        special = {id_ for id_, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-
-        def next_word(positions: range) -> int | None:  # the first that is not white space
-            return next((i for i in positions if self.tokenizer.decode(ids[i]).strip()), None)
-
+    def _marked_replies(self, turns: list[dict], text: str) -> list[tuple[int, int]]:
+        """Where the template's `{% generation %}` blocks are in the text, each with the end-of-turn token behind it."""
+        # Not by the tokenizer's own mask of assistant tokens: that loses the last bytes of a reply ending in an emoji.
+        _, (blocks,) = render_jinja_template(
+            [turns],
+            chat_template=self.chat_template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        special = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         replies = []
-        for start in (i for i in range(len(ids)) if marks[i + 1] and not marks[i]):
-            stop = marks.index(0, start + 1) - 1
-            last = next_word(range(stop - 1, start, -1)) or start
-            after = next_word(range(last + 1, len(ids)))
-            if ids[last] not in special and after is not None and ids[after] in special:
-                last = after
-            replies.append((start, last + 1))
+        for start, stop in blocks:
+            stop = len(text[:stop].rstrip())
+            behind = text[stop:].lstrip()
+            end_of_turn = next((token for token in special if behind.startswith(token)), None)
+            if end_of_turn and not text[:stop].endswith(special):
+                stop = len(text) - len(behind) + len(end_of_turn)
+            replies.append((start, stop))
         if len(replies) != (said := sum(turn["role"] == "assistant" for turn in turns)):
             raise ValueError(
-                f"row {row}: the {{% generation %}} blocks of the chat template mark {len(replies)} of {said} replies. "
-                "They must enclose all that the assistant says."
+                f"the chat template's {{% generation %}} blocks mark {len(replies)} of {said} replies, but must enclose "
+                "every one."
             )
         return replies
 
-    def _rendered_replies(self, turns: list[dict], add_generation_prompt: bool, row: int) -> list[tuple[int, int]]:
-        """What each assistant message adds to the prompt that asks for it, as a span of the ids."""
-        text = self._render(turns, add_generation_prompt, row)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts = [start for start, _ in encoding["offset_mapping"]]
+    def _rendered_replies(self, turns: list[dict], text: str) -> list[tuple[int, int]]:
+        """What each assistant message adds to the text of the prompt that asks for it."""
         replies = []
         for index in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
-            asked = self._render(turns[:index], True, row) if index else None
-            answered = self._render(turns[: index + 1], False, row)
+            asked = self._render(turns[:index], True) if index else None
+            answered = self._render(turns[: index + 1], False)
             if asked is None or not (answered.startswith(asked) and text.startswith(answered)):
                 raise ValueError(
-                    f"row {row}, message {index}: the chat template renders this reply differently depending on what "
+                    f"message {index}: the chat template renders this reply differently depending on what "
                     "is around it, so labels cannot tell its tokens. Pass chat_template= with {% generation %} and "
                     "{% endgeneration %} around what the assistant says."
                 )
-            end = len(answered.rstrip())  # white space behind the end-of-turn token is the template's
-            replies.append((bisect_left(starts, len(asked)), bisect_left(starts, end)))
+            replies.append((len(asked), len(answered.rstrip())))  # without the template's newline behind the turn
         return replies
 
     def _encode_context(self, turns: list[dict]) -> tuple[list[int], int]:
@@ -526,6 +520,17 @@ def _read_content(content: Any, where: str) -> tuple[str, list[Any]]:
     return "\n".join(texts), pictures
 
 
+def _check_replies(turns: list[dict], add_generation_prompt: bool, return_labels: bool) -> None:
+    roles = [turn["role"] for turn in turns]
+    if return_labels and "assistant" not in roles:
+        raise ValueError("return_labels=True needs an assistant message to learn, but there is none.")
+    if add_generation_prompt and not return_labels and roles[-1] == "assistant":
+        raise ValueError(
+            f"message {len(turns) - 1}: the assistant spoke last, so there is nothing to reply to. Remove the message, "
+            "or pass return_labels=True to learn it, or add_generation_prompt=False to take the chat as it is."
+        )
+
+
 def _load_picture(picture: Any, row: int) -> Any:
     try:
         loaded = load_image(os.fspath(picture) if isinstance(picture, os.PathLike) else picture)
@@ -569,7 +574,7 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
             return token
     # The unknown token will do if bytes stand in for unknown characters, so that no text contains it.
     unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown not in busy and unknown not in tokenizer("\U0010fffd")["input_ids"]:
+    if unknown is not None and unknown not in busy and unknown not in tokenizer("\U0001242b")["input_ids"]:
         return tokenizer.unk_token
     raise ValueError(
         f"The LLM's embedding has no free row beyond its {vocab_size} tokens, and none of these is kept in reserve. "
