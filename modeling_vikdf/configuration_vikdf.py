@@ -5,7 +5,7 @@ text encoder and vision encoder, whatever their family. A backbone listed in `ba
 repository and never saved with the model; one that is not listed is part of the checkpoint.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
@@ -18,22 +18,36 @@ BACKBONE_CONFIGS = {
     "vision_encoder": "vision_config",
 }
 
+# the training objectives and the paper's weights
+OBJECTIVES = {
+    "text_image_matching": 0.5,
+    "masked_image": 0.2,
+    "masked_text": 0.2,
+    "knowledge_to_text": 1.0,
+    "text_to_knowledge": 0.5,
+}
+
 
 def _to_config(value: Any, key: str, default_model_type: str) -> PreTrainedConfig:
-    """Builds a sub-configuration from a dict (its `model_type` says which), or passes a configuration through."""
-    if isinstance(value, PreTrainedConfig):
-        return value
-    fields = dict(value or {})
-    model_type = fields.pop("model_type", default_model_type)
-    try:
-        return AutoConfig.for_model(model_type, **fields)
-    except ValueError as error:
-        if "Unrecognized model identifier" not in str(error):
-            raise
-        raise ValueError(
-            f"VikdfConfig.{key} names the model type {model_type!r}, which this transformers does not know. "
-            "Check the spelling, or upgrade transformers to a version that has this model."
-        ) from None
+    """
+    Builds a sub-configuration from a dict (its `model_type` says which), or passes a configuration through. Of one that
+    describes a text and a vision tower (CLIP, SigLIP) it takes the tower in question.
+    """
+    config = value
+    if not isinstance(value, PreTrainedConfig):
+        fields = dict(value or {})
+        model_type = fields.pop("model_type", default_model_type)
+        try:
+            config = AutoConfig.for_model(model_type, **fields)
+        except ValueError as error:
+            if "Unrecognized model identifier" not in str(error):
+                raise
+            raise ValueError(
+                f"VikdfConfig.{key} names the model type {model_type!r}, which this transformers does not know. "
+                "Check the spelling, or upgrade transformers to a version that has this model."
+            ) from None
+    tower = {"context_config": "text_config", "vision_config": "vision_config"}.get(key)
+    return getattr(config, tower, config) if tower else config
 
 
 @strict
@@ -49,11 +63,17 @@ class VikdfConfig(PreTrainedConfig):
         iqformer_config (`dict` or `Blip2QFormerConfig`): the IQ-Former; default BERT-base-sized as in the paper.
         num_knowledge_tokens (`int`): n, the number of queries and so of knowledge vectors (paper: 32).
         knowledge_token_id (`int`, *optional*): id of the placeholder in the LLM's vocabulary that knowledge replaces.
+        knowledge_pooling (`"first"` or `"mean"`): which of a text's or picture's n knowledge vectors stand for it when
+            texts and pictures are matched; the first query as in the paper, or the mean.
+        matching_dim (`int`): width of the space in which they are matched (paper: 256).
         project_inputs (`bool`): whether each encoder's states pass through a trained LayerNorm-Linear-LayerNorm to the
             IQ-Former's width. Needed for towers that were not trained together; `False` as in the paper, where CLIP's
             own projections put both towers into one space.
         vision_post_layernorm (`bool`): for CLIP's vision tower, whether patch states pass the post-layernorm before
             CLIP's projection, as CLIP's own pooled state does. (The authors' code leaves it out.)
+        loss_weights (`dict`): objective -> weight, for pre-training; one not named counts 0. Default: the paper's five.
+        detach_knowledge_target (`bool`): whether text -> knowledge trains the LLM side alone (`True`) or may also make
+            the knowledge easier to predict, as in the authors' code.
         backbones (`dict`): role (`language_model`, `context_encoder`, `vision_encoder`) ->
             `{"repo_id": ..., "revision": ...}` of a backbone that is not stored in this checkpoint.
 
@@ -75,8 +95,12 @@ class VikdfConfig(PreTrainedConfig):
     iqformer_config: dict | PreTrainedConfig | None = None
     num_knowledge_tokens: int = 32
     knowledge_token_id: int | None = None
+    knowledge_pooling: Literal["first", "mean"] = "first"
+    matching_dim: int = 256
     project_inputs: bool = False
     vision_post_layernorm: bool = True
+    loss_weights: dict | None = None
+    detach_knowledge_target: bool = True
     backbones: dict | None = None
     initializer_range: float = 0.02
     # The language model ties its own embeddings if it wants to; nothing is tied across the parts.
@@ -91,6 +115,8 @@ class VikdfConfig(PreTrainedConfig):
             width = self.encoder_width("context_config")
             self.iqformer_config = {"encoder_hidden_size": width, **(self.iqformer_config or {})}
         self.iqformer_config = _to_config(self.iqformer_config, "iqformer_config", "blip_2_qformer")
+        weights = OBJECTIVES if self.loss_weights is None else self.loss_weights
+        self.loss_weights = {name: weights.get(name, 0.0) for name in OBJECTIVES} | weights
         self.backbones = {} if self.backbones is None else self.backbones
         super().__post_init__(**kwargs)
         self._check_fit()
@@ -107,6 +133,9 @@ class VikdfConfig(PreTrainedConfig):
         unknown = sorted(set(self.backbones) - set(BACKBONE_CONFIGS))
         if unknown:
             raise ValueError(f"backbones names the roles {unknown}; known roles are {sorted(BACKBONE_CONFIGS)}.")
+        unknown = sorted(set(self.loss_weights) - set(OBJECTIVES))
+        if unknown:
+            raise ValueError(f"loss_weights names the objectives {unknown}; known objectives are {list(OBJECTIVES)}.")
         width = self.iqformer_config.encoder_hidden_size
         if self.project_inputs:
             # the trained input projections end in the IQ-Former's own width

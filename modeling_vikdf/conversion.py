@@ -21,6 +21,9 @@ RENAMED = (
     (r"^clip_vision_model\.", "vision_encoder.vision_model."),
     (r"^clip_visual_projection\.", "vision_encoder.visual_projection."),
     (r"^query_tokens$", "iqformer.query_tokens"),
+    (r"^query_text_projection\.", "matching_head.text_projection."),
+    (r"^query_visual_projection\.", "matching_head.image_projection."),
+    (r"^logit_scale$", "matching_head.logit_scale"),
     (r"^qformer\.embeddings\.LayerNorm\.", "iqformer.qformer.layernorm."),
     (r"^qformer\.(encoder\.layer\.\d+\.(?:cross)?attention)\.self\.", r"iqformer.qformer.\1.attention."),
     (r"^qformer\.", "iqformer.qformer."),
@@ -69,6 +72,7 @@ def convert_config(theirs: dict[str, Any]) -> VikdfConfig:
         num_knowledge_tokens=theirs["num_query_tokens"],
         # their splice goes by position, so no id of the vocabulary is taken: the first one behind it
         knowledge_token_id=language_model.vocab_size,
+        matching_dim=theirs["matching_dim"],
         vision_post_layernorm=False,
     )
 

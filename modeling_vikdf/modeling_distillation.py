@@ -8,3 +8,380 @@ Every objective is a sum over what it scores (pairs, pixels, tokens, vector comp
 that is the mean. A trainer that splits a batch over micro-batches or processes passes the whole batch's counts, and the
 parts add up to the mean over the whole.
 """
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_vikdf import OBJECTIVES, VikdfConfig
+from .modeling_vikdf import VikdfForConditionalGeneration
+
+
+def text_image_matching_loss(
+    text: torch.Tensor,
+    image: torch.Tensor,
+    logit_scale: torch.Tensor,
+    other_text: torch.Tensor | None = None,
+    other_image: torch.Tensor | None = None,
+    parts: int = 1,
+) -> torch.Tensor:
+    """
+    Symmetric InfoNCE over a whole batch (paper, "Text-Image Matching"; Radford et al. 2021, CLIP, figure 3).
+
+    Of a batch that is computed in `parts` (micro-batches, processes), each part passes the embeddings of all others
+    without gradient. The values that the parts return add up to the loss of the whole batch, and so do the gradients.
+
+    Args:
+        text, image: unit vectors of the part's pairs [B, d].
+        logit_scale: logarithm of the inverse temperature, scalar.
+        other_text, other_image: unit vectors of the other parts' pairs [R, d].
+        parts: in how many parts the batch is computed.
+
+    Returns:
+        Scalar, in nats a pair: `1 / parts` of the whole batch's loss.
+    """
+    if other_text is not None:
+        text, image = torch.cat([text, other_text]), torch.cat([image, other_image])  # [N, d], N = B + R
+    # every part sees the whole gradient of the temperature, so each may take its share only
+    logit_scale = logit_scale.detach() + (logit_scale - logit_scale.detach()) / parts
+    logits = logit_scale.exp() * text @ image.T  # [N, N]
+    targets = torch.arange(len(logits), device=logits.device)
+    loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    # the loss of the whole, of which only this part's embeddings carry a gradient: a share of the value, all of that
+    return loss.detach() / parts + (loss - loss.detach())
+
+
+def masked_image_loss(
+    predicted: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor, count: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """
+    Mean absolute error on masked pixels (paper, "Text-Assisted Masked Image Modelling"; Xie et al. 2022, SimMIM).
+
+    Args:
+        predicted, pixels: [B, 3, H, W].
+        mask: 1 for the pixels to score, [B, H, W].
+        count: number of scored pixels in the whole batch; default those of `mask`.
+
+    Returns:
+        Scalar; 0 when nothing is masked.
+    """
+    error = (predicted - pixels).abs().sum(1) * mask  # [B, H, W]
+    return error.sum() / (_count(mask.sum(), count) * pixels.shape[1])
+
+
+def masked_text_loss(
+    logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """
+    Cross-entropy of the chosen tokens (paper, "Image-Assisted Masked Text Modelling"; Devlin et al. 2019, BERT).
+
+    Args:
+        logits: of the chosen tokens alone [K, vocabulary].
+        targets: their true ids [K].
+        count: number of chosen tokens in the whole batch; default K.
+
+    Returns:
+        Scalar, in nats a token; 0 when no token was chosen.
+    """
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return loss / _count(torch.tensor(len(targets), device=logits.device), count)
+
+
+def text_to_knowledge_loss(
+    predicted: torch.Tensor, knowledge: torch.Tensor, count: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """
+    Negative log-likelihood of knowledge under a Gaussian of unit variance, up to constants: the mean squared error
+    (paper, "Bidirectional Variational Information Fusion"; Barber & Agakov 2003 for the bound).
+
+    Args:
+        predicted, knowledge: [B, n, h].
+        count: number of rows in the whole batch; default B.
+
+    Returns:
+        Scalar, mean over rows, vectors and components.
+    """
+    rows = torch.tensor(len(predicted), device=predicted.device)
+    error = (predicted.float() - knowledge.float()).square().sum()
+    return error / (_count(rows, count) * predicted[0].numel())
+
+
+def _count(own: torch.Tensor, whole: torch.Tensor | float | None) -> torch.Tensor:
+    """The divisor: the whole batch's count if known, and never 0."""
+    return torch.clamp(torch.as_tensor(own if whole is None else whole, device=own.device), min=1)
+
+
+class VikdfReconstructionBlock(nn.Module):
+    """
+    The one-block transformer through which a masked modality asks the other one's knowledge: cross-attention, then a
+    feed-forward, each with its residual and a LayerNorm behind it. There is no attention among the queries.
+    """
+
+    def __init__(self, width: int, knowledge_width: int, dropout: float = 0.1):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(
+            width, num_heads=4, dropout=dropout, kdim=knowledge_width, vdim=knowledge_width, batch_first=True
+        )
+        self.norm1 = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+        self.norm2 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: torch.Tensor, knowledge: torch.Tensor) -> torch.Tensor:
+        """States [B, S, width] that ask knowledge [B, n, h] -> [B, S, width]."""
+        asked, _ = self.attention(states, knowledge, knowledge, need_weights=False)
+        states = self.norm1(states + self.dropout(asked))
+        return self.norm2(states + self.dropout(self.ffn(states)))
+
+
+@dataclass
+class VikdfPreTrainingOutput(ModelOutput):
+    """
+    loss: weighted sum of the objectives, scalar.
+    losses: name of each objective -> its own value, unweighted and without gradient.
+    text_knowledge, image_knowledge: K^T, K^I [B, n, h].
+    """
+
+    loss: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] | None = None
+    text_knowledge: torch.Tensor | None = None
+    image_knowledge: torch.Tensor | None = None
+
+
+class VikdfForPreTraining(VikdfForConditionalGeneration):
+    """
+    A dialogue model with the heads of the objectives. Objectives of weight 0 in `config.loss_weights` are not computed
+    and need no inputs. `VikdfForConditionalGeneration` loads its checkpoints and leaves the heads out.
+    """
+
+    _keep_in_fp32_modules_strict = [
+        *VikdfForConditionalGeneration._keep_in_fp32_modules_strict,
+        "masked_image_block",
+        "masked_text_block",
+        "pixel_decoder",
+        "token_decoder",
+        "knowledge_predictor",
+    ]
+
+    def __init__(self, config: VikdfConfig):
+        super().__init__(config)
+        width, h = config.iqformer_config.encoder_hidden_size, config.iqformer_config.hidden_size
+        if config.loss_weights["masked_image"]:
+            patch = config.vision_config.patch_size
+            self.masked_image_block = VikdfReconstructionBlock(width, h)
+            self.pixel_decoder = nn.Linear(width, 3 * patch**2)  # a 1x1 convolution over the patch grid
+        if config.loss_weights["masked_text"]:
+            self.masked_text_block = VikdfReconstructionBlock(width, h)
+            self.token_decoder = nn.Linear(width, config.context_config.vocab_size)
+        if config.loss_weights["text_to_knowledge"]:
+            self.knowledge_predictor = nn.Linear(config.text_config.hidden_size, h)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.MultiheadAttention):
+            for name, parameter in module.named_parameters(recurse=False):
+                init.zeros_(parameter) if "bias" in name else init.xavier_uniform_(parameter)
+
+    def forward(
+        self,
+        context_input_ids: torch.Tensor | None = None,
+        context_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        context_states: torch.Tensor | None = None,
+        vision_states: torch.Tensor | None = None,
+        masked_cells: torch.Tensor | None = None,
+        hidden_cells: torch.Tensor | None = None,
+        masked_input_ids: torch.Tensor | None = None,
+        masked_labels: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        draw_input_ids: torch.Tensor | None = None,
+        draw_attention_mask: torch.Tensor | None = None,
+        use_image_knowledge: torch.Tensor | None = None,
+        other_text: torch.Tensor | None = None,
+        other_image: torch.Tensor | None = None,
+        parts: int = 1,
+        counts: dict[str, torch.Tensor | float] | None = None,
+        **kwargs: Any,
+    ) -> VikdfPreTrainingOutput:
+        """
+        Args:
+            context_input_ids, context_attention_mask: captions for the text encoder [B, T]; `context_states`
+                [B, T, d] are their cached states.
+            pixel_values: pictures [B, 3, H, W]; `vision_states` [B, S, d] are their cached states, and then only the
+                pictures of the first M rows are needed, for masked modelling.
+            masked_cells: cells of a square grid over the picture to score [M, cells] (bool); hidden_cells: those of
+                them to hide from the encoder. M <= B: the first M rows take part.
+            masked_input_ids: captions with tokens replaced [M, T]; masked_labels: the true ids, -100 elsewhere.
+            input_ids, attention_mask, labels: prompts with placeholders and the captions behind them (knowledge -> text).
+            draw_input_ids, draw_attention_mask: captions with placeholders behind them (text -> knowledge).
+            use_image_knowledge: rows in which BVIF's knowledge is the picture's [B] (bool); default: the text's.
+            other_text, other_image, parts: see `text_image_matching_loss`.
+            counts: objective -> count over the whole batch; see the loss functions.
+
+        Raises:
+            ValueError: if an objective of positive weight lacks an input.
+        """
+        weights = {name: weight for name, weight in self.config.loss_weights.items() if weight}
+        counts = counts or {}
+        if context_states is None and context_input_ids is not None:
+            context_states = self.encode_context(context_input_ids, context_attention_mask)  # [B, T, d]
+        if vision_states is None and pixel_values is not None:
+            vision_states = self.encode_images(pixel_values)  # [B, S, d]
+        text = image = None
+        if context_states is not None:
+            text = self.iqformer.text_knowledge(context_states, context_attention_mask)  # K^T [B, n, h]
+        if vision_states is not None:
+            image = self.iqformer.image_knowledge(vision_states)  # K^I [B, n, h]
+
+        losses = {}
+        if "text_image_matching" in weights:
+            _require("text_image_matching", captions=text, pictures=image)
+            losses["text_image_matching"] = text_image_matching_loss(
+                self.matching_head.text(text),
+                self.matching_head.image(image),
+                self.matching_head.logit_scale,
+                other_text,
+                other_image,
+                parts,
+            )
+        if "masked_image" in weights:
+            _require("masked_image", captions=text, pixel_values=pixel_values, masked_cells=masked_cells)
+            losses["masked_image"] = self.masked_image_modelling(
+                pixel_values[: len(masked_cells)], masked_cells, hidden_cells, text, counts.get("masked_image")
+            )
+        if "masked_text" in weights:
+            _require("masked_text", pictures=image, masked_input_ids=masked_input_ids, masked_labels=masked_labels)
+            losses["masked_text"] = self.masked_text_modelling(
+                masked_input_ids, context_attention_mask, masked_labels, image, counts.get("masked_text")
+            )
+        knowledge = text  # BVIF's K: the text's, the picture's, or either by row
+        if use_image_knowledge is not None:
+            knowledge = torch.where(use_image_knowledge[:, None, None], image, text)
+        if "knowledge_to_text" in weights:
+            _require("knowledge_to_text", knowledge=knowledge, input_ids=input_ids, labels=labels)
+            losses["knowledge_to_text"] = (
+                super()
+                .forward(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    knowledge=knowledge,
+                    labels=labels,
+                    num_items_in_batch=counts.get("knowledge_to_text"),
+                )
+                .loss
+            )
+        if "text_to_knowledge" in weights:
+            _require("text_to_knowledge", knowledge=knowledge, draw_input_ids=draw_input_ids)
+            losses["text_to_knowledge"] = self.text_to_knowledge(
+                draw_input_ids, draw_attention_mask, knowledge, counts.get("text_to_knowledge")
+            )
+        loss = sum(weights[name] * value for name, value in losses.items())
+        return VikdfPreTrainingOutput(
+            loss=loss,
+            losses={name: value.detach() for name, value in losses.items()},
+            text_knowledge=text,
+            image_knowledge=image,
+        )
+
+    def masked_image_modelling(
+        self,
+        pixel_values: torch.Tensor,
+        masked_cells: torch.Tensor,
+        hidden_cells: torch.Tensor | None,
+        text_knowledge: torch.Tensor,
+        count: torch.Tensor | float | None = None,
+    ) -> torch.Tensor:
+        """Hidden cells are zeroed, the encoder's states ask K^T, pixels come from the patch states alone."""
+        rows, _, height, width = pixel_values.shape
+        mask = _cells_to_pixels(masked_cells, height, width)  # [M, H, W]
+        hidden = mask if hidden_cells is None else _cells_to_pixels(hidden_cells, height, width)
+        states = self.encode_images(pixel_values * (1 - hidden[:, None]))  # [M, S, d]
+        states = self.iqformer.vision_projection(states.to(text_knowledge.dtype))
+        patch = self.config.vision_config.patch_size
+        grid = (height // patch, width // patch)
+        states = states[:, states.shape[1] - grid[0] * grid[1] :]  # [M, patches, d]: without class and register states
+        pixels = self.pixel_decoder(self.masked_image_block(states, text_knowledge[:rows]))  # [M, patches, 3 * patch^2]
+        predicted = F.pixel_shuffle(pixels.transpose(1, 2).reshape(rows, -1, *grid), patch)  # [M, 3, H, W]
+        return masked_image_loss(predicted, pixel_values[..., : predicted.shape[-2], : predicted.shape[-1]], mask, count)
+
+    def masked_text_modelling(
+        self,
+        masked_input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        image_knowledge: torch.Tensor,
+        count: torch.Tensor | float | None = None,
+    ) -> torch.Tensor:
+        """The encoder reads the caption with tokens replaced; the states of the chosen ones ask K^I for the true ids."""
+        rows = len(masked_input_ids)
+        states = self.encode_context(masked_input_ids, attention_mask[:rows])  # [M, T, d]
+        states = self.iqformer.context_projection(states.to(image_knowledge.dtype))
+        chosen = labels != -100  # [M, T]
+        states = self.masked_text_block(states, image_knowledge[:rows])[chosen]  # [K, d]
+        return masked_text_loss(self.token_decoder(states), labels[chosen], count)
+
+    def text_to_knowledge(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        knowledge: torch.Tensor,
+        count: torch.Tensor | float | None = None,
+    ) -> torch.Tensor:
+        """
+        The LLM's last hidden state before knowledge vector i predicts vector i, with the vectors before it as input.
+
+        Args:
+            input_ids: captions with n placeholders behind them, left-padded, so that each row ends in its last
+                placeholder [B, T].
+            attention_mask: [B, T].
+            knowledge: [B, n, h]; as the target it is detached unless the configuration says otherwise, or knowledge
+                would become easy to predict instead of predictable.
+        """
+        n = self.config.num_knowledge_tokens
+        if not (input_ids[:, -n:] == self.config.knowledge_token_id).all():
+            raise ValueError(f"draw_input_ids must end in {n} placeholders in every row: pad on the left.")
+        embeds = self.embed_prompt(input_ids, knowledge)[:, :-1]  # [B, T - 1, d_llm]: nothing follows the last vector
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        outputs = self.run_language_model(
+            embeds, mask[:, :-1], prefix=input_ids.shape[1] - n, language_model=self.language_model.base_model
+        )
+        # with the prefix run on its own, its last state predicts the first vector
+        states = outputs.last_hidden_state[:, -n:]  # [B, n, d_llm]
+        predicted = self.knowledge_predictor(states.to(self.knowledge_predictor.weight.dtype))
+        target = knowledge.detach() if self.config.detach_knowledge_target else knowledge
+        return text_to_knowledge_loss(predicted, target, count)
+
+
+def _cells_to_pixels(cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A square grid of cells [M, cells] as a pixel mask [M, H, W] of 0 and 1."""
+    side = int(cells.shape[1] ** 0.5)
+    grid = cells.view(-1, 1, side, side).float()
+    return F.interpolate(grid, size=(height, width), mode="nearest")[:, 0]
+
+
+def _require(objective: str, **inputs: Any) -> None:
+    missing = [name for name, value in inputs.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"The objective {objective!r} has a positive weight in config.loss_weights but the batch lacks "
+            f"{', '.join(missing)}. Add the inputs, or set the weight to 0."
+        )
+
+
+__all__ = [
+    "VikdfForPreTraining",
+    "VikdfPreTrainingOutput",
+    "VikdfReconstructionBlock",
+    "masked_image_loss",
+    "masked_text_loss",
+    "text_image_matching_loss",
+    "text_to_knowledge_loss",
+]

@@ -11,6 +11,9 @@ from transformers import Blip2QFormerModel, PreTrainedModel
 from .configuration_vikdf import VikdfConfig
 
 
+CLIP_LOGIT_SCALE = 2.6592
+
+
 class VikdfInputProjection(nn.Module):
     """LayerNorm-Linear-LayerNorm from an encoder's width to the IQ-Former's: [B, S, d_encoder] -> [B, S, h]."""
 
@@ -72,6 +75,33 @@ class VikdfIQFormer(nn.Module):
         return self(self.vision_projection(states.to(self.query_tokens.dtype)))
 
 
+class VikdfMatchingHead(nn.Module):
+    """
+    Knowledge -> one normalised embedding in a space that texts and pictures share (paper, "Text-Image Matching").
+
+    t = normalise(W_t pool(K^T)), v = normalise(W_v pool(K^I)), compared by exp(logit_scale) * t . v; `logit_scale` is a
+    learnt scalar that starts where CLIP's does, at ln(1 / 0.07).
+    """
+
+    def __init__(self, config: VikdfConfig):
+        super().__init__()
+        self.pooling = config.knowledge_pooling
+        self.text_projection = nn.Linear(config.iqformer_config.hidden_size, config.matching_dim)
+        self.image_projection = nn.Linear(config.iqformer_config.hidden_size, config.matching_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(CLIP_LOGIT_SCALE))
+
+    def _pool(self, knowledge: torch.Tensor) -> torch.Tensor:
+        return knowledge[:, 0] if self.pooling == "first" else knowledge.mean(dim=1)  # [B, h]
+
+    def text(self, knowledge: torch.Tensor) -> torch.Tensor:
+        """K^T [B, n, h] -> unit vectors [B, matching_dim]."""
+        return nn.functional.normalize(self.text_projection(self._pool(knowledge)), dim=-1)
+
+    def image(self, knowledge: torch.Tensor) -> torch.Tensor:
+        """K^I [B, n, h] -> unit vectors [B, matching_dim]."""
+        return nn.functional.normalize(self.image_projection(self._pool(knowledge)), dim=-1)
+
+
 @torch.no_grad()
 def initialize_from_bert(iqformer: VikdfIQFormer, bert: PreTrainedModel) -> None:
     """
@@ -107,4 +137,4 @@ def initialize_from_bert(iqformer: VikdfIQFormer, bert: PreTrainedModel) -> None
         layer.output_query.load_state_dict(source.output.state_dict())
 
 
-__all__ = ["VikdfIQFormer", "initialize_from_bert"]
+__all__ = ["VikdfIQFormer", "VikdfMatchingHead", "initialize_from_bert"]

@@ -24,15 +24,17 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipTextModel,
+    SuppressTokensLogitsProcessor,
 )
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
-from .modeling_iqformer import VikdfIQFormer, initialize_from_bert
+from .modeling_iqformer import CLIP_LOGIT_SCALE, VikdfIQFormer, VikdfMatchingHead, initialize_from_bert
 
 
 @dataclass
@@ -66,7 +68,13 @@ class VikdfPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
     # what is trained keeps float32 weights beside a half-precision LLM
-    _keep_in_fp32_modules_strict = ["iqformer", "language_projection", "knowledge_base", "knowledge_gate"]
+    _keep_in_fp32_modules_strict = [
+        "iqformer",
+        "matching_head",
+        "language_projection",
+        "knowledge_base",
+        "knowledge_gate",
+    ]
 
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
@@ -83,6 +91,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, VikdfIQFormer):
             init.normal_(module.query_tokens, std=self.config.initializer_range)
+        if isinstance(module, VikdfMatchingHead):
+            init.constant_(module.logit_scale, CLIP_LOGIT_SCALE)
         if hasattr(module, "knowledge_base"):
             # the paper's parametrisation: nothing but the projected knowledge
             init.zeros_(module.knowledge_base)
@@ -312,6 +322,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         super().__init__(config)
         n, d_llm = config.num_knowledge_tokens, config.text_config.hidden_size
         self.iqformer = VikdfIQFormer(config)
+        self.matching_head = VikdfMatchingHead(config)
         self.language_projection = nn.Linear(config.iqformer_config.hidden_size, d_llm)
         self.knowledge_base = nn.Parameter(torch.zeros(n, d_llm))
         self.knowledge_gate = nn.Parameter(torch.ones(n))
@@ -363,9 +374,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         sub_configs = {}
         for role, source in backbones.items():
             path, revision = _locate(source["repo_id"], source["revision"])
-            sub_config = _tower_config(AutoConfig.from_pretrained(path, revision=revision), role)
-            sub_config.name_or_path = source["repo_id"]  # not the folder of this machine
-            sub_configs[BACKBONE_CONFIGS[role]] = sub_config
+            sub_configs[BACKBONE_CONFIGS[role]] = AutoConfig.from_pretrained(path, revision=revision)
         iqformer_config = dict(iqformer_config or {})
         if bert is not None:
             bert_path, bert_revision = _locate(bert, None)
@@ -381,6 +390,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             knowledge_token_id=processor.knowledge_token_id,
             **config_kwargs,
         )
+        for role, source in backbones.items():
+            getattr(config, BACKBONE_CONFIGS[role]).name_or_path = source["repo_id"]  # not this machine's folder
         model = cls(config)
         model.attach_backbones(dtype=dtype)
         if bert is not None:
@@ -448,6 +459,16 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         """
         return self.iqformer.image_knowledge(self.encode_images(pixel_values))
 
+    def get_text_embeddings(
+        self, context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Unit vectors [B, matching_dim] of texts, to be compared with those of pictures by their dot product."""
+        return self.matching_head.text(self.get_text_knowledge(context_input_ids, context_attention_mask))
+
+    def get_image_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Unit vectors [B, matching_dim] of pictures [B, 3, H, W]."""
+        return self.matching_head.image(self.get_image_knowledge(pixel_values))
+
     def get_knowledge(
         self,
         context_input_ids: torch.Tensor | None = None,
@@ -479,7 +500,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             raise ValueError("knowledge holds NaN or infinite values; check what it was computed from.")
         sources = knowledge.shape[1] // n
         base, gate = self.knowledge_base.repeat(sources, 1), self.knowledge_gate.repeat(sources)[:, None]
-        return base + gate * self.language_projection(knowledge.to(self.language_projection.weight.dtype))
+        return base + gate * self.language_projection(knowledge.to(self.language_projection.weight))
 
     def embed_prompt(
         self,
@@ -498,9 +519,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if a row's number of placeholders is not its number of knowledge vectors.
         """
-        placeholders = input_ids == self.config.knowledge_token_id  # [B, T]
-        # the placeholder's own embedding is never used, so its id may lie outside the LLM's vocabulary
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))  # [B, T, d_llm]
+        token_id = self.config.knowledge_token_id
+        placeholders = torch.eq(input_ids, -1 if token_id is None else token_id)  # [B, T]
         if knowledge is None:
             # a single token is a decoding step: its prompt was checked when it was read
             if input_ids.shape[1] > 1 and placeholders.any():
@@ -508,7 +528,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
                     f"The prompt holds {int(placeholders.sum())} knowledge placeholders but no knowledge was given. "
                     "Pass context_input_ids, pixel_values or knowledge, or write the prompt with use_knowledge=False."
                 )
-            return embeds
+            return self.get_input_embeddings()(input_ids)
+        # the placeholder's own embedding is not used, so its id may lie outside the LLM's vocabulary
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))  # [B, T, d_llm]
         vectors = self.project_knowledge(knowledge)  # [B, m, d_llm]
         keep = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)  # [B, m]
         if image_mask is not None:
@@ -516,12 +538,13 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         found, expected = placeholders.sum(1), keep.sum(1)
         if found.shape != expected.shape or (found != expected).any():
             raise ValueError(
-                f"Each row needs one placeholder (id {self.config.knowledge_token_id}) for each knowledge vector: "
+                f"Each row needs one placeholder (id {token_id}) for each knowledge vector: "
                 f"expected {expected.tolist()}, found {found.tolist()}. Was the prompt written by this model's "
                 "processor, and not truncated since?"
             )
         return embeds.masked_scatter(placeholders[..., None], vectors[keep].to(embeds.dtype))
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -608,17 +631,22 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Hands the knowledge over with the tokens that hold its placeholders: once with a cache, else every time."""
+        """Embeds the tokens that are not cached yet, those of the prompt with the knowledge among them."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
+        new_ids = model_inputs["input_ids"]
+        if new_ids is None:
+            return model_inputs
         reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
-        if knowledge is not None and reads_prompt and inputs_embeds is None:
-            new_ids = model_inputs["input_ids"]
-            is_cached = new_ids.shape[1] < input_ids.shape[1] and not (new_ids == self.config.knowledge_token_id).any()
-            if not is_cached:
-                model_inputs |= {"knowledge": knowledge, "image_mask": image_mask}
-        return model_inputs
+        if knowledge is not None and reads_prompt:
+            # the whole prompt, because the cache may end anywhere in it
+            embeds = self.embed_prompt(input_ids.to(new_ids.device), knowledge, image_mask)[:, -new_ids.shape[1] :]
+        elif is_first_iteration:
+            embeds = self.embed_prompt(new_ids)
+        else:  # tokens the LLM wrote are its own, even the one that serves as placeholder
+            embeds = self.get_input_embeddings()(new_ids)
+        return model_inputs | {"input_ids": None, "inputs_embeds": embeds}
 
     @torch.no_grad()
     def generate(
@@ -650,7 +678,12 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         if knowledge is not None:
             if kwargs.get("inputs_embeds") is not None:
                 raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
+            if self.config.knowledge_token_id is None:
+                raise ValueError("config.knowledge_token_id is not set: it must be the id that the processor writes.")
             kwargs["knowledge"] = knowledge
+            # what the LLM writes must not be taken for a place of knowledge
+            no_placeholder = SuppressTokensLogitsProcessor([self.config.knowledge_token_id], device=knowledge.device)
+            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), no_placeholder])
         return super().generate(inputs, generation_config, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -673,12 +706,6 @@ def _backbone_class(role: str, config: PreTrainedConfig) -> Any:
         "siglip_text_model": SiglipTextModel,  # the Auto class knows SigLIP's vision tower only
     }
     return towers.get(config.model_type, AutoModel)
-
-
-def _tower_config(config: PreTrainedConfig, role: str) -> PreTrainedConfig:
-    """The configuration of the wanted tower where a repository holds a text and a vision tower."""
-    tower = {"context_encoder": "text_config", "vision_encoder": "vision_config"}.get(role)
-    return getattr(config, tower) if tower and hasattr(config, tower) else config
 
 
 def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

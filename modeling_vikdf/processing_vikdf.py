@@ -326,7 +326,7 @@ class VikdfProcessor(ProcessorMixin):
         except Exception as error:  # a template is a program and may raise anything
             raise ValueError(
                 f"the LLM's chat template refuses a chat with the roles {[turn['role'] for turn in turns]}: {error} "
-                f"Change the chat or the system_prompt, or pass another chat_template=."
+                "Change the chat or the system_prompt, or pass another chat_template=."
             ) from error
 
     def _encode_prompt(self, turns: list[dict], slots: int, add_generation_prompt: bool) -> list[int]:
@@ -357,8 +357,10 @@ class VikdfProcessor(ProcessorMixin):
         return labels
 
     def _marked_replies(self, turns: list[dict], text: str) -> list[tuple[int, int]]:
-        """Where the template's `{% generation %}` blocks are in the text, each with the end-of-turn token behind it."""
-        # Not by the tokenizer's own mask of assistant tokens: that loses the last bytes of a reply ending in an emoji.
+        """Where the template's `{% generation %}` blocks are in the text, each up to the end-of-turn token behind it.
+
+        Not by the tokenizer's mask of assistant tokens: that loses the last bytes of a reply that ends in an emoji.
+        """
         _, (blocks,) = render_jinja_template(
             [turns],
             chat_template=self.chat_template,
@@ -376,8 +378,8 @@ class VikdfProcessor(ProcessorMixin):
             replies.append((start, stop))
         if len(replies) != (said := sum(turn["role"] == "assistant" for turn in turns)):
             raise ValueError(
-                f"the chat template's {{% generation %}} blocks mark {len(replies)} of {said} replies, but must enclose "
-                "every one."
+                f"the chat template's {{% generation %}} blocks mark {len(replies)} of {said} replies. They must "
+                "enclose every one."
             )
         return replies
 
@@ -389,9 +391,9 @@ class VikdfProcessor(ProcessorMixin):
             answered = self._render(turns[: index + 1], False)
             if asked is None or not (answered.startswith(asked) and text.startswith(answered)):
                 raise ValueError(
-                    f"message {index}: the chat template renders this reply differently depending on what "
-                    "is around it, so labels cannot tell its tokens. Pass chat_template= with {% generation %} and "
-                    "{% endgeneration %} around what the assistant says."
+                    f"the chat template renders the reply {turns[index]['content'][:40]!r} differently depending on "
+                    "what is around it, so labels cannot tell its tokens. Pass chat_template= with {% generation %} "
+                    "and {% endgeneration %} around what the assistant says."
                 )
             replies.append((len(asked), len(answered.rstrip())))  # without the template's newline behind the turn
         return replies
@@ -510,7 +512,9 @@ def _read_content(content: Any, where: str) -> tuple[str, list[Any]]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
-        elif kind == "image" and (sources := [part[key] for key in ("image", "url", "path") if part.get(key)]):
+        elif kind == "image" and (
+            sources := [part[key] for key in ("image", "url", "path") if part.get(key) is not None]
+        ):
             pictures += sources
         else:
             raise ValueError(
@@ -526,8 +530,8 @@ def _check_replies(turns: list[dict], add_generation_prompt: bool, return_labels
         raise ValueError("return_labels=True needs an assistant message to learn, but there is none.")
     if add_generation_prompt and not return_labels and roles[-1] == "assistant":
         raise ValueError(
-            f"message {len(turns) - 1}: the assistant spoke last, so there is nothing to reply to. Remove the message, "
-            "or pass return_labels=True to learn it, or add_generation_prompt=False to take the chat as it is."
+            "the last message is the assistant's, so there is nothing to reply to. Remove it, or pass "
+            "return_labels=True to learn it, or add_generation_prompt=False to take the chat as it is."
         )
 
 

@@ -252,9 +252,9 @@ def test_labels_refuse_a_template_that_renders_replies_by_their_surroundings():
         "message['content'] +", "('<think></think>' if loop.last and loop.index > 1 else '') + message['content'] +"
     )
     chat = [user("one"), assistant("two"), user("three"), assistant("four")]
-    with pytest.raises(ValueError, match=r"row 0: message 1: .*\{% generation %\}"):
+    with pytest.raises(ValueError, match=r"row 0: .*the reply 'two' differently .*\{% generation %\}"):
         build(qwen_tokenizer(thinking))(chat, return_labels=True)
-    with pytest.raises(ValueError, match=r"row 0: message 0: .*\{% generation %\}"):
+    with pytest.raises(ValueError, match=r"row 0: .*the reply 'two' differently"):
         FAMILIES["chatml"](chat[1:], return_labels=True)
     marked = FAMILIES["chatml-generation"](chat[1:], return_labels=True)
     assert supervised(FAMILIES["chatml"], marked["labels"][0]) == ["two<|im_end|>", "four<|im_end|>"]
@@ -436,7 +436,7 @@ two_pictures = [{"type": "image", "image": picture()}] * 2
         ([user(["text"])], {}, ValueError, "row 0, message 0: a part must be"),
         ([user("a <|knowledge|>")], {}, ValueError, "row 0, message 0: .*reserved"),
         ([user("a <|knowledge|>")], {"use_knowledge": False}, ValueError, "row 0, message 0: .*reserved"),
-        ([user("a"), assistant("b")], {}, ValueError, "row 0: message 1: the assistant spoke last"),
+        ([user("a"), assistant("b")], {}, ValueError, "row 0: the last message is the assistant's"),
         ([user("a")], {"return_labels": True}, ValueError, "row 0: return_labels=True needs an assistant"),
         ([system("a")], {}, ValueError, "row 0: knowledge is drawn from what the user says"),
         ([user(two_pictures)], {}, ValueError, "row 0: the chat shows 2 pictures"),
