@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForPreTraining, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_vikdf import VikdfConfig
+from .modeling_distillation import VikdfForPreTraining, VikdfPreTrainingOutput
 from .modeling_iqformer import VikdfIQFormer, initialize_from_bert
 from .modeling_vikdf import VikdfCausalLMOutputWithPast, VikdfForConditionalGeneration, VikdfPreTrainedModel
 from .pipeline_vikdf import VikdfDialoguePipeline
@@ -19,6 +20,7 @@ DEFAULT_CHECKPOINT = Path(__file__).parent / "default_checkpoint"
 AutoConfig.register(VikdfConfig.model_type, VikdfConfig)
 AutoModel.register(VikdfConfig, VikdfForConditionalGeneration)
 AutoModelForCausalLM.register(VikdfConfig, VikdfForConditionalGeneration)
+AutoModelForPreTraining.register(VikdfConfig, VikdfForPreTraining)
 AutoProcessor.register(VikdfConfig, VikdfProcessor)
 PIPELINE_REGISTRY.register_pipeline(
     "vikdf-dialogue",
@@ -34,8 +36,10 @@ __all__ = [
     "VikdfConfig",
     "VikdfDialoguePipeline",
     "VikdfForConditionalGeneration",
+    "VikdfForPreTraining",
     "VikdfIQFormer",
     "VikdfPreTrainedModel",
+    "VikdfPreTrainingOutput",
     "VikdfProcessor",
     "initialize_from_bert",
 ]

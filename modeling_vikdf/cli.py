@@ -98,11 +98,8 @@ def convert(args: argparse.Namespace) -> None:
     """Turns a checkpoint of the authors' code into a self-contained VIKDF checkpoint."""
     from .conversion import convert_checkpoint
 
-    model, unused = convert_checkpoint(args.checkpoint)
-    model.save_pretrained(args.output)
+    convert_checkpoint(args.checkpoint).save_pretrained(args.output)
     print(f"Wrote {args.output}.")
-    if unused:
-        print(f"Left out {len(unused)} weights that only training needs: {', '.join(unused)}", file=sys.stderr)
 
 
 def benchmark(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ OBJECTIVES = {
 
 def _to_config(value: Any, key: str, default_model_type: str) -> PreTrainedConfig:
     """
-    Builds a sub-configuration from a dict (its `model_type` says which), or passes a configuration through. Of one that
+    Builds a sub-configuration from a dict (`model_type` says which), or passes a configuration through. Of one that
     describes a text and a vision tower (CLIP, SigLIP) it takes the tower in question.
     """
     config = value
@@ -71,7 +71,7 @@ class VikdfConfig(PreTrainedConfig):
             own projections put both towers into one space.
         vision_post_layernorm (`bool`): for CLIP's vision tower, whether patch states pass the post-layernorm before
             CLIP's projection, as CLIP's own pooled state does. (The authors' code leaves it out.)
-        loss_weights (`dict`): objective -> weight, for pre-training; one not named counts 0. Default: the paper's five.
+        loss_weights (`dict`): objective -> weight, for pre-training; one not named has 0. Default: the paper's five.
         detach_knowledge_target (`bool`): whether text -> knowledge trains the LLM side alone (`True`) or may also make
             the knowledge easier to predict, as in the authors' code.
         backbones (`dict`): role (`language_model`, `context_encoder`, `vision_encoder`) ->

@@ -11,11 +11,18 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig
 
 from .configuration_vikdf import VikdfConfig
-from .modeling_vikdf import VikdfForConditionalGeneration
+from .modeling_distillation import VikdfForPreTraining
 
 
 # their name -> ours, first match wins
 RENAMED = (
+    (r"^text_tb\.multihead_attention\.", "masked_text_block.attention."),
+    (r"^text_tb\.", "masked_text_block."),
+    (r"^text_decoder\.", "token_decoder."),
+    (r"^visual_tb\.multihead_attention\.", "masked_image_block.attention."),
+    (r"^visual_tb\.", "masked_image_block."),
+    (r"^visual_decoder\.0\.", "pixel_decoder."),
+    (r"^query_llm_projection\.", "knowledge_predictor."),
     (r"^clip_text_model\.", "context_encoder.text_model."),
     (r"^clip_text_projection\.", "context_encoder.text_projection."),
     (r"^clip_vision_model\.", "vision_encoder.vision_model."),
@@ -74,10 +81,12 @@ def convert_config(theirs: dict[str, Any]) -> VikdfConfig:
         knowledge_token_id=language_model.vocab_size,
         matching_dim=theirs["matching_dim"],
         vision_post_layernorm=False,
+        loss_weights=theirs["loss_weights"],
+        detach_knowledge_target=False,
     )
 
 
-def convert_checkpoint(folder: str | Path) -> tuple[VikdfForConditionalGeneration, list[str]]:
+def convert_checkpoint(folder: str | Path) -> VikdfForPreTraining:
     """
     Reads a checkpoint of the authors' code.
 
@@ -85,27 +94,28 @@ def convert_checkpoint(folder: str | Path) -> tuple[VikdfForConditionalGeneratio
         folder: with `config.json` and one safetensors file of their weights (any float type; kept in float32).
 
     Returns:
-        The model, self-contained, in evaluation mode; and the names of the weights it has no place for (the heads of
-        the distillation objectives).
+        The model with the heads of all objectives, self-contained, in evaluation mode.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a weight that the model needs is missing or has another shape.
+        ValueError: if a weight is missing, has another shape, or has no place in the model.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"No config.json in {folder}.")
     weights = load_file(find_weights(folder))
-    model = VikdfForConditionalGeneration(convert_config(json.loads((folder / "config.json").read_text())))
+    model = VikdfForPreTraining(convert_config(json.loads((folder / "config.json").read_text())))
     state = {rename(name): weight.to(torch.float32) for name, weight in weights.items()}
+    if "pixel_decoder.weight" in state:  # their 1x1 convolution is a linear layer over the patch grid
+        state["pixel_decoder.weight"] = state["pixel_decoder.weight"].flatten(1)
     wanted = model.state_dict()
-    # the parameters that their model does not have keep the values that stand for theirs
-    missing = [name for name in wanted if name not in state and name not in ("knowledge_base", "knowledge_gate")]
-    wrong = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
-    if missing or wrong:
-        raise ValueError(
-            f"The checkpoint in {folder} does not fit its config.json: missing {missing[:5]}, of another shape "
-            f"{wrong[:5]}."
-        )
-    model.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
-    return model.eval(), sorted(name for name in weights if rename(name) not in wanted)
+    # the parameters that their model does not have keep the values that stand for theirs: base 0, gate 1
+    state = {name: wanted[name] for name in ("knowledge_base", "knowledge_gate")} | state
+    wrong = [name for name in state.keys() & wanted.keys() if state[name].shape != wanted[name].shape]
+    misfits = {"missing": wanted.keys() - state.keys(), "without a place": state.keys() - wanted.keys()}
+    misfits |= {"of another shape": wrong}
+    if any(misfits.values()):
+        told = "; ".join(f"{kind}: {', '.join(sorted(names)[:5])}" for kind, names in misfits.items() if names)
+        raise ValueError(f"The weights in {folder} do not fit its config.json. {told}.")
+    model.load_state_dict(state)
+    return model.eval()

@@ -1,12 +1,12 @@
 """Training VIKDF on image-text pairs: the three objectives of knowledge distillation and the two of BVIF.
 
 The objectives are functions of tensors (first half of the file); `VikdfForPreTraining` only computes the tensors and
-weighs the results, so any subset with any weights is a configuration: the five jointly as the authors' code trains them,
-or distillation first and integration second as the paper presents them.
+weighs the results. So any subset with any weights is a configuration: the five jointly as the authors' code trains
+them, or distillation first and integration second as the paper presents them.
 
-Every objective is a sum over what it scores (pairs, pixels, tokens, vector components) divided by a count. Over a batch
-that is the mean. A trainer that splits a batch over micro-batches or processes passes the whole batch's counts, and the
-parts add up to the mean over the whole.
+Every objective is a sum over what it scores (pairs, pixels, tokens, components) divided by a count, over a batch the
+mean. A trainer that splits a batch over micro-batches or processes passes the whole batch's counts, and the parts add
+up to the mean over the whole.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .configuration_vikdf import OBJECTIVES, VikdfConfig
+from .configuration_vikdf import VikdfConfig
 from .modeling_vikdf import VikdfForConditionalGeneration
 
 
@@ -168,6 +168,8 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         "knowledge_predictor",
     ]
 
+    _keys_to_ignore_on_load_unexpected = None
+
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
         width, h = config.iqformer_config.encoder_hidden_size, config.iqformer_config.hidden_size
@@ -220,7 +222,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             masked_cells: cells of a square grid over the picture to score [M, cells] (bool); hidden_cells: those of
                 them to hide from the encoder. M <= B: the first M rows take part.
             masked_input_ids: captions with tokens replaced [M, T]; masked_labels: the true ids, -100 elsewhere.
-            input_ids, attention_mask, labels: prompts with placeholders and the captions behind them (knowledge -> text).
+            input_ids, attention_mask, labels: prompts with placeholders, the captions behind (knowledge -> text).
             draw_input_ids, draw_attention_mask: captions with placeholders behind them (text -> knowledge).
             use_image_knowledge: rows in which BVIF's knowledge is the picture's [B] (bool); default: the text's.
             other_text, other_image, parts: see `text_image_matching_loss`.
@@ -291,6 +293,10 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             image_knowledge=image,
         )
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: replies come from the dialogue model, which loads the same checkpoint."""
+        raise NotImplementedError("Load the checkpoint with VikdfForConditionalGeneration to generate replies.")
+
     def masked_image_modelling(
         self,
         pixel_values: torch.Tensor,
@@ -308,9 +314,13 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         patch = self.config.vision_config.patch_size
         grid = (height // patch, width // patch)
         states = states[:, states.shape[1] - grid[0] * grid[1] :]  # [M, patches, d]: without class and register states
-        pixels = self.pixel_decoder(self.masked_image_block(states, text_knowledge[:rows]))  # [M, patches, 3 * patch^2]
+        pixels = self.pixel_decoder(
+            self.masked_image_block(states, text_knowledge[:rows])
+        )  # [M, patches, 3 * patch^2]
         predicted = F.pixel_shuffle(pixels.transpose(1, 2).reshape(rows, -1, *grid), patch)  # [M, 3, H, W]
-        return masked_image_loss(predicted, pixel_values[..., : predicted.shape[-2], : predicted.shape[-1]], mask, count)
+        return masked_image_loss(
+            predicted, pixel_values[..., : predicted.shape[-2], : predicted.shape[-1]], mask, count
+        )
 
     def masked_text_modelling(
         self,
@@ -320,7 +330,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         image_knowledge: torch.Tensor,
         count: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
-        """The encoder reads the caption with tokens replaced; the states of the chosen ones ask K^I for the true ids."""
+        """The encoder reads the caption with tokens replaced; the chosen ones' states ask K^I for the true ids."""
         rows = len(masked_input_ids)
         states = self.encode_context(masked_input_ids, attention_mask[:rows])  # [M, T, d]
         states = self.iqformer.context_projection(states.to(image_knowledge.dtype))
@@ -351,9 +361,11 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         embeds = self.embed_prompt(input_ids, knowledge)[:, :-1]  # [B, T - 1, d_llm]: nothing follows the last vector
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         outputs = self.run_language_model(
-            embeds, mask[:, :-1], prefix=input_ids.shape[1] - n, language_model=self.language_model.base_model
+            embeds,
+            mask[:, :-1],
+            prefix=input_ids.shape[1] - n - 1,  # the state of the token before the first vector is wanted
+            language_model=self.language_model.base_model,
         )
-        # with the prefix run on its own, its last state predicts the first vector
         states = outputs.last_hidden_state[:, -n:]  # [B, n, d_llm]
         predicted = self.knowledge_predictor(states.to(self.knowledge_predictor.weight.dtype))
         target = knowledge.detach() if self.config.detach_knowledge_target else knowledge

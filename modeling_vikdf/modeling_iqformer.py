@@ -79,8 +79,8 @@ class VikdfMatchingHead(nn.Module):
     """
     Knowledge -> one normalised embedding in a space that texts and pictures share (paper, "Text-Image Matching").
 
-    t = normalise(W_t pool(K^T)), v = normalise(W_v pool(K^I)), compared by exp(logit_scale) * t . v; `logit_scale` is a
-    learnt scalar that starts where CLIP's does, at ln(1 / 0.07).
+    t = normalise(W_t pool(K^T)), v = normalise(W_v pool(K^I)), compared by exp(logit_scale) * t . v; `logit_scale` is
+    a learnt scalar that starts where CLIP's does, at ln(1 / 0.07).
     """
 
     def __init__(self, config: VikdfConfig):

@@ -37,6 +37,23 @@ from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_iqformer import CLIP_LOGIT_SCALE, VikdfIQFormer, VikdfMatchingHead, initialize_from_bert
 
 
+def reply_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | float | None = None) -> torch.Tensor:
+    """
+    Negative log-likelihood of a text under the LLM, given the knowledge in its prompt (paper, "Bidirectional
+    Variational Information Fusion", knowledge -> text).
+
+    Args:
+        logits: [B, k, vocabulary]; targets: the ids that they predict, -100 for none, [B, k].
+        count: number of targets in the whole batch, where this is a part of one; default those given.
+
+    Returns:
+        Scalar, in nats a token; 0 when there is no target.
+    """
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    count = (targets != -100).sum() if count is None else torch.as_tensor(count, device=logits.device)
+    return loss / count.clamp(min=1)
+
+
 @dataclass
 class VikdfCausalLMOutputWithPast(ModelOutput):
     """
@@ -318,6 +335,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
     linear projection; with the gate at 0 the knowledge is silent. Without placeholders the model is its LLM.
     """
 
+    # a pre-training checkpoint also holds the heads of its objectives
+    _keys_to_ignore_on_load_unexpected = [r"^(masked_\w+_block|pixel_decoder|token_decoder|knowledge_predictor)\."]
+
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
         n, d_llm = config.num_knowledge_tokens, config.text_config.hidden_size
@@ -594,25 +614,21 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
                 targets = targets[:, -logits_to_keep:]
             else:
                 targets = targets[:, logits_to_keep]
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+        prefix = 0
+        if labels is not None and input_ids is not None and past_key_values is None:
+            prefix = self._tokens_before_knowledge(input_ids)
+        outputs = self.run_language_model(
+            inputs_embeds,
+            attention_mask,
+            prefix=prefix,
             position_ids=position_ids,
             past_key_values=past_key_values,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
         loss = None
-        if targets is not None and (targets != -100).any():
-            loss = self.loss_function(
-                outputs.logits,
-                labels=None,
-                vocab_size=outputs.logits.shape[-1],
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=targets.contiguous(),
-            )
-        elif targets is not None:
-            loss = outputs.logits.sum() * 0.0  # nothing to learn is no NaN
+        if targets is not None:
+            loss = reply_loss(outputs.logits, targets, num_items_in_batch)
         return VikdfCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
@@ -620,6 +636,64 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             knowledge=knowledge,
+        )
+
+    def _tokens_before_knowledge(self, input_ids: torch.Tensor) -> int:
+        """How many columns of prompts [B, T] stand before the first placeholder of any row."""
+        columns = (input_ids == self.config.knowledge_token_id).any(0).nonzero()
+        return int(columns[0]) if len(columns) else 0
+
+    def run_language_model(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        prefix: int = 0,
+        language_model: nn.Module | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """
+        Runs the LLM over spliced embeddings. In training the columns before the first knowledge vector depend on
+        nothing that is trained, so they are read without gradient, which is exact and saves their backward pass.
+
+        Args:
+            inputs_embeds: [B, T, d_llm].
+            attention_mask: [B, T].
+            prefix: number of columns before the first knowledge vector.
+            language_model: the LLM (default), or its decoder where no logits are wanted.
+            logits_to_keep: as in transformers, in columns of the whole sequence.
+        """
+        logits = {} if language_model is not None else {"logits_to_keep": logits_to_keep}
+        language_model = self.language_model if language_model is None else language_model
+        frozen = not any(parameter.requires_grad for parameter in self.language_model.parameters())
+        whole = isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep[0]) < prefix)
+        if language_model is self.language_model and whole:
+            prefix = 0  # logits of the prefix are wanted
+        if prefix == 0 or not (frozen and torch.is_grad_enabled() and inputs_embeds.requires_grad):
+            return language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **logits, **kwargs)
+        if logits:
+            logits["logits_to_keep"] = logits_to_keep - prefix
+        if attention_mask is None:
+            attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
+        positions = kwargs.pop("position_ids", None)
+        if positions is None:
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]  # [1, T]
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "use_cache")}
+        with torch.no_grad():
+            past = self.language_model.base_model(
+                inputs_embeds=inputs_embeds[:, :prefix],
+                attention_mask=attention_mask[:, :prefix],
+                position_ids=positions[:, :prefix],
+                use_cache=True,
+            ).past_key_values
+        return language_model(
+            inputs_embeds=inputs_embeds[:, prefix:],
+            attention_mask=attention_mask,
+            position_ids=positions[:, prefix:],
+            past_key_values=past,
+            **logits,
+            **kwargs,
         )
 
     def prepare_inputs_for_generation(
@@ -723,4 +797,4 @@ def _locate(repo_id: str, revision: str | None, **hub_kwargs: Any) -> tuple[str,
     return locate_backbone(repo_id, revision, **hub_kwargs), None
 
 
-__all__ = ["VikdfCausalLMOutputWithPast", "VikdfForConditionalGeneration", "VikdfPreTrainedModel"]
+__all__ = ["VikdfCausalLMOutputWithPast", "VikdfForConditionalGeneration", "VikdfPreTrainedModel", "reply_loss"]

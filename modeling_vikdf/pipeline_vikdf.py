@@ -29,7 +29,7 @@ class VikdfDialoguePipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if not hasattr(self.model, "get_text_knowledge"):
             raise ValueError(
-                f"vikdf-dialogue needs a VikdfForConditionalGeneration, got a {type(self.model).__name__}. For a plain "
+                f"vikdf-dialogue needs a VikdfForConditionalGeneration, got {type(self.model).__name__}. For a plain "
                 'language model use the "text-generation" pipeline.'
             )
 

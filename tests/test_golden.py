@@ -10,17 +10,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modeling_vikdf import VikdfForConditionalGeneration
 from modeling_vikdf.conversion import convert_checkpoint
 
 
 GOLDEN = Path(os.environ.get("VIKDF_GOLDEN_DIR", Path(__file__).parents[2] / "shared" / "golden"))
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden folder at {GOLDEN} (set VIKDF_GOLDEN_DIR)")
 KNOWLEDGE_POSITION = 3
+MASK_TOKEN = 49407
 
 
 @pytest.fixture(scope="module")
 def model():
-    return convert_checkpoint(GOLDEN)[0]
+    return convert_checkpoint(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def dialogue_model(model, tmp_path_factory):
+    """The converted checkpoint as a user loads it: without the heads of the objectives."""
+    folder = tmp_path_factory.mktemp("converted")
+    model.save_pretrained(folder)
+    return VikdfForConditionalGeneration.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +76,49 @@ def spliced(model, golden) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_dialogue_logits(model, golden):
+def test_dialogue_logits(dialogue_model, golden):
+    model = dialogue_model
     logits = model(**spliced(model, golden)).logits  # [B, T + n, vocabulary]
     # the golden logits are those of the last T positions
     assert close(logits[:, model.config.num_knowledge_tokens :], golden["out.dialogue_logits"])
 
 
-@torch.no_grad()
-def test_knowledge_to_text_loss(model, golden):
-    labels = with_placeholders(model, golden["in.labels"], -100)
-    loss = model(**spliced(model, golden), labels=labels).loss
-    assert close(loss, golden["out.loss_knowledge_to_text"])
+def draw_prompts(model, golden) -> dict[str, torch.Tensor]:
+    """The texts left-padded, with the placeholders behind them."""
+    ids, mask = golden["in.t2i_llm_input_ids"], golden["in.t2i_llm_attention_mask"]
+    ids = torch.stack([row.roll(int((1 - seen).sum())) for row, seen in zip(ids, mask, strict=True)])
+    mask, n = mask.flip(1), model.config.num_knowledge_tokens
+    return {
+        "draw_input_ids": torch.nn.functional.pad(ids, (0, n), value=model.config.knowledge_token_id),
+        "draw_attention_mask": torch.nn.functional.pad(mask, (0, n), value=1),
+    }
 
 
-def test_greedy_tokens(model, golden):
+@pytest.mark.parametrize("training", [False, True], ids=["without_gradient", "with_gradient"])
+def test_losses(model, golden, training):
+    """The five objectives and their sum; with gradient the text before the knowledge goes another way."""
+    inputs = spliced(model, golden)
+    del inputs["knowledge"]
+    with torch.set_grad_enabled(training):
+        output = model(
+            context_input_ids=golden["in.text_input_ids"],
+            context_attention_mask=golden["in.text_attention_mask"],
+            pixel_values=golden["in.pixel_values"],
+            masked_cells=golden["in.bool_masked_pos"].bool(),
+            masked_input_ids=golden["in.text_input_ids"].masked_fill(golden["in.masked_indices"], MASK_TOKEN),
+            masked_labels=golden["in.masked_text_labels"],
+            labels=with_placeholders(model, golden["in.labels"], -100),
+            **inputs,
+            **draw_prompts(model, golden),
+        )
+    assert set(output.losses) == set(model.config.loss_weights)
+    for name, loss in output.losses.items():
+        assert close(loss, golden[f"out.loss_{name}"]), name
+    assert close(output.loss, golden["out.loss_total"])
+
+
+def test_greedy_tokens(dialogue_model, golden):
+    model = dialogue_model
     expected = golden["out.greedy_8_tokens_row0_prompt6"]
     inputs = spliced(model, golden)
     length = 6 + model.config.num_knowledge_tokens
