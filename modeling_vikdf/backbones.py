@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
 
@@ -202,3 +202,61 @@ def _convert_gguf(gguf_file: Path, target: Path) -> None:
         os.replace(incomplete, target)
     finally:
         shutil.rmtree(incomplete, ignore_errors=True)
+
+
+def new_model(
+    language_model: str,
+    context_encoder: str,
+    vision_encoder: str | None = None,
+    *,
+    model_class: Any = None,
+    num_knowledge_tokens: int = 32,
+    image_size: int | None = None,
+    system_prompt: str | None = None,
+    knowledge_message: str = "last_user",
+    knowledge_placement: str = "end",
+    **model_settings: Any,
+) -> tuple[Any, Any]:
+    """
+    Builds an untrained model and its processor around pretrained backbones, from whatever source has them.
+
+    Args:
+        language_model, context_encoder, vision_encoder: see `locate_backbone`.
+        model_class: `VikdfForConditionalGeneration` (default) or `VikdfForPreTraining`.
+        num_knowledge_tokens: n, the number of knowledge vectors.
+        image_size: side of the pictures that the vision encoder gets, in pixels; default its own.
+        system_prompt, knowledge_message, knowledge_placement: see `VikdfProcessor`.
+        model_settings: for `from_backbones`: `iqformer_config`, `bert`, `base_text`, `revisions`, fields of
+            `VikdfConfig`.
+
+    Raises:
+        BackboneNotFoundError: if a backbone cannot be found.
+        ValueError: if the parts do not fit together.
+    """
+    # here, because the model asks this module where its backbones are
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    from .modeling_vikdf import VikdfForConditionalGeneration
+    from .processing_vikdf import VikdfProcessor
+
+    llm, context = locate_backbone(language_model), locate_backbone(context_encoder)
+    image_processor = None
+    if vision_encoder is not None:
+        size = {}
+        if image_size is not None:
+            size = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+        image_processor = AutoImageProcessor.from_pretrained(locate_backbone(vision_encoder), **size)
+    processor = VikdfProcessor.from_backbones(
+        AutoTokenizer.from_pretrained(llm),
+        AutoTokenizer.from_pretrained(context),
+        image_processor,
+        vocab_size=AutoConfig.from_pretrained(llm).get_text_config().vocab_size,
+        num_knowledge_tokens=num_knowledge_tokens,
+        system_prompt=system_prompt,
+        knowledge_message=knowledge_message,
+        knowledge_placement=knowledge_placement,
+    )
+    model = (model_class or VikdfForConditionalGeneration).from_backbones(
+        language_model, context_encoder, vision_encoder, processor=processor, **model_settings
+    )
+    return model, processor

@@ -62,28 +62,21 @@ def chat(args: argparse.Namespace) -> None:
 
 def new(args: argparse.Namespace) -> None:
     """Builds an untrained model around pretrained backbones and writes model and processor to a folder."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from .backbones import new_model
 
-    from .backbones import locate_backbone
-    from .modeling_vikdf import VikdfForConditionalGeneration
-    from .processing_vikdf import VikdfProcessor
-
-    language_model, context_encoder = locate_backbone(args.language_model), locate_backbone(args.context_encoder)
-    processor = VikdfProcessor.from_backbones(
-        AutoTokenizer.from_pretrained(language_model),
-        AutoTokenizer.from_pretrained(context_encoder),
-        AutoImageProcessor.from_pretrained(locate_backbone(args.vision_encoder)) if args.vision_encoder else None,
-        vocab_size=AutoConfig.from_pretrained(language_model).get_text_config().vocab_size,
-        num_knowledge_tokens=args.num_knowledge_tokens,
-        system_prompt=args.system_prompt,
-    )
-    layers = {"num_hidden_layers": args.layers, "hidden_size": args.width, "intermediate_size": 4 * args.width}
-    model = VikdfForConditionalGeneration.from_backbones(
+    model, processor = new_model(
         args.language_model,
         args.context_encoder,
         args.vision_encoder,
-        processor=processor,
-        iqformer_config={**layers, "num_attention_heads": args.heads, "cross_attention_frequency": 1},
+        num_knowledge_tokens=args.num_knowledge_tokens,
+        system_prompt=args.system_prompt,
+        iqformer_config={
+            "num_hidden_layers": args.layers,
+            "hidden_size": args.width,
+            "intermediate_size": 4 * args.width,
+            "num_attention_heads": args.heads,
+            "cross_attention_frequency": 1,
+        },
         base_text=args.base_text,
         project_inputs=True,
     )
@@ -92,6 +85,25 @@ def new(args: argparse.Namespace) -> None:
     processor.save_pretrained(args.output)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"Wrote an untrained model with {trained / 1e6:.1f} M trainable parameters to {args.output}")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Runs a training stage from a recipe, or goes on with it where it was interrupted."""
+    import yaml
+
+    from .training import run_stage
+
+    recipe = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{args.config} is no recipe: expected a YAML mapping with sections such as model and data.")
+    for override in args.overrides:
+        key, separator, value = override.removeprefix("--").partition("=")
+        if not separator:
+            raise ValueError(f"{override!r} is no override: expected section.key=value, or key=value for training.")
+        section, _, key = key.rpartition(".")
+        recipe.setdefault(section or "training", {})[key] = yaml.safe_load(value)
+    metrics = run_stage(args.stage, recipe)
+    print(json.dumps(metrics, indent=2))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -138,6 +150,21 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--system-prompt", help="system message of chats that bring none")
     sub.add_argument("--base-text", help="start with silent knowledge: a harmless sentence in its place")
     sub.set_defaults(run=new)
+
+    for stage, text in (
+        ("distill", "stage 1: learn from image-text pairs which knowledge a text evokes"),
+        ("integrate", "stage 2: teach the LLM to use knowledge, on image-text pairs"),
+        ("tune", "tune the knowledge on text dialogues"),
+    ):
+        sub = commands.add_parser(stage, help=text)
+        sub.add_argument("--config", required=True, help="recipe (YAML); see configs/")
+        sub.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="KEY=VALUE",
+            help="settings in place of the recipe's: learning_rate=1e-4, data.train=pairs.tar, model.checkpoint=DIR",
+        )
+        sub.set_defaults(run=train, stage=stage)
 
     sub = commands.add_parser("convert", help="convert a checkpoint of the authors' code")
     sub.add_argument("checkpoint", help="folder with config.json and a safetensors file")

@@ -145,12 +145,15 @@ class VikdfPreTrainingOutput(ModelOutput):
     loss: weighted sum of the objectives, scalar.
     losses: name of each objective -> its own value, unweighted and without gradient.
     text_knowledge, image_knowledge: K^T, K^I [B, n, h].
+    text_embeddings, image_embeddings: what matching compares, unit vectors [B, matching_dim].
     """
 
     loss: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] | None = None
     text_knowledge: torch.Tensor | None = None
     image_knowledge: torch.Tensor | None = None
+    text_embeddings: torch.Tensor | None = None
+    image_embeddings: torch.Tensor | None = None
 
 
 class VikdfForPreTraining(VikdfForConditionalGeneration):
@@ -169,6 +172,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
     ]
 
     _keys_to_ignore_on_load_unexpected = None
+    accepts_loss_kwargs = True  # for Trainer: losses are divided by counts over all accumulated batches
 
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
@@ -203,6 +207,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         masked_labels: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         draw_input_ids: torch.Tensor | None = None,
         draw_attention_mask: torch.Tensor | None = None,
@@ -211,7 +216,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         other_image: torch.Tensor | None = None,
         parts: int = 1,
         counts: dict[str, torch.Tensor | float] | None = None,
-        **kwargs: Any,
+        embed_only: bool = False,
     ) -> VikdfPreTrainingOutput:
         """
         Args:
@@ -227,6 +232,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             use_image_knowledge: rows in which BVIF's knowledge is the picture's [B] (bool); default: the text's.
             other_text, other_image, parts: see `text_image_matching_loss`.
             counts: objective -> count over the whole batch; see the loss functions.
+            embed_only: whether to stop at the matching embeddings.
 
         Raises:
             ValueError: if an objective of positive weight lacks an input.
@@ -243,16 +249,15 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         if vision_states is not None:
             image = self.iqformer.image_knowledge(vision_states)  # K^I [B, n, h]
 
-        losses = {}
-        if "text_image_matching" in weights:
+        losses, embeddings = {}, {}
+        if "text_image_matching" in weights or embed_only:
             _require("text_image_matching", captions=text, pictures=image)
+            embeddings["text_embeddings"] = self.matching_head.text(text)
+            embeddings["image_embeddings"] = self.matching_head.image(image)
+            if embed_only:
+                return VikdfPreTrainingOutput(**embeddings)
             losses["text_image_matching"] = text_image_matching_loss(
-                self.matching_head.text(text),
-                self.matching_head.image(image),
-                self.matching_head.logit_scale,
-                other_text,
-                other_image,
-                parts,
+                *embeddings.values(), self.matching_head.logit_scale, other_text, other_image, parts
             )
         if "masked_image" in weights:
             _require("masked_image", captions=text, pixel_values=pixel_values, masked_cells=masked_cells)
@@ -274,6 +279,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
                 .forward(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
+                    position_ids=position_ids,
                     knowledge=knowledge,
                     labels=labels,
                     num_items_in_batch=counts.get("knowledge_to_text"),
@@ -291,6 +297,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             losses={name: value.detach() for name, value in losses.items()},
             text_knowledge=text,
             image_knowledge=image,
+            **embeddings,
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
