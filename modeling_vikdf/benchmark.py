@@ -1,5 +1,6 @@
 """What knowledge costs: the model against its own LLM, in one run, in turns, so that both see the same machine."""
 
+import multiprocessing
 import platform
 import resource
 import statistics
@@ -10,7 +11,11 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import pipeline
+from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, pipeline
+
+from .configuration_vikdf import OBJECTIVES, VikdfConfig
+from .modeling_distillation import VikdfForPreTraining
+from .training import freeze_unused
 
 
 CHAT = [{"role": "user", "content": "I spent the whole day at the beach with my dog. What do you think we did there?"}]
@@ -81,12 +86,159 @@ def benchmark_generation(model: str | None = None, repeats: int = 7) -> dict[str
         "prompt_tokens": inputs["input_ids"].shape[1],
         "new_tokens": NEW_TOKENS,
         "repeats": repeats,
-        "threads": torch.get_num_threads(),
         "device": str(pipe.device),
         "dtype": str(language_model.dtype),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        **_environment(),
     }
+
+
+# ---- training ----
+
+# CLIP-like towers, Q-Former and LLM of the shapes at which the authors' code was measured for comparison
+BATCH, CAPTION_TOKENS, CAPTION_PROMPT, DRAW_PROMPT, TARGET_TOKENS = 8, 20, 24, 32, 14
+KNOWLEDGE_TOKENS, KNOWLEDGE_ID, IMAGE_SIZE = 32, 3, 224
+
+
+def _training_model(dtype: torch.dtype, objectives: dict[str, float]) -> VikdfForPreTraining:
+    tower = {"intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6, "projection_dim": 384}
+    config = VikdfConfig(
+        text_config=LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+            # the fused kernel's backward pass is slow in bfloat16 on CPUs
+            attn_implementation="eager" if dtype == torch.bfloat16 and not torch.cuda.is_available() else "sdpa",
+        ),
+        context_config=CLIPTextConfig(hidden_size=384, **tower),
+        vision_config=CLIPVisionConfig(hidden_size=384, image_size=IMAGE_SIZE, patch_size=16, **tower),
+        iqformer_config={
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+        },
+        num_knowledge_tokens=KNOWLEDGE_TOKENS,
+        knowledge_token_id=KNOWLEDGE_ID,
+        loss_weights=objectives,
+    )
+    torch.manual_seed(0)
+    model = VikdfForPreTraining(config)
+    freeze_unused(model)
+    model.language_model.to(dtype)
+    return model.train()
+
+
+def _training_batch() -> dict[str, torch.Tensor]:
+    """Random inputs of the stated shapes for all five objectives."""
+    torch.manual_seed(0)
+    caption = torch.randint(10, 49000, (BATCH, CAPTION_TOKENS))
+    caption[:, -1] = 49407
+    labels = torch.full_like(caption, -100)
+    labels[:, 5:8] = caption[:, 5:8]
+    knowledge = torch.full((BATCH, KNOWLEDGE_TOKENS), KNOWLEDGE_ID)
+    prompt, draw = torch.randint(10, 49000, (BATCH, CAPTION_PROMPT)), torch.randint(10, 49000, (BATCH, DRAW_PROMPT))
+    prompt = torch.cat([prompt[:, :3], knowledge, prompt[:, 3:]], dim=1)
+    targets = torch.full_like(prompt, -100)
+    targets[:, -TARGET_TOKENS:] = prompt[:, -TARGET_TOKENS:]
+    cells = torch.rand(BATCH, (IMAGE_SIZE // 28) ** 2) < 0.6
+    return {
+        "context_input_ids": caption,
+        "context_attention_mask": torch.ones_like(caption),
+        "pixel_values": torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE),
+        "masked_cells": cells,
+        "masked_input_ids": caption.masked_fill(labels != -100, 5),
+        "masked_labels": labels,
+        "input_ids": prompt,
+        "attention_mask": torch.ones_like(prompt),
+        "labels": targets,
+        "draw_input_ids": torch.cat([draw, knowledge], dim=1),
+        "draw_attention_mask": torch.ones(BATCH, DRAW_PROMPT + KNOWLEDGE_TOKENS, dtype=torch.long),
+    }
+
+
+def _training_step(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -> None:
+    """Forward and backward of all objectives; half precision as a Trainer uses it, by autocast."""
+    half = model.language_model.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = model(**batch).loss
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _language_model_step(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -> None:
+    """The LLM's own forward and backward, through its frozen weights, on the same tokens of both directions."""
+    for ids in (batch["input_ids"], batch["draw_input_ids"]):
+        embeds = model.get_input_embeddings()(ids).requires_grad_()
+        model.language_model(inputs_embeds=embeds, labels=ids).loss.backward()
+
+
+def _peak_memory(step: str, dtype: torch.dtype, connection: Any) -> None:
+    """In a process of its own: how much the step adds to what the process holds once the model is built [MB]."""
+    model, batch = _training_model(dtype, OBJECTIVES), _training_batch()
+    {"all": _training_step, "language_model": _language_model_step}[step](model, batch)
+    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def _peak_memory_mb(step: str, dtype: torch.dtype) -> float:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_peak_memory, args=(step, dtype, sender))
+    process.start()
+    process.join()
+    return receiver.recv()
+
+
+def benchmark_training(repeats: int = 5) -> dict[str, Any]:
+    """
+    Times one forward and backward pass of all five objectives at batch 8, in float32 and with a bfloat16 LLM.
+
+    Returns:
+        `pairs_per_s` by precision; `step_over_llm_ratio` by precision: over the LLM's own forward and backward pass on
+        the same tokens (median over steps next to each other); `peak_memory_mb` of the float32 step and
+        `language_model_peak_memory_mb`, each in a process of its own; `share` of the float32 step that ends when an
+        objective is left out.
+    """
+    batch, pairs_per_s, ratios = _training_batch(), {}, {}
+    rounds = tqdm(total=2 * repeats + len(OBJECTIVES), desc="benchmark", unit="round")
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        model = _training_model(dtype, OBJECTIVES)
+        ours, alone = [], []
+        for i in range(repeats + 1):
+            seconds = (
+                _seconds(lambda: _training_step(model, batch)),
+                _seconds(lambda: _language_model_step(model, batch)),
+            )
+            if i:  # the first warms up
+                ours.append(seconds[0]), alone.append(seconds[1])
+                rounds.update()
+        pairs_per_s[name] = BATCH / statistics.median(ours)
+        ratios[name] = statistics.median(a / b for a, b in zip(ours, alone, strict=True))
+    share = {}
+    for objective in OBJECTIVES:
+        whole = _training_model(torch.float32, OBJECTIVES)
+        without = _training_model(torch.float32, OBJECTIVES | {objective: 0.0})
+        pairs = [
+            (_seconds(lambda: _training_step(whole, batch)), _seconds(lambda: _training_step(without, batch)))
+            for _ in range(3)
+        ]
+        share[objective] = statistics.median(1 - b / a for a, b in pairs)
+        rounds.update()
+    return {
+        "pairs_per_s": pairs_per_s,
+        "step_over_llm_ratio": ratios["float32"],
+        "step_over_llm_ratio_bfloat16": ratios["bfloat16"],
+        "peak_memory_mb": _peak_memory_mb("all", torch.float32),
+        "language_model_peak_memory_mb": _peak_memory_mb("language_model", torch.float32),
+        "share": share,
+        "repeats": repeats,
+        **_environment(),
+    }
+
+
+def _environment() -> dict[str, Any]:
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"threads": torch.get_num_threads(), "versions": versions | {"python": platform.python_version()}}

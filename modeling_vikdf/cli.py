@@ -116,9 +116,12 @@ def convert(args: argparse.Namespace) -> None:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Measures, prints and writes figures of speed and memory, as ratios wherever machines differ."""
-    from .benchmark import benchmark_generation
+    from .benchmark import benchmark_generation, benchmark_training
 
-    figures = benchmark_generation(args.model, repeats=args.repeats)
+    if args.what == "generation":
+        figures = benchmark_generation(args.model, repeats=args.repeats)
+    else:
+        figures = benchmark_training(repeats=args.repeats)
     text = json.dumps(figures, indent=2)
     print(text)
     if args.output:
@@ -172,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.set_defaults(run=convert)
 
     sub = commands.add_parser("benchmark", help="measure speed and memory")
-    sub.add_argument("what", choices=["generation"])
+    sub.add_argument("what", choices=["generation", "training"])
     sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
     sub.add_argument("--output", help="JSON file to write")
     sub.add_argument("--repeats", type=int, default=7, help="timed runs of each arm (default: 7)")
@@ -183,3 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         args.run(args)
     except (OSError, ValueError) as error:
         sys.exit(f"vikdf: {error}")
+
+
+if __name__ == "__main__":
+    main()
