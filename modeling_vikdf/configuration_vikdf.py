@@ -5,6 +5,7 @@ text encoder and vision encoder, whatever their family. A backbone listed in `ba
 repository and never saved with the model; one that is not listed is part of the checkpoint.
 """
 
+import os
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -69,6 +70,9 @@ class VikdfConfig(PreTrainedConfig):
         project_inputs (`bool`): whether each encoder's states pass through a trained LayerNorm-Linear-LayerNorm to the
             IQ-Former's width. Needed for towers that were not trained together; `False` as in the paper, where CLIP's
             own projections put both towers into one space.
+        condition_queries (`bool`): whether the mean of an encoder's states, linearly projected, is added to the
+            queries. Not in the paper; the IQ-Former then learns from few pairs as fast as a plain projection of the
+            mean would.
         vision_post_layernorm (`bool`): for CLIP's vision tower, whether patch states pass the post-layernorm before
             CLIP's projection, as CLIP's own pooled state does. (The authors' code leaves it out.)
         loss_weights (`dict`): objective -> weight, for pre-training; one not named has 0. Default: the paper's five.
@@ -76,6 +80,8 @@ class VikdfConfig(PreTrainedConfig):
             the knowledge easier to predict, as in the authors' code.
         backbones (`dict`): role (`language_model`, `context_encoder`, `vision_encoder`) ->
             `{"repo_id": ..., "revision": ...}` of a backbone that is not stored in this checkpoint.
+        backbone_dtypes (`dict`): role -> dtype of a backbone that is stored in this checkpoint, where it may differ
+            from that of the trained weights; written by `save_pretrained`.
 
     Raises:
         ValueError: for an unknown model type, an unknown role in `backbones`, or widths that do not fit.
@@ -98,10 +104,12 @@ class VikdfConfig(PreTrainedConfig):
     knowledge_pooling: Literal["first", "mean"] = "first"
     matching_dim: int = 256
     project_inputs: bool = False
+    condition_queries: bool = False
     vision_post_layernorm: bool = True
     loss_weights: dict | None = None
     detach_knowledge_target: bool = True
     backbones: dict | None = None
+    backbone_dtypes: dict | None = None
     initializer_range: float = 0.02
     # The language model ties its own embeddings if it wants to; nothing is tied across the parts.
     tie_word_embeddings: bool = False
@@ -118,8 +126,29 @@ class VikdfConfig(PreTrainedConfig):
         weights = OBJECTIVES if self.loss_weights is None else self.loss_weights
         self.loss_weights = {name: weights.get(name, 0.0) for name in OBJECTIVES} | weights
         self.backbones = {} if self.backbones is None else self.backbones
+        self.backbone_dtypes = {} if self.backbone_dtypes is None else self.backbone_dtypes
         super().__post_init__(**kwargs)
         self._check_fit()
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        The fields of a saved configuration, and the arguments that are none.
+
+        Raises:
+            OSError: if there is no configuration of this model type; transformers would take its defaults.
+        """
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type") != cls.model_type:
+            found = f"one of a {fields['model_type']!r}" if fields.get("model_type") else "none"
+            raise OSError(
+                f"Expected the config.json of a {cls.model_type!r} checkpoint in "
+                f"{str(pretrained_model_name_or_path)!r} but found {found}. Name another folder or repository; "
+                "VikdfForConditionalGeneration.from_backbones makes a new checkpoint around a language model."
+            )
+        return fields, kwargs
 
     def encoder_width(self, key: str) -> int:
         """Width of the states that the encoder described by `key` (`context_config`, `vision_config`) hands over."""

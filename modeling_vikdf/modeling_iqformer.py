@@ -32,7 +32,8 @@ class VikdfIQFormer(nn.Module):
     n learnable queries that attend to each other in every layer and, in every `cross_attention_frequency`-th layer, to
     an encoder's states. The layers are BLIP-2's Q-Former without its text branch.
 
-    Parameters: `query_tokens` [1, n, h]; `qformer`; with `config.project_inputs` one input projection per modality.
+    Parameters: `query_tokens` [1, n, h]; `qformer`; with `config.project_inputs` one input projection per modality;
+    with `config.condition_queries` the `pooled_projection` of the states' mean, which is added to the queries.
     """
 
     def __init__(self, config: VikdfConfig):
@@ -50,6 +51,8 @@ class VikdfIQFormer(nn.Module):
                 self.vision_projection = VikdfInputProjection(
                     config.encoder_width("vision_config"), iqformer.hidden_size
                 )
+        if config.condition_queries:
+            self.pooled_projection = nn.Linear(iqformer.encoder_hidden_size, iqformer.hidden_size)
         self.qformer = Blip2QFormerModel(iqformer)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -62,6 +65,10 @@ class VikdfIQFormer(nn.Module):
             Knowledge vectors [B, n, h].
         """
         queries = self.query_tokens.expand(states.shape[0], -1, -1)  # [B, n, h]
+        if hasattr(self, "pooled_projection"):
+            weights = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)  # [B, S]
+            pooled = (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)  # [B, d]
+            queries = queries + self.pooled_projection(pooled)[:, None]
         return self.qformer(
             query_embeds=queries, encoder_hidden_states=states, encoder_attention_mask=mask
         ).last_hidden_state  # [B, n, h]

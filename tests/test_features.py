@@ -1,0 +1,285 @@
+"""Cached encoder states: what the encoders say, found at random, the same after an interruption, and never stale."""
+
+import io
+import itertools
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from tiny_models import TOWERS, tiny_model
+from tiny_tokenizers import bert_tokenizer, clip_like_tokenizer, image_processor, llama_tokenizer
+from torch.utils.data import DataLoader
+
+from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor, features
+from modeling_vikdf.features import FeatureDataset, cache_features
+
+
+CAPTIONS = [
+    ["A dog runs.", "The dog is running after a red ball in the park, and it is happy."],
+    ["Über den Bergen geht die Sonne unter 🌄"],
+    ["snow", "It is snowing outside.", "We build a snowman together.", ""],
+    ["Pizza with cheese,\ttomatoes and olives."],
+    ["The water was so blue!", "blue water"],
+]
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def parts(request: pytest.FixtureRequest) -> tuple[VikdfForConditionalGeneration, VikdfProcessor]:
+    return build(request.param)
+
+
+def build(
+    towers: str, seed: int = 0, size: int = 32, **kwargs
+) -> tuple[VikdfForConditionalGeneration, VikdfProcessor]:
+    processor = VikdfProcessor.from_backbones(
+        llama_tokenizer(),
+        bert_tokenizer() if towers == "separate" else clip_like_tokenizer(),
+        image_processor(size),
+        vocab_size=512,
+        num_knowledge_tokens=4,
+        **kwargs,
+    )
+    return tiny_model("llama", towers, seed=seed), processor
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[dict]:
+    pixels = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS), 40, 48, 3), dtype=np.uint8)
+    return [
+        {"key": f"shard/{i}", "image": Image.fromarray(picture), "captions": captions}
+        for i, (picture, captions) in enumerate(zip(pixels, CAPTIONS, strict=True))
+    ]
+
+
+def assert_equal(ours: dict, theirs: dict) -> None:
+    assert (ours["key"], ours["captions"]) == (theirs["key"], theirs["captions"])
+    for name in ("vision_states", "context_states", "context_input_ids"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def test_states_are_those_of_the_encoders(parts, pairs, tmp_path):
+    model, processor = parts
+    model.vision_encoder.train(), model.context_encoder.train()  # as after building a model; dropout must not act
+    cached = cache_features(model, processor, iter(pairs), tmp_path, batch_size=2, shard_size=3)
+    assert len(cached) == len(pairs)
+    assert sorted(path.name for path in tmp_path.glob("features*")) == [
+        "features-00000.safetensors",
+        "features-00001.safetensors",
+    ]
+    for index in (4, 0, 2, 1, 3, -1):
+        pair, example = pairs[index], cached[index]
+        assert (example["key"], example["captions"]) == (pair["key"], pair["captions"])
+        pixel_values = processor.image_processor(pair["image"], return_tensors="pt")["pixel_values"]
+        assert example["vision_states"].dtype == torch.float16
+        torch.testing.assert_close(
+            example["vision_states"].float(), model.encode_images(pixel_values)[0], rtol=2e-3, atol=2e-3
+        )
+        assert len(example["context_states"]) == len(example["context_input_ids"]) == len(pair["captions"])
+        for caption, states, ids in zip(
+            pair["captions"], example["context_states"], example["context_input_ids"], strict=True
+        ):
+            inputs = processor.context_tokenizer(caption, return_tensors="pt")
+            torch.testing.assert_close(ids, inputs["input_ids"][0])
+            alone = model.encode_context(inputs["input_ids"], inputs["attention_mask"])[0]  # [T, d]: no padding
+            assert states.dtype == torch.float16
+            torch.testing.assert_close(states.float(), alone, rtol=2e-3, atol=2e-3)
+    with pytest.raises(IndexError):
+        cached[len(pairs)]
+
+
+def test_patches_are_pooled_and_the_class_state_is_kept(parts, pairs, tmp_path):
+    model, processor = parts
+    whole = cache_features(model, processor, pairs, tmp_path / "whole")
+    pooled = cache_features(model, processor, pairs, tmp_path / "pooled", pool_grid=2)
+    for before, after in zip(whole, pooled, strict=True):
+        before, after = before["vision_states"].float(), after["vision_states"].float()
+        prefix = len(before) - 16  # 32 pixels are 4 x 4 patches
+        assert len(after) == prefix + 4
+        torch.testing.assert_close(after[:prefix], before[:prefix])
+        grid = before[prefix:].view(4, 4, -1)
+        for row, column in itertools.product(range(2), range(2)):
+            quarter = grid[2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean((0, 1))
+            torch.testing.assert_close(after[prefix + 2 * row + column], quarter, rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="pool_grid must be between 1 and the patch grid's 4 x 4, not 5"):
+        cache_features(model, processor, pairs, tmp_path / "larger", pool_grid=5)
+
+
+def test_long_captions_are_cut(pairs, tmp_path):
+    model, processor = build("separate", max_context_length=6)
+    cached = cache_features(model, processor, pairs, tmp_path)
+    lengths = [[len(ids) for ids in example["context_input_ids"]] for example in cached]
+    assert max(map(max, lengths)) == 6 and min(map(min, lengths)) == 2
+    assert [[len(states) for states in example["context_states"]] for example in cached] == lengths
+
+
+@pytest.mark.parametrize("moment", ["reading", "writing a shard", "moving it into place", "finishing"])
+def test_an_interrupted_cache_is_continued_to_the_same_bytes(pairs, tmp_path, monkeypatch, moment):
+    model, processor = build("separate")
+    settings = {"batch_size": 2, "shard_size": 2}
+    cache_features(model, processor, pairs, tmp_path / "at once", **settings)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    def stream():
+        yield from pairs[:3]
+        stop()
+
+    def stop_at(name: str, times: int):
+        """Stops at a call, before or in the middle of it."""
+        calls, call = itertools.count(1), getattr(features, name)
+
+        def stopping(first, second):
+            if next(calls) < times:
+                return call(first, second)
+            if name == "save_file":
+                Path(second).write_bytes(b"half a shard")
+            stop()
+
+        monkeypatch.setattr(features, name, stopping)
+
+    if moment == "writing a shard":
+        stop_at("save_file", 2)
+    elif moment == "moving it into place":
+        replace, calls = features.os.replace, itertools.count(1)
+        # the index, the first shard, the second
+        monkeypatch.setattr(features.os, "replace", lambda *args: replace(*args) if next(calls) < 3 else stop())
+    elif moment == "finishing":
+        stop_at("_write_index", 2)
+    source = stream() if moment == "reading" else pairs
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(model, processor, source, tmp_path / "resumed", **settings)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="not complete"):
+        FeatureDataset(tmp_path / "resumed")
+
+    seen, encode = [], model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    cache_features(model, processor, pairs, tmp_path / "resumed", **settings)
+    assert sum(seen) == (0 if moment == "finishing" else 3)  # the first shard of two was there
+    assert files(tmp_path / "resumed") == files(tmp_path / "at once")
+
+
+@pytest.mark.parametrize("number", [0, 4, 5])
+def test_any_number_of_pictures(pairs, tmp_path, number):
+    """None, a multiple of the shard size, and more; a second call finds all done."""
+    model, processor = build("separate")
+    for _ in range(2):
+        assert len(cache_features(model, processor, pairs[:number], tmp_path, shard_size=2)) == number
+    assert [example["key"] for example in FeatureDataset(tmp_path)] == [pair["key"] for pair in pairs[:number]]
+
+
+OTHER = {
+    "vision_encoder.*context_encoder": lambda: (build("separate", seed=1), {}),
+    r"image_processor: .*\b32\b.*there.*\b40\b": lambda: (build("separate", size=40), {}),
+    "max_length: 512 there, 9 now": lambda: (build("separate", max_context_length=9), {}),
+    "pool_grid: None there, 2 now": lambda: (build("separate"), {"pool_grid": 2}),
+    "shard_size: 512 there, 3 now": lambda: (build("separate"), {"shard_size": 3}),
+}
+
+
+@pytest.mark.parametrize("difference", OTHER)
+def test_another_encoder_or_setting_is_refused(pairs, tmp_path, difference):
+    cache_features(*build("separate"), pairs, tmp_path)
+    before = files(tmp_path)
+    parts, settings = OTHER[difference]()
+    with pytest.raises(ValueError, match=difference) as error:
+        cache_features(*parts, pairs, tmp_path, **settings)
+    assert "Choose another folder" in str(error.value)
+    assert str(error.value).count(" there, ") == difference.count(".*context") + 1  # and nothing else is blamed
+    assert files(tmp_path) == before
+
+
+def test_what_the_states_do_not_depend_on_is_no_difference(pairs, tmp_path):
+    """The pooler is often not saved and so random, and the trained part has no say."""
+    cache_features(*build("separate"), pairs, tmp_path)
+    model, processor = build("separate")
+    with torch.no_grad():
+        for parameter in (*model.context_encoder.pooler.parameters(), *model.iqformer.parameters()):
+            parameter.add_(1)
+    cache_features(model, processor, pairs, tmp_path, batch_size=1)
+
+
+def test_other_pairs_are_refused(pairs, tmp_path):
+    model, processor = build("separate")
+    cache_features(model, processor, pairs, tmp_path, shard_size=2)
+    recaptioned = [*pairs[:3], {**pairs[3], "captions": ["Something else."]}, pairs[4]]
+    for other in (pairs[::-1], pairs[:4], pairs[:3], [*pairs, pairs[0]], recaptioned):
+        with pytest.raises(ValueError, match="other pairs.*another folder"):
+            cache_features(model, processor, other, tmp_path, shard_size=2)
+
+
+def test_what_cannot_be_read_says_what_to_do(pairs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="cache_features"):
+        FeatureDataset(tmp_path / "none")
+    model, processor = build("separate")
+    cached = cache_features(model, processor, pairs, tmp_path, shard_size=2)
+    shard = tmp_path / "features-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    cached = FeatureDataset(tmp_path)
+    assert cached[1]["key"] == "shard/1"
+    for read in (lambda: cached[2], lambda: cache_features(model, processor, pairs, tmp_path, shard_size=2)):
+        with pytest.raises(OSError, match="features-00001.*Delete it"):
+            read()
+    shard.unlink()
+    cache_features(model, processor, pairs, tmp_path, shard_size=2)
+    assert FeatureDataset(tmp_path)[2]["key"] == "shard/2"
+
+
+def test_a_full_disk_leaves_what_was_finished(pairs, tmp_path, monkeypatch):
+    model, processor = build("separate")
+    with monkeypatch.context() as patch:
+        write, calls = features.save_file, itertools.count(1)
+
+        def fill(tensors, path):
+            write(tensors, path)
+            if next(calls) == 2:
+                raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        patch.setattr(features, "save_file", fill)
+        with pytest.raises(OSError, match="features-00001.*No space left"):
+            cache_features(model, processor, pairs, tmp_path, shard_size=2)
+    assert set(files(tmp_path)) == {"index.json", "features-00000.safetensors"}
+    assert len(cache_features(model, processor, pairs, tmp_path, shard_size=2)) == len(pairs)
+
+
+def test_states_too_large_for_float16_are_refused(pairs, tmp_path, monkeypatch):
+    model, processor = build("separate")
+    monkeypatch.setattr(model, "encode_images", lambda pixels: torch.full((len(pixels), 17, 40), 7e4))
+    with pytest.raises(ValueError, match="7e[+]04.*float16"):
+        cache_features(model, processor, pairs, tmp_path)
+
+
+def test_examples_are_read_alone_and_in_every_process(pairs, tmp_path):
+    cached = cache_features(*build("separate"), pairs, tmp_path, shard_size=3)
+    example = cached[1]
+    for states in (example["vision_states"], *example["context_states"]):
+        # a view of the file would take all of it along to another process
+        assert (
+            states.untyped_storage().nbytes()
+            <= 2 * sum(row.numel() for row in example["context_states"]) + 2 * 17 * 40
+        )
+    buffer = io.BytesIO()
+    pickle.dump(cached, buffer)
+    assert buffer.tell() < 1000
+    for each, expected in zip(pickle.loads(buffer.getvalue()), cached, strict=True):
+        assert_equal(each, expected)
+    loader = DataLoader(cached, batch_size=None, num_workers=2)  # forked with the files open
+    for each, expected in zip(loader, cached, strict=True):
+        assert_equal(each, expected)
+
+
+def test_the_index_tells_where_the_states_are_from(pairs, tmp_path):
+    cache_features(*build("separate"), pairs, tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["num_pictures"] == len(pairs) and index["backbones"] == {}
+    assert index["key"]["image_processor"]["crop_size"] == {"height": 32, "width": 32}
