@@ -11,23 +11,22 @@ def chat(args: argparse.Namespace) -> None:
     from transformers import pipeline
     from transformers.utils import logging
 
-    import modeling_vikdf
+    from . import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
 
     logging.disable_progress_bar()
-    pipe = pipeline("vikdf-dialogue", model=args.model or str(modeling_vikdf.DEFAULT_CHECKPOINT))
+    source = args.model or DEFAULT_CHECKPOINT
+    # loaded here, because `pipeline` buries the reason of a failure in its own
+    model, processor = VikdfForConditionalGeneration.from_pretrained(source), VikdfProcessor.from_pretrained(source)
+    pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
     messages = []
 
     def answer(text: str) -> None:
         messages.append({"role": "user", "content": text})
         reply = ""
-        try:
-            for piece in pipe.stream(
-                messages, use_knowledge=not args.no_knowledge, max_new_tokens=args.max_new_tokens
-            ):
-                print(piece, end="", flush=True)
-                reply += piece
-        finally:
-            print(flush=True)
+        for piece in pipe.stream(messages, use_knowledge=not args.no_knowledge, max_new_tokens=args.max_new_tokens):
+            print(piece, end="", flush=True)
+            reply += piece
+        print(flush=True)
         messages.append({"role": "assistant", "content": reply.strip() or "..."})
 
     for text in args.message:
@@ -43,6 +42,8 @@ def chat(args: argparse.Namespace) -> None:
         try:
             text = input("you> " if terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
+            if terminal:
+                print()
             break
         if text == "/exit":
             break
@@ -55,6 +56,7 @@ def chat(args: argparse.Namespace) -> None:
                 answer(text)
             except KeyboardInterrupt:  # stops this reply, not the program
                 del messages[-1]
+                print()
             except ValueError as error:
                 del messages[-1]
                 print(error, file=sys.stderr)
@@ -62,6 +64,8 @@ def chat(args: argparse.Namespace) -> None:
 
 def new(args: argparse.Namespace) -> None:
     """Builds an untrained model around pretrained backbones and writes model and processor to a folder."""
+    from transformers import GenerationConfig
+
     from .backbones import new_model
 
     model, processor = new_model(
@@ -80,7 +84,10 @@ def new(args: argparse.Namespace) -> None:
         base_text=args.base_text,
         project_inputs=True,
     )
-    model.generation_config.update(max_new_tokens=64, do_sample=False, no_repeat_ngram_size=3)
+    # the LLM's special tokens; how it draws tokens at random goes with its other defaults
+    theirs = model.generation_config
+    tokens = {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens, max_new_tokens=64, do_sample=False, no_repeat_ngram_size=3)
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -184,8 +191,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"vikdf: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,19 @@ number of workers or processes, and evaluation, which stays in epoch 0, always s
 """
 
 import copy
+import math
 import random
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .configuration_vikdf import VikdfConfig
+from .data import SkipReport
 from .processing_vikdf import VikdfProcessor
+
+
+logger = logging.get_logger(__name__)
 
 
 # What the LLM is asked for in knowledge -> text, and told in text -> knowledge.
@@ -41,13 +47,36 @@ DRAW_INSTRUCTIONS = (
 MASKED_CELL = 28  # pixels: the side of the cells in which pictures are masked (Xie et al. 2022 mask 32-px cells)
 MASKED_CELLS, VISIBLE_CELLS = 0.6, 0.2  # share of cells scored; share of those left visible
 MASKED_TOKENS, VISIBLE_TOKENS = 0.15, 0.2  # share of tokens scored; share of those left as they are
+MAX_CAPTION = 1000  # characters of a caption that the LLM reads; the text encoder cuts for itself
 
 
 def _generator(seed: int, epoch: int, key: str) -> random.Random:
     return random.Random(f"{seed}/{epoch}/{key}")
 
 
-class PreTrainingCollator:
+class _Collator:
+    """Knows the epoch, in memory shared with the DataLoader's workers, which may outlive it."""
+
+    def __init__(self):
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of examples that do not bring their own as `example["epoch"]`."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def for_evaluation(self) -> "_Collator":
+        """A collator like this one that stays in epoch 0 whatever happens to this one."""
+        collator = copy.copy(self)
+        collator._epoch = torch.zeros((), dtype=torch.long)
+        return collator
+
+
+class PreTrainingCollator(_Collator):
     """
     Image-text pairs -> the inputs of `VikdfForPreTraining.forward` that its objectives of positive weight need.
 
@@ -55,8 +84,8 @@ class PreTrainingCollator:
         processor: tokenizers, image processor, prompts.
         config: says which objectives have weight.
         seed: of all that is drawn.
-        masked_share: share of a batch that takes part in the two masked objectives (the costly ones: each needs the
-            encoder again, on masked input).
+        masked_share: share of the examples that take part in the two masked objectives (the costly ones: each needs
+            the encoder again, on masked input).
         image_knowledge_share: share of the rows whose BVIF knowledge is the picture's instead of the text's.
         other_caption: whether the LLM's target is another caption of the picture than the one its knowledge is from,
             where there is another.
@@ -72,7 +101,13 @@ class PreTrainingCollator:
         image_knowledge_share: float = 0.0,
         other_caption: bool = False,
     ):
-        self.processor, self.config, self.seed, self.epoch = processor, config, seed, 0
+        super().__init__()
+        for name, share in (("masked_share", masked_share), ("image_knowledge_share", image_knowledge_share)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share}.")
+        if not masked_share and (config.loss_weights["masked_image"] or config.loss_weights["masked_text"]):
+            raise ValueError("masked_share=0 leaves nothing to masked_image and masked_text: set their weights to 0.")
+        self.processor, self.config, self.seed = processor, config, seed
         self.masked_share, self.image_knowledge_share = masked_share, image_knowledge_share
         self.other_caption = other_caption
         tokenizer = processor.context_tokenizer
@@ -91,23 +126,46 @@ class PreTrainingCollator:
                 needs the image in either case.
         """
         weights = self.config.loss_weights
-        draws = [_generator(self.seed, self.epoch, example["key"]) for example in examples]
+        draws = [_generator(self.seed, example.get("epoch", self.epoch), example["key"]) for example in examples]
+        masked = 0
+        if weights["masked_image"] or weights["masked_text"]:
+            examples, draws, masked = self._masked_first(examples, draws)
         chosen = [draw.randrange(len(example["captions"])) for draw, example in zip(draws, examples, strict=True)]
         batch = self._captions(examples, chosen)
-        masked = -(-len(examples) * self.masked_share // 1)  # rounded up
-        masked = int(masked) if weights["masked_image"] or weights["masked_text"] else 0
         batch |= self._pictures(examples, masked)
+        # of none that was drawn the first row goes the same way, with nothing to score: what runs in a step must not
+        # depend on chance, because processes that hold a model in shards wait for one another
+        rows, drawn = draws[: max(masked, 1)], masked > 0
         if weights["masked_image"]:
-            batch |= self._masked_cells(draws[:masked], batch["pixel_values"].shape[-1])
+            batch |= self._masked_cells(rows, batch["pixel_values"].shape[-1], drawn)
         if weights["masked_text"]:
-            batch |= self._masked_tokens(draws[:masked], batch)
+            batch |= self._masked_tokens(rows, batch, drawn)
         if weights["knowledge_to_text"]:
             batch |= self._caption_prompts(examples, chosen, draws)
         if weights["text_to_knowledge"]:
             batch |= self._draw_prompts(examples, chosen, draws)
-        if self.image_knowledge_share and (weights["knowledge_to_text"] or weights["text_to_knowledge"]):
+        if self.uses_image_knowledge:
             batch["use_image_knowledge"] = torch.tensor([draw.random() < self.image_knowledge_share for draw in draws])
         return batch
+
+    @property
+    def uses_pictures(self) -> bool:
+        """Whether pictures become knowledge, or are masked."""
+        weights = self.config.loss_weights
+        pictured = weights["text_image_matching"] or weights["masked_image"] or weights["masked_text"]
+        return bool(pictured or self.uses_image_knowledge)
+
+    @property
+    def uses_image_knowledge(self) -> bool:
+        """Whether the LLM gets to know of the picture in some rows."""
+        weights = self.config.loss_weights
+        return bool(self.image_knowledge_share and (weights["knowledge_to_text"] or weights["text_to_knowledge"]))
+
+    def _masked_first(self, examples: list[dict], draws: list[random.Random]) -> tuple[list, list, int]:
+        """The rows that take part in the masked objectives before the others, and their number."""
+        masked = [draw.random() < self.masked_share for draw in draws]
+        order = sorted(range(len(masked)), key=lambda row: not masked[row])
+        return [examples[row] for row in order], [draws[row] for row in order], sum(masked)
 
     def _captions(self, examples: list[dict], chosen: list[int]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.context_tokenizer
@@ -128,31 +186,42 @@ class PreTrainingCollator:
         return batch
 
     def _pictures(self, examples: list[dict], masked: int) -> dict[str, torch.Tensor]:
-        if "vision_states" in examples[0]:
-            batch = {"vision_states": torch.stack([example["vision_states"] for example in examples])}  # [B, S, d]
-            needed = examples[:masked] if self.config.loss_weights["masked_image"] else []
-        else:
-            batch, needed = {}, examples
+        weights = self.config.loss_weights
+        batch, needed = {}, []
+        if weights["text_image_matching"] or weights["masked_text"] or self.uses_image_knowledge:
+            if "vision_states" in examples[0]:
+                batch["vision_states"] = torch.stack([example["vision_states"] for example in examples])  # [B, S, d]
+            else:
+                needed = examples
+        if weights["masked_image"] and not needed:
+            needed = examples[: max(masked, 1)]
         if needed:
+            if "image" not in needed[0]:
+                raise ValueError(
+                    "masked_image needs the pictures themselves, and the examples only have the encoder's states. Set "
+                    "its weight to 0, or train without a feature cache."
+                )
             images = [example["image"] for example in needed]
             batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return batch
 
-    def _masked_cells(self, draws: list[random.Random], size: int) -> dict[str, torch.Tensor]:
+    def _masked_cells(self, draws: list[random.Random], size: int, drawn: bool) -> dict[str, torch.Tensor]:
         cells = max(size // MASKED_CELL, 1) ** 2
         scored, hidden = torch.zeros(2, len(draws), cells, dtype=torch.bool)
-        for row, draw in enumerate(draws):
-            order = torch.tensor(draw.sample(range(cells), round(MASKED_CELLS * cells)))
+        for row, draw in enumerate(draws if drawn else ()):
+            order = torch.tensor(draw.sample(range(cells), _round(MASKED_CELLS * cells, draw)), dtype=torch.long)
             scored[row, order] = True
-            hidden[row, order[round(VISIBLE_CELLS * len(order)) :]] = True
+            hidden[row, order[_round(VISIBLE_CELLS * len(order), draw) :]] = True
         return {"masked_cells": scored, "hidden_cells": hidden}
 
-    def _masked_tokens(self, draws: list[random.Random], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _masked_tokens(
+        self, draws: list[random.Random], batch: dict[str, torch.Tensor], drawn: bool
+    ) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.context_tokenizer
         ids = batch["context_input_ids"][: len(draws)].clone()
         labels = torch.full_like(ids, -100)
         special = set(tokenizer.all_special_ids)
-        for row, draw in enumerate(draws):
+        for row, draw in enumerate(draws if drawn else ()):
             for column, token in enumerate(ids[row].tolist()):
                 if token not in special and draw.random() < MASKED_TOKENS:
                     labels[row, column] = token
@@ -166,9 +235,8 @@ class PreTrainingCollator:
             captions, instruction = example["captions"], draw.choice(CAPTION_INSTRUCTIONS)
             if self.other_caption and len(captions) > 1:
                 i = draw.choice([other for other in range(len(captions)) if other != i])
-            chats.append(
-                [{"role": "user", "content": instruction}, {"role": "assistant", "content": captions[i]}],
-            )
+            caption = self._readable(captions[i])
+            chats.append([{"role": "user", "content": instruction}, {"role": "assistant", "content": caption}])
         inputs = self.processor(chats, return_labels=True)
         return align_at_knowledge(
             {key: inputs[key] for key in ("input_ids", "attention_mask", "labels")}, self.processor
@@ -176,7 +244,7 @@ class PreTrainingCollator:
 
     def _draw_prompts(self, examples: list[dict], chosen: list[int], draws: list[random.Random]) -> dict:
         chats = [
-            [{"role": "user", "content": f"{draw.choice(DRAW_INSTRUCTIONS)} {example['captions'][i]}"}]
+            [{"role": "user", "content": f"{draw.choice(DRAW_INSTRUCTIONS)} {self._readable(example['captions'][i])}"}]
             for example, i, draw in zip(examples, chosen, draws, strict=True)
         ]
         inputs = self.draw_processor(chats)
@@ -187,24 +255,73 @@ class PreTrainingCollator:
             "draw_attention_mask": inputs["attention_mask"][:, : last + 1],
         }
 
+    def _readable(self, caption: str) -> str:
+        """What the LLM may read of a caption; the token that holds the place of knowledge is not for captions."""
+        return caption.replace(self.processor.knowledge_token, " ")[:MAX_CAPTION].strip() or "..."
 
-class DialogueCollator:
+
+class DialogueCollator(_Collator):
     """
     Dialogues `{"messages": [...]}` that end in a reply -> the inputs of `VikdfForConditionalGeneration.forward`.
+
+    A dialogue that no prompt can be made of (its newest turn is too long, say) is skipped and reported: its row is
+    there, but nothing of it is learnt.
 
     Args:
         processor: writes prompts, contexts and labels.
         max_length: most tokens of a prompt with its replies; older turns are left out.
+        earlier_replies: whether replies in front of the knowledge are learnt too. The knowledge cannot change them,
+            so they only teach an LLM that is itself trained (LoRA).
+        report: gets to know what is skipped; by default it is logged alone.
     """
 
-    def __init__(self, processor: VikdfProcessor, *, max_length: int | None = None):
-        self.processor, self.max_length, self.epoch = processor, max_length, 0
+    uses_pictures = False  # dialogues are text; a picture in one is read, but does not train the projection of pictures
+
+    # stands for a dialogue that is skipped
+    STUB = ({"role": "user", "content": "..."}, {"role": "assistant", "content": "..."})
+
+    def __init__(
+        self,
+        processor: VikdfProcessor,
+        *,
+        max_length: int | None = None,
+        earlier_replies: bool = False,
+        report: SkipReport | None = None,
+    ):
+        super().__init__()
+        self.processor, self.max_length, self.earlier_replies = processor, max_length, earlier_replies
+        self.report = report
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """-> `input_ids`, `attention_mask`, `labels` [B, T]; `context_input_ids`, `context_attention_mask` [B, C]."""
         chats = [example["messages"] for example in examples]
-        inputs = self.processor(chats, return_labels=True, max_length=self.max_length)
-        return align_at_knowledge(dict(inputs), self.processor)
+        skipped = []
+        try:
+            inputs = self._read(chats)
+        except (TypeError, ValueError):
+            for row, example in enumerate(examples):
+                try:
+                    self._read(chats[row : row + 1])
+                except (TypeError, ValueError) as error:
+                    chats[row] = list(self.STUB)
+                    skipped.append(row)
+                    self._skip(str(example.get("key", row)), str(error).removeprefix("row 0: "))
+            inputs = self._read(chats)
+        batch = align_at_knowledge(dict(inputs), self.processor)
+        batch["labels"][skipped] = -100
+        if not self.earlier_replies:
+            knowledge = (batch["input_ids"] == self.processor.knowledge_token_id).any(0).int().argmax()
+            batch["labels"][:, :knowledge] = -100
+        return batch
+
+    def _read(self, chats: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        return self.processor(chats, return_labels=True, max_length=self.max_length)
+
+    def _skip(self, key: str, reason: str) -> None:
+        if self.report is not None:
+            self.report.add("unusable dialogue", key, reason)
+        else:
+            logger.warning(f"Skipped the dialogue {key}: {reason}")
 
 
 def align_at_knowledge(batch: dict[str, torch.Tensor], processor: VikdfProcessor) -> dict[str, torch.Tensor]:
@@ -233,6 +350,11 @@ def align_at_knowledge(batch: dict[str, torch.Tensor], processor: VikdfProcessor
     }
     aligned["position_ids"] = (aligned["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return {**batch, **aligned}
+
+
+def _round(value: float, draw: random.Random) -> int:
+    """Up or down by chance, so that the mean is the value."""
+    return math.floor(value + draw.random())
 
 
 def _pad_right(rows: list[torch.Tensor], value: float) -> torch.Tensor:

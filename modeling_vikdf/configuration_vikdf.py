@@ -32,7 +32,7 @@ OBJECTIVES = {
 def _to_config(value: Any, key: str, default_model_type: str) -> PreTrainedConfig:
     """
     Builds a sub-configuration from a dict (`model_type` says which), or passes a configuration through. Of one that
-    describes a text and a vision tower (CLIP, SigLIP) it takes the tower in question.
+    describes several models (CLIP's two towers, an LLM that sees) it takes the one in question.
     """
     config = value
     if not isinstance(value, PreTrainedConfig):
@@ -47,6 +47,8 @@ def _to_config(value: Any, key: str, default_model_type: str) -> PreTrainedConfi
                 f"VikdfConfig.{key} names the model type {model_type!r}, which this transformers does not know. "
                 "Check the spelling, or upgrade transformers to a version that has this model."
             ) from None
+    if key == "text_config":
+        return config.get_text_config(decoder=True)
     tower = {"context_config": "text_config", "vision_config": "vision_config"}.get(key)
     return getattr(config, tower, config) if tower else config
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig
 
@@ -51,12 +51,15 @@ def find_weights(folder: Path) -> Path:
     The safetensors file of a folder that holds the authors' weights.
 
     Raises:
-        FileNotFoundError: if there is none.
+        OSError: if there is none, or one cannot be read.
     """
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as weights:
-            if "query_tokens" in weights.keys():
-                return path
+        try:
+            with safe_open(path, framework="pt") as weights:
+                if "query_tokens" in weights.keys():
+                    return path
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be read ({error}): it is truncated or damaged, copy it again.") from error
     raise FileNotFoundError(
         f"No *.safetensors file with a weight named 'query_tokens' in {folder}: expected a checkpoint of the authors' "
         "code, saved as safetensors, beside its config.json."
@@ -97,14 +100,18 @@ def convert_checkpoint(folder: str | Path) -> VikdfForPreTraining:
         The model with the heads of all objectives, self-contained, in evaluation mode.
 
     Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a weight is missing, has another shape, or has no place in the model.
+        OSError: if a file is missing or damaged.
+        ValueError: if config.json is not as expected, or a weight is missing, has another shape or no place.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"No config.json in {folder}.")
     weights = load_file(find_weights(folder))
-    model = VikdfForPreTraining(convert_config(json.loads((folder / "config.json").read_text())))
+    try:
+        config = convert_config(json.loads((folder / "config.json").read_text()))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not as the authors' code writes it: {error!r}.") from error
+    model = VikdfForPreTraining(config)
     state = {rename(name): weight.to(torch.float32) for name, weight in weights.items()}
     if "pixel_decoder.weight" in state:  # their 1x1 convolution is a linear layer over the patch grid
         state["pixel_decoder.weight"] = state["pixel_decoder.weight"].flatten(1)

@@ -9,6 +9,7 @@ mean. A trainer that splits a batch over micro-batches or processes passes the w
 up to the mean over the whole.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from transformers.utils import ModelOutput
 
 from .configuration_vikdf import VikdfConfig
 from .modeling_vikdf import VikdfForConditionalGeneration
+
+
+BVIF = ("knowledge_to_text", "text_to_knowledge")  # the objectives that go through the LLM
 
 
 def text_image_matching_loss(
@@ -45,11 +49,14 @@ def text_image_matching_loss(
     Returns:
         Scalar, in nats a pair: `1 / parts` of the whole batch's loss.
     """
+    text, image = text.float(), image.float()
     if other_text is not None:
         text, image = torch.cat([text, other_text]), torch.cat([image, other_image])  # [N, d], N = B + R
     # every part sees the whole gradient of the temperature, so each may take its share only
     logit_scale = logit_scale.detach() + (logit_scale - logit_scale.detach()) / parts
-    logits = logit_scale.exp() * text @ image.T  # [N, N]
+    # logits of up to 100 have no decimals left in the half precision that autocast would choose
+    with torch.autocast(text.device.type, enabled=False):
+        logits = logit_scale.float().exp() * (text @ image.T)  # [N, N]
     targets = torch.arange(len(logits), device=logits.device)
     loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
     # the loss of the whole, of which only this part's embeddings carry a gradient: a share of the value, all of that
@@ -146,6 +153,9 @@ class VikdfPreTrainingOutput(ModelOutput):
     losses: name of each objective -> its own value, unweighted and without gradient.
     text_knowledge, image_knowledge: K^T, K^I [B, n, h].
     text_embeddings, image_embeddings: what matching compares, unit vectors [B, matching_dim].
+    context_states, vision_states: what the frozen encoders say [B, T, d], [B, S, d]; with `embed_only` alone.
+
+    What the objectives do not need is not computed and `None`.
     """
 
     loss: torch.Tensor | None = None
@@ -154,6 +164,8 @@ class VikdfPreTrainingOutput(ModelOutput):
     image_knowledge: torch.Tensor | None = None
     text_embeddings: torch.Tensor | None = None
     image_embeddings: torch.Tensor | None = None
+    context_states: torch.Tensor | None = None
+    vision_states: torch.Tensor | None = None
 
 
 class VikdfForPreTraining(VikdfForConditionalGeneration):
@@ -171,7 +183,8 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         "knowledge_predictor",
     ]
 
-    _keys_to_ignore_on_load_unexpected = None
+    # a checkpoint that was trained with other objectives has other heads: new ones start fresh, old ones are left
+    _keys_to_ignore_on_load_missing = VikdfForConditionalGeneration._keys_to_ignore_on_load_unexpected
     accepts_loss_kwargs = True  # for Trainer: losses are divided by counts over all accumulated batches
 
     def __init__(self, config: VikdfConfig):
@@ -235,45 +248,49 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             embed_only: whether to stop at the matching embeddings.
 
         Raises:
-            ValueError: if an objective of positive weight lacks an input.
+            ValueError: if an objective of positive weight lacks an input, or none has a positive weight.
         """
         weights = {name: weight for name, weight in self.config.loss_weights.items() if weight}
+        if not weights and not embed_only:
+            raise ValueError("No objective has a positive weight in config.loss_weights.")
         counts = counts or {}
-        if context_states is None and context_input_ids is not None:
-            context_states = self.encode_context(context_input_ids, context_attention_mask)  # [B, T, d]
-        if vision_states is None and pixel_values is not None:
-            vision_states = self.encode_images(pixel_values)  # [B, S, d]
+        matching, fusing = "text_image_matching" in weights or embed_only, bool({*weights} & {*BVIF})
         text = image = None
-        if context_states is not None:
-            text = self.iqformer.text_knowledge(context_states, context_attention_mask)  # K^T [B, n, h]
-        if vision_states is not None:
-            image = self.iqformer.image_knowledge(vision_states)  # K^I [B, n, h]
+        if matching or fusing or "masked_image" in weights:
+            if context_states is None and context_input_ids is not None:
+                context_states = self.encode_context(context_input_ids, context_attention_mask)  # [B, T, d]
+            if context_states is not None:
+                text = self.iqformer.text_knowledge(context_states, context_attention_mask)  # K^T [B, n, h]
+        if matching or (fusing and use_image_knowledge is not None) or "masked_text" in weights:
+            if vision_states is None and pixel_values is not None:
+                vision_states = self.encode_images(pixel_values)  # [B, S, d]
+            if vision_states is not None:
+                image = self.iqformer.image_knowledge(vision_states)  # K^I [B, n, h]
 
         losses, embeddings = {}, {}
-        if "text_image_matching" in weights or embed_only:
-            _require("text_image_matching", captions=text, pictures=image)
+        if matching:
+            _require("text_image_matching", context_input_ids=text, pixel_values=image)
             embeddings["text_embeddings"] = self.matching_head.text(text)
             embeddings["image_embeddings"] = self.matching_head.image(image)
             if embed_only:
-                return VikdfPreTrainingOutput(**embeddings)
+                return VikdfPreTrainingOutput(**embeddings, context_states=context_states, vision_states=vision_states)
             losses["text_image_matching"] = text_image_matching_loss(
                 *embeddings.values(), self.matching_head.logit_scale, other_text, other_image, parts
             )
         if "masked_image" in weights:
-            _require("masked_image", captions=text, pixel_values=pixel_values, masked_cells=masked_cells)
+            _require("masked_image", context_input_ids=text, pixel_values=pixel_values, masked_cells=masked_cells)
             losses["masked_image"] = self.masked_image_modelling(
                 pixel_values[: len(masked_cells)], masked_cells, hidden_cells, text, counts.get("masked_image")
             )
         if "masked_text" in weights:
-            _require("masked_text", pictures=image, masked_input_ids=masked_input_ids, masked_labels=masked_labels)
+            _require("masked_text", pixel_values=image, masked_input_ids=masked_input_ids, masked_labels=masked_labels)
             losses["masked_text"] = self.masked_text_modelling(
                 masked_input_ids, context_attention_mask, masked_labels, image, counts.get("masked_text")
             )
-        knowledge = text  # BVIF's K: the text's, the picture's, or either by row
-        if use_image_knowledge is not None:
-            knowledge = torch.where(use_image_knowledge[:, None, None], image, text)
+        if fusing:
+            knowledge = self._choose_knowledge(text, image, use_image_knowledge)
         if "knowledge_to_text" in weights:
-            _require("knowledge_to_text", knowledge=knowledge, input_ids=input_ids, labels=labels)
+            _require("knowledge_to_text", input_ids=input_ids, labels=labels)
             losses["knowledge_to_text"] = (
                 super()
                 .forward(
@@ -287,7 +304,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
                 .loss
             )
         if "text_to_knowledge" in weights:
-            _require("text_to_knowledge", knowledge=knowledge, draw_input_ids=draw_input_ids)
+            _require("text_to_knowledge", draw_input_ids=draw_input_ids)
             losses["text_to_knowledge"] = self.text_to_knowledge(
                 draw_input_ids, draw_attention_mask, knowledge, counts.get("text_to_knowledge")
             )
@@ -304,6 +321,24 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         """Refused: replies come from the dialogue model, which loads the same checkpoint."""
         raise NotImplementedError("Load the checkpoint with VikdfForConditionalGeneration to generate replies.")
 
+    def _choose_knowledge(
+        self, text: torch.Tensor | None, image: torch.Tensor | None, use_image: torch.Tensor | None
+    ) -> torch.Tensor:
+        """BVIF's K [B, n, h]: the text's, the picture's, or either by row."""
+        if use_image is None:
+            _require(" and ".join(name for name in BVIF if self.config.loss_weights[name]), context_input_ids=text)
+            return text
+        if text is None and use_image.all():
+            text = image
+        if image is None and not use_image.any():
+            image = text
+        if text is None or image is None:
+            raise ValueError(
+                "use_image_knowledge asks for the knowledge of texts in some rows and of pictures in others, but the "
+                f"batch lacks {'context_input_ids' if text is None else 'pixel_values'}."
+            )
+        return torch.where(use_image[:, None, None], image, text)
+
     def masked_image_modelling(
         self,
         pixel_values: torch.Tensor,
@@ -314,8 +349,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
     ) -> torch.Tensor:
         """Hidden cells are zeroed, the encoder's states ask K^T, pixels come from the patch states alone."""
         rows, _, height, width = pixel_values.shape
-        mask = _cells_to_pixels(masked_cells, height, width)  # [M, H, W]
-        hidden = mask if hidden_cells is None else _cells_to_pixels(hidden_cells, height, width)
+        hidden = cells_to_pixels(masked_cells if hidden_cells is None else hidden_cells, height, width)  # [M, H, W]
         states = self.encode_images(pixel_values * (1 - hidden[:, None]))  # [M, S, d]
         states = self.iqformer.vision_projection(states.to(text_knowledge.dtype))
         patch = self.config.vision_config.patch_size
@@ -324,22 +358,22 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         pixels = self.pixel_decoder(
             self.masked_image_block(states, text_knowledge[:rows])
         )  # [M, patches, 3 * patch^2]
-        predicted = F.pixel_shuffle(pixels.transpose(1, 2).reshape(rows, -1, *grid), patch)  # [M, 3, H, W]
-        return masked_image_loss(
-            predicted, pixel_values[..., : predicted.shape[-2], : predicted.shape[-1]], mask, count
-        )
+        predicted = F.pixel_shuffle(pixels.transpose(1, 2).reshape(rows, -1, *grid), patch)  # [M, 3, H', W']
+        mask = cells_to_pixels(masked_cells, height, width, patch)  # [M, H', W']
+        return masked_image_loss(predicted, pixel_values[..., : mask.shape[-2], : mask.shape[-1]], mask, count)
 
     def masked_text_modelling(
         self,
         masked_input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         labels: torch.Tensor,
         image_knowledge: torch.Tensor,
         count: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
         """The encoder reads the caption with tokens replaced; the chosen ones' states ask K^I for the true ids."""
         rows = len(masked_input_ids)
-        states = self.encode_context(masked_input_ids, attention_mask[:rows])  # [M, T, d]
+        mask = None if attention_mask is None else attention_mask[:rows]
+        states = self.encode_context(masked_input_ids, mask)  # [M, T, d]
         states = self.iqformer.context_projection(states.to(image_knowledge.dtype))
         chosen = labels != -100  # [M, T]
         states = self.masked_text_block(states, image_knowledge[:rows])[chosen]  # [K, d]
@@ -379,11 +413,17 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         return text_to_knowledge_loss(predicted, target, count)
 
 
-def _cells_to_pixels(cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """A square grid of cells [M, cells] as a pixel mask [M, H, W] of 0 and 1."""
-    side = int(cells.shape[1] ** 0.5)
+def cells_to_pixels(cells: torch.Tensor, height: int, width: int, patch: int = 1) -> torch.Tensor:
+    """
+    A square grid of cells [M, cells] over pictures of H x W pixels as a pixel mask of 0 and 1, [M, H', W']: H' and W'
+    without what remains behind the last whole patch, which encoders do not see.
+    """
+    side = math.isqrt(cells.shape[1])
+    if side**2 != cells.shape[1]:
+        raise ValueError(f"masked_cells must be a square grid in each row, and {cells.shape[1]} cells are none.")
     grid = cells.view(-1, 1, side, side).float()
-    return F.interpolate(grid, size=(height, width), mode="nearest")[:, 0]
+    mask = F.interpolate(grid, size=(height, width), mode="nearest")[:, 0]  # [M, H, W]
+    return mask[:, : height // patch * patch, : width // patch * patch]
 
 
 def _require(objective: str, **inputs: Any) -> None:
@@ -391,7 +431,7 @@ def _require(objective: str, **inputs: Any) -> None:
     if missing:
         raise ValueError(
             f"The objective {objective!r} has a positive weight in config.loss_weights but the batch lacks "
-            f"{', '.join(missing)}. Add the inputs, or set the weight to 0."
+            f"{', '.join(missing)}. Add the inputs (or cached states in their place), or set the weight to 0."
         )
 
 
@@ -399,6 +439,7 @@ __all__ = [
     "VikdfForPreTraining",
     "VikdfPreTrainingOutput",
     "VikdfReconstructionBlock",
+    "cells_to_pixels",
     "masked_image_loss",
     "masked_text_loss",
     "text_image_matching_loss",

@@ -6,9 +6,12 @@ their own repositories and are not stored with the model.
 """
 
 import contextlib
+import copy
+import fnmatch
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +57,10 @@ def reply_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor 
     return loss / count.clamp(min=1)
 
 
+# arguments of `from_pretrained` that say which files to read
+_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
 @dataclass
 class VikdfCausalLMOutputWithPast(ModelOutput):
     """
@@ -95,14 +102,13 @@ class VikdfPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
+        self._load_kwargs = {}  # how `attach_backbones` was asked to load, for what follows later
         for role, key in BACKBONE_CONFIGS.items():
             sub_config = getattr(config, key)
             if role in config.backbones or sub_config is None:
                 setattr(self, role, None)  # attached after loading, or none
             else:
-                backbone_class = _backbone_class(role, sub_config)
-                build = getattr(backbone_class, "from_config", backbone_class)
-                setattr(self, role, build(sub_config).requires_grad_(False))
+                setattr(self, role, _build_backbone(role, sub_config, config.backbone_dtypes.get(role)))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -157,26 +163,37 @@ class VikdfPreTrainedModel(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: folder or repository id of a VIKDF checkpoint.
             dtype: of the backbones; `"auto"` keeps each one's saved dtype. The trained part stays in float32.
-            device_map, quantization_config, attn_implementation: for the LLM, as in its own `from_pretrained`. The
-                encoders and the trained part follow its input embeddings' device.
+            device_map, quantization_config, attn_implementation: for the LLM, as in its own `from_pretrained`, and so
+                are `max_memory`, `offload_folder` and `offload_buffers`. The encoders and the trained part follow its
+                input embeddings' device. A self-contained checkpoint is placed by `device_map` as a whole.
+            kwargs: fields of the configuration to change, and what else transformers' `from_pretrained` takes.
 
         Raises:
             OSError: if the weights are missing, truncated or incomplete, or a backbone cannot be found.
-            ValueError: if a backbone does not fit the configuration.
+            ValueError: if the weights or a backbone do not fit the configuration.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError(
                 "VIKDF loads safetensors only: pickled weights can run code. Leave use_safetensors unset."
             )
         wants_info = kwargs.pop("output_loading_info", False)
+        dtype = kwargs.pop("torch_dtype", None) or dtype  # its former name
         if attn_implementation is not None:
             kwargs["attn_implementation"] = attn_implementation
         config = kwargs.pop("config", None)
         if not isinstance(config, PreTrainedConfig):
-            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            config = cls.config_class.from_pretrained(
-                config or pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+            where = {key: kwargs.pop(key) for key in _WHERE if key in kwargs}
+            config, kwargs = cls.config_class.from_pretrained(
+                config or pretrained_model_name_or_path, return_unused_kwargs=True, **where, **kwargs
             )
+            kwargs |= where
+        config = copy.deepcopy(config)
+        if dtype != "auto":
+            config.backbone_dtypes = {}
+        placement = {"device_map": device_map}
+        placement |= {
+            key: kwargs.pop(key) for key in ("max_memory", "offload_folder", "offload_buffers") if key in kwargs
+        }
         if "language_model" in config.backbones:
             load_kwargs = {}
         elif quantization_config is not None:
@@ -185,8 +202,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
                 "repository instead: set config.backbones['language_model'] = {'repo_id': ...}."
             )
         else:
-            load_kwargs = {"device_map": device_map}
-        try:
+            load_kwargs = placement
+        with _clear_errors(pretrained_model_name_or_path):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
                 *model_args,
@@ -197,18 +214,13 @@ class VikdfPreTrainedModel(PreTrainedModel):
                 **load_kwargs,
                 **kwargs,
             )
-        except SafetensorError as error:
-            raise OSError(
-                f"The weights in {pretrained_model_name_or_path!r} cannot be read ({error}). The file is truncated or "
-                "damaged: copy or download it again."
-            ) from error
         if info["missing_keys"]:
             raise OSError(
                 f"The checkpoint {pretrained_model_name_or_path!r} lacks {len(info['missing_keys'])} weights of "
                 f"{cls.__name__}, such as {sorted(info['missing_keys'])[:3]}. It is incomplete or of another model."
             )
         model.attach_backbones(
-            dtype=dtype, device_map=device_map, quantization_config=quantization_config, **_hub_kwargs(kwargs)
+            dtype=dtype, quantization_config=quantization_config, **placement, **_hub_kwargs(kwargs)
         )
         model.eval()
         return (model, info) if wants_info else model
@@ -217,8 +229,11 @@ class VikdfPreTrainedModel(PreTrainedModel):
         self,
         *,
         dtype: str | torch.dtype = "auto",
-        device_map: Any = None,
         quantization_config: Any = None,
+        device_map: Any = None,
+        max_memory: dict | None = None,
+        offload_folder: str | os.PathLike | None = None,
+        offload_buffers: bool | None = None,
         **hub_kwargs: Any,
     ) -> None:
         """
@@ -234,8 +249,11 @@ class VikdfPreTrainedModel(PreTrainedModel):
         if "language_model" in self.config.backbones:
             self.language_model = self._load_backbone(
                 "language_model",
-                device_map=device_map,
                 quantization_config=quantization_config,
+                device_map=device_map,
+                max_memory=max_memory,
+                offload_folder=offload_folder,
+                offload_buffers=offload_buffers,
                 # where an Auto class puts it
                 attn_implementation=text_config._attn_implementation,
             )
@@ -247,17 +265,23 @@ class VikdfPreTrainedModel(PreTrainedModel):
                         f"{getattr(found, key)}, but this checkpoint was made for {key}={getattr(text_config, key)}. "
                         "Attach the language model it was trained with."
                     )
+            # everything else follows the LLM's embeddings, wherever a device map put them
+            device = self._input_device()
+            for name, part in self.named_children():
+                if name != "language_model":
+                    part.to(device)
+            for parameter in self.parameters(recurse=False):
+                parameter.data = parameter.data.to(device)
+            if hasattr(self.language_model, "hf_device_map"):
+                self.hf_device_map = {
+                    f"language_model.{name}".rstrip("."): place
+                    for name, place in self.language_model.hf_device_map.items()
+                }
         if "context_encoder" in self.config.backbones:
-            self.context_encoder = self._load_backbone("context_encoder")
-        # everything else follows the LLM's embeddings, wherever a device map put them
-        device = self.get_input_embeddings().weight.device
-        for name, part in self.named_children():
-            if name != "language_model":
-                part.to(device)
-        for parameter in self.parameters(recurse=False):
-            parameter.data = parameter.data.to(device)
-        if hasattr(self.language_model, "hf_device_map"):
-            self.hf_device_map = {f"language_model.{k}": v for k, v in self.language_model.hf_device_map.items()}
+            self.context_encoder = self._load_backbone("context_encoder").to(self._input_device())
+        for role in BACKBONE_CONFIGS:
+            if getattr(self, role) is not None:
+                getattr(self, role).requires_grad_(False).eval()  # also those that came with the checkpoint
         self.post_init()  # what the parts tie and keep in float32 is now known to the whole
 
     def attach_vision_encoder(self) -> None:
@@ -271,7 +295,19 @@ class VikdfPreTrainedModel(PreTrainedModel):
         if self.config.vision_config is None:
             raise ValueError("This model has no vision encoder (config.vision_config is None): it takes no pictures.")
         if self.vision_encoder is None:
-            self.vision_encoder = self._load_backbone("vision_encoder").to(self.get_input_embeddings().weight.device)
+            self.vision_encoder = self._load_backbone("vision_encoder").to(self._input_device())
+
+    def _require(self, role: str) -> None:
+        if getattr(self, role) is None:
+            raise ValueError(
+                f"The {role} is not attached: call attach_backbones(), or load the model with from_pretrained."
+            )
+
+    def _input_device(self) -> torch.device:
+        """Where the LLM's embeddings are computed; their weights may be offloaded."""
+        embeddings = self.get_input_embeddings()
+        hook = getattr(embeddings, "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
 
     def _load_backbone(self, role: str, **kwargs: Any) -> PreTrainedModel:
         """The backbone that `config.backbones` names for a role, frozen, from wherever it is found."""
@@ -279,9 +315,19 @@ class VikdfPreTrainedModel(PreTrainedModel):
         load_kwargs = {**self._load_kwargs, **kwargs, "use_safetensors": True}
         path, load_kwargs["revision"] = _locate(source["repo_id"], source.get("revision"), **_hub_kwargs(load_kwargs))
         if role != "language_model":
-            load_kwargs["config"] = sub_config  # the right tower of a two-tower repository
+            load_kwargs["config"] = copy.deepcopy(sub_config)  # the right tower of a two-tower repository
+            load_kwargs["config"].dtype = None  # "auto" is the dtype of the weights, not of this checkpoint
         load_kwargs = {key: value for key, value in load_kwargs.items() if value is not None}
-        backbone = _backbone_class(role, sub_config).from_pretrained(path, **load_kwargs)
+        with _clear_errors(source["repo_id"]):
+            backbone, info = _backbone_class(role, sub_config).from_pretrained(
+                path, output_loading_info=True, **load_kwargs
+            )
+        # a pooler is often not saved, and it is not used here
+        if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
+            raise OSError(
+                f"The {role} {source['repo_id']!r} lacks {len(missing)} weights of {type(backbone).__name__}, such as "
+                f"{missing[:3]}. It is incomplete, or another model than config.{BACKBONE_CONFIGS[role]} says."
+            )
         # never saved with the model: its repository has it
         backbone._keys_to_ignore_on_save = set(backbone.state_dict())
         self._keys_to_ignore_on_save = {
@@ -302,28 +348,50 @@ class VikdfPreTrainedModel(PreTrainedModel):
         push = {key: kwargs.pop(key) for key in ("push_to_hub", "repo_id", "commit_message") if key in kwargs}
         if push.get("push_to_hub"):
             raise ValueError("save_pretrained(push_to_hub=True) is not supported: call push_to_hub(repo_id) instead.")
+        if include_backbones and getattr(self.language_model, "is_quantized", False):
+            raise ValueError(
+                "A quantised LLM cannot be part of a self-contained checkpoint. Load the model without "
+                "quantization_config to save it with its backbones, or save it without them."
+            )
         os.makedirs(save_directory, exist_ok=True)
         aside = tempfile.mkdtemp(dir=save_directory, prefix=".saving-")
         try:
             if include_backbones and self.config.vision_config is not None:
                 self.attach_vision_encoder()
-            with self._self_contained() if include_backbones else contextlib.nullcontext():
+            with self._as_saved(include_backbones):
                 super().save_pretrained(aside, **kwargs)
+            saved = os.listdir(aside)
             # weights first: a configuration never describes weights that are not there yet
-            for name in sorted(os.listdir(aside), key=lambda name: (name.endswith(".json"), name)):
+            for name in sorted(saved, key=lambda name: (name.endswith(".json"), name)):
                 os.replace(os.path.join(aside, name), os.path.join(save_directory, name))
+            if any(name.endswith(".safetensors") for name in saved):
+                # of an earlier checkpoint with more or fewer shards
+                stale = set(fnmatch.filter(os.listdir(save_directory), "model*.safetensors*")) - set(saved)
+                for name in stale:
+                    os.remove(os.path.join(save_directory, name))
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _self_contained(self):
-        """For the time of a save the model is one without backbones elsewhere."""
-        outside, ignored = self.config.backbones, self._keys_to_ignore_on_save
-        self.config.backbones, self._keys_to_ignore_on_save = {}, None
+    def _as_saved(self, include_backbones: bool) -> Iterator[None]:
+        """For the time of a save the model and its configuration are those that the checkpoint will hold."""
+        before = self.config.backbones, self.config.backbone_dtypes, self._keys_to_ignore_on_save
+        device_map = self.__dict__.pop("hf_device_map", None)
+        if include_backbones:
+            self.config.backbones, self._keys_to_ignore_on_save = {}, None
+        self.config.backbone_dtypes = {
+            role: str(getattr(self, role).dtype).removeprefix("torch.")
+            for role in BACKBONE_CONFIGS
+            if role not in self.config.backbones and getattr(self, role) is not None
+        }
+        if include_backbones and device_map is not None:
+            self.hf_device_map = device_map  # offloaded weights are read back
         try:
             yield
         finally:
-            self.config.backbones, self._keys_to_ignore_on_save = outside, ignored
+            self.config.backbones, self.config.backbone_dtypes, self._keys_to_ignore_on_save = before
+            if device_map is not None:
+                self.hf_device_map = device_map
 
 
 class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
@@ -417,21 +485,29 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         if bert is not None:
             initialize_from_bert(model.iqformer, bert_model)
         model.generation_config = model.language_model.generation_config
-        embeddings = model.get_input_embeddings().weight
+        embed = model.get_input_embeddings()  # called, not read: Gemma scales what it looks up
+        device, some = embed.weight.device, max(1, embed.num_embeddings // 4096)
         with torch.no_grad():
             # K leaves a LayerNorm, so |k| is about sqrt(h): let |W k| start at the token embeddings' mean norm
-            norm = embeddings.float().norm(dim=-1).mean()
+            norm = embed(torch.arange(0, embed.num_embeddings, some, device=device)).float().norm(dim=-1).mean()
             model.language_projection.weight.normal_(std=norm / model.language_projection.weight.numel() ** 0.5)
             if base_text is not None:
                 ids = processor.tokenizer(base_text, add_special_tokens=False, return_tensors="pt").input_ids[0]
                 ids = ids.repeat(-(-config.num_knowledge_tokens // len(ids)))[: config.num_knowledge_tokens]  # [n]
-                model.knowledge_base.copy_(embeddings[ids.to(embeddings.device)])
+                model.knowledge_base.copy_(embed(ids.to(device)))
                 model.knowledge_gate.zero_()
         return model.eval()
 
     @torch.no_grad()
     def encode_context(self, context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor) -> torch.Tensor:
         """Token states H^T [B, T, d] of the frozen text encoder; CLIP's pass CLIP's own projection."""
+        self._require("context_encoder")
+        longest = getattr(self.config.context_config, "max_position_embeddings", None)
+        if longest is not None and context_input_ids.shape[1] > longest:
+            raise ValueError(
+                f"The context has {context_input_ids.shape[1]} tokens, but the text encoder reads at most {longest}: "
+                "set the processor's max_context_length."
+            )
         states = self.context_encoder(
             input_ids=context_input_ids, attention_mask=context_attention_mask
         ).last_hidden_state  # [B, T, d_text]
@@ -549,6 +625,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
                     "Pass context_input_ids, pixel_values or knowledge, or write the prompt with use_knowledge=False."
                 )
             return self.get_input_embeddings()(input_ids)
+        if token_id is None:
+            raise ValueError("config.knowledge_token_id is not set: it must be the id that the processor writes.")
         # the placeholder's own embedding is not used, so its id may lie outside the LLM's vocabulary
         embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))  # [B, T, d_llm]
         vectors = self.project_knowledge(knowledge)  # [B, m, d_llm]
@@ -599,10 +677,13 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        self._require("language_model")
         if knowledge is None:
             knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)  # [B, m, h]
         if inputs_embeds is None:
             inputs_embeds = self.embed_prompt(input_ids, knowledge, image_mask)  # [B, T, d_llm]
+        elif knowledge is not None:
+            raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
         targets = None
         if labels is not None:
             targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # [B, T]: position t predicts label t+1
@@ -640,6 +721,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
 
     def _tokens_before_knowledge(self, input_ids: torch.Tensor) -> int:
         """How many columns of prompts [B, T] stand before the first placeholder of any row."""
+        if self.config.knowledge_token_id is None:
+            return 0
         columns = (input_ids == self.config.knowledge_token_id).any(0).nonzero()
         return int(columns[0]) if len(columns) else 0
 
@@ -676,22 +759,22 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             logits["logits_to_keep"] = logits_to_keep - prefix
         if attention_mask is None:
             attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
-        positions = kwargs.pop("position_ids", None)
-        if positions is None:
-            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]  # [1, T]
+        before, after = {}, {}
+        if (positions := kwargs.pop("position_ids", None)) is not None:  # else the LLM counts them its own way
+            before, after = {"position_ids": positions[:, :prefix]}, {"position_ids": positions[:, prefix:]}
         kwargs = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "use_cache")}
         with torch.no_grad():
             past = self.language_model.base_model(
                 inputs_embeds=inputs_embeds[:, :prefix],
                 attention_mask=attention_mask[:, :prefix],
-                position_ids=positions[:, :prefix],
                 use_cache=True,
+                **before,
             ).past_key_values
         return language_model(
             inputs_embeds=inputs_embeds[:, prefix:],
             attention_mask=attention_mask,
-            position_ids=positions[:, prefix:],
             past_key_values=past,
+            **after,
             **logits,
             **kwargs,
         )
@@ -740,7 +823,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         The knowledge is computed once a row, before rows are copied for beams or several replies.
 
         Raises:
-            ValueError: for `prefill_chunk_size` (chunks would lose the knowledge), or knowledge with `inputs_embeds`.
+            ValueError: for `prefill_chunk_size` (chunks would lose the knowledge); for knowledge with `inputs_embeds`
+                or with an `assistant_model` (it would draft without the knowledge).
         """
         config = generation_config if generation_config is not None else self.generation_config
         if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
@@ -752,12 +836,16 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         if knowledge is not None:
             if kwargs.get("inputs_embeds") is not None:
                 raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
-            if self.config.knowledge_token_id is None:
-                raise ValueError("config.knowledge_token_id is not set: it must be the id that the processor writes.")
+            if kwargs.get("assistant_model") is not None:
+                raise ValueError(
+                    "An assistant_model would draft from the placeholders without the knowledge: leave it out. "
+                    "prompt_lookup_num_tokens drafts without one."
+                )
             kwargs["knowledge"] = knowledge
-            # what the LLM writes must not be taken for a place of knowledge
-            no_placeholder = SuppressTokensLogitsProcessor([self.config.knowledge_token_id], device=knowledge.device)
-            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), no_placeholder])
+            if (token_id := self.config.knowledge_token_id) is not None:
+                # what the LLM writes must not be taken for a place of knowledge
+                never = SuppressTokensLogitsProcessor([token_id], device=knowledge.device)
+                kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), never])
         return super().generate(inputs, generation_config, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -780,6 +868,31 @@ def _backbone_class(role: str, config: PreTrainedConfig) -> Any:
         "siglip_text_model": SiglipTextModel,  # the Auto class knows SigLIP's vision tower only
     }
     return towers.get(config.model_type, AutoModel)
+
+
+def _build_backbone(role: str, config: PreTrainedConfig, dtype: str | None) -> PreTrainedModel:
+    """A backbone that is part of the checkpoint, frozen, its weights yet to be filled in."""
+    backbone_class = _backbone_class(role, config)
+    build = backbone_class.from_config if hasattr(backbone_class, "from_config") else backbone_class._from_config
+    return build(config, **({} if dtype is None else {"dtype": getattr(torch, dtype)})).requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _clear_errors(source: str | os.PathLike) -> Iterator[None]:
+    """Says of weights that cannot be loaded what is wrong with them and what to do."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(
+            f"The weights in {str(source)!r} cannot be read ({error}). The file is truncated or damaged: copy or "
+            "download it again."
+        ) from error
+    except RuntimeError as error:
+        if "mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"The weights in {str(source)!r} do not have the sizes that config.json says: {error}"
+        ) from error
 
 
 def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -76,15 +76,19 @@ class VikdfDialoguePipeline(Pipeline):
         """
         Yields the reply to one chat piece by piece; closing the iterator stops the generation.
 
+        Args:
+            chat, images, kwargs: as for a call.
+
         Raises:
             Whatever the generation raises.
         """
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, errors = _Stop(), []
+        criteria = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), stop])
 
         def reply() -> None:
             try:
-                self(chat, images, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop]), **kwargs)
+                self(chat, images, streamer=streamer, stopping_criteria=criteria, **kwargs)
             except BaseException as error:
                 errors.append(error)
                 streamer.on_finalized_text("", stream_end=True)
@@ -92,7 +96,7 @@ class VikdfDialoguePipeline(Pipeline):
         thread = threading.Thread(target=reply, daemon=True)
         thread.start()
         try:
-            yield from streamer
+            yield from filter(None, streamer)  # it hands over nothing while a word is incomplete
         finally:
             stop.event.set()
             thread.join()
@@ -118,6 +122,8 @@ class VikdfDialoguePipeline(Pipeline):
         chat = item["chat"]
         # a dataset's chats come wrapped in an object with the messages in it
         messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else getattr(chat, "messages", chat)
+        if not isinstance(messages, (list, tuple)):
+            raise ValueError(f"A chat is a string or a list of messages with role and content, got {chat!r}.")
         return {"messages": messages, "image": item["image"], "is_text": isinstance(chat, str)}
 
     def _forward(self, inputs: dict[str, Any], use_knowledge: bool = True, **generate_kwargs: Any) -> dict[str, Any]:
@@ -145,10 +151,19 @@ class VikdfDialoguePipeline(Pipeline):
         return [{"generated_text": [*messages, {"role": "assistant", "content": reply.strip()}]} for reply in replies]
 
     def _room_for_prompt(self, generate_kwargs: dict[str, Any]) -> int | None:
-        """How many tokens the prompt may have so that the reply still fits into the LLM's window."""
+        """
+        How many tokens the prompt may have so that the reply still fits into the LLM's window.
+
+        Raises:
+            ValueError: if the reply alone may be longer than that.
+        """
         window = getattr(self.model.config.text_config, "max_position_embeddings", None)
         config = generate_kwargs.get("generation_config") or self.model.generation_config
         new_tokens = generate_kwargs.get("max_new_tokens", config.max_new_tokens) or 0
+        if window is not None and new_tokens >= window:
+            raise ValueError(
+                f"max_new_tokens={new_tokens} leaves no room for a prompt: the language model reads {window} tokens."
+            )
         return None if window is None else window - new_tokens
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -1,47 +1,52 @@
 """Training with transformers' Trainer: which parameters, which objectives and which data are configuration.
 
-What `VikdfTrainer` adds: a batch that is computed in parts (accumulated micro-batches, processes) gives the gradient of
-the whole, for every objective; each objective is logged by name, with throughput; evaluation sees the same masks each
-time; a checkpoint that a kill left unfinished is never resumed from. `run_stage` is what the commands `vikdf distill`,
-`integrate` and `tune` call.
+What `VikdfTrainer` adds: a batch that is computed in parts (accumulated micro-batches, processes) gives the gradient
+of the whole, for every objective; each objective is logged by name, with throughput; evaluation sees the same masks
+each time and its means do not depend on how the data was cut into batches; a checkpoint that a kill or a full disk
+left unfinished is never resumed from. `run_stage` is what the commands `vikdf distill`, `integrate` and `tune` call.
 """
 
+import contextlib
 import copy
+import dataclasses
+import inspect
+import itertools
 import json
 import os
+import random
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import datasets
 import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import save_fsdp_optimizer
+from datasets.distributed import split_dataset_by_node
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .backbones import new_model
 from .collators import DialogueCollator, PreTrainingCollator
-from .configuration_vikdf import OBJECTIVES
+from .configuration_vikdf import BACKBONE_CONFIGS, OBJECTIVES, VikdfConfig
 from .data import SkipReport, load_dialogues, load_image_text_pairs
 from .features import FeatureDataset, cache_features
-from .modeling_distillation import VikdfForPreTraining
+from .modeling_distillation import VikdfForPreTraining, cells_to_pixels
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import VikdfProcessor
 
 
 logger = logging.get_logger(__name__)
-
-# The keys of a recipe (a YAML file) and of its sections.
-SECTIONS = {
-    "model": None,  # `checkpoint`, or the arguments of `new_model`
-    "objectives": set(OBJECTIVES),
-    "data": {"train", "validation", "probabilities", "seed", "shuffle_buffer", "feature_cache", "pool_grid"},
-    "collator": {"masked_share", "image_knowledge_share", "other_caption", "max_length"},
-    "training": None,  # VikdfTrainingArguments
-}
 
 
 @dataclass
@@ -59,14 +64,20 @@ class VikdfTrainingArguments(TrainingArguments):
     )
     # the collators read raw columns
     remove_unused_columns: bool | None = False
-    # a step need not touch every part: no picture among the dialogues, say
-    ddp_find_unused_parameters: bool | None = True
+    # every step reaches every parameter that `freeze_unused` leaves, so DDP need not look
+    ddp_find_unused_parameters: bool | None = False
     # every process reads the stream and takes its own batches of it
     accelerator_config: dict | str | None = field(default_factory=lambda: {"dispatch_batches": False})
 
     def __post_init__(self):
         if isinstance(self.learning_rates, str):
             self.learning_rates = json.loads(self.learning_rates)
+        # YAML reads 1e-4, without a decimal point, as a text
+        self.learning_rates = {prefix: float(rate) for prefix, rate in (self.learning_rates or {}).items()}
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, str) and each.type in (float, float | None, "float"):
+                setattr(self, each.name, float(value))
         super().__post_init__()
 
 
@@ -74,17 +85,31 @@ class VikdfTrainer(Trainer):
     """
     Trains `VikdfForPreTraining` on image-text pairs or `VikdfForConditionalGeneration` on dialogues.
 
-    Takes what `Trainer` takes; `data_collator` is a `PreTrainingCollator` or `DialogueCollator`, `processing_class` the
-    processor, which is saved with every checkpoint.
+    Takes what `Trainer` takes; `data_collator` is a `PreTrainingCollator` or `DialogueCollator`, `processing_class`
+    the processor, which is saved with every checkpoint.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, args: VikdfTrainingArguments, **kwargs: Any):
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # replicas that each see a slice know nothing of the rest: one process a GPU, by torchrun
+        self.is_pretraining = isinstance(_base(model), VikdfForPreTraining)
+        if _base(model) is model:  # else PEFT says what trains and what is saved
+            freeze_unused(model, pictures=getattr(kwargs.get("data_collator"), "uses_pictures", True))
+        super().__init__(model=model, args=args, **kwargs)
+        if self.is_fsdp_enabled:
+            head = _base(model).matching_head  # FSDP cannot cut a scalar; `_save` makes it one again
+            head.logit_scale = nn.Parameter(head.logit_scale.detach().view(1), head.logit_scale.requires_grad)
         self.add_callback(_SetEpoch(self.data_collator))
-        self.is_pretraining = isinstance(self.accelerator.unwrap_model(self.model), VikdfForPreTraining)
-        freeze_unused(self.accelerator.unwrap_model(self.model))
         self.sums, self.logged_step, self.logged_at = defaultdict(float), 0, None
-        self.eval_sums = defaultdict(float)
+        self.eval_sums, self.eval_counts = defaultdict(float), defaultdict(float)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Objective -> weight, without those of weight 0; empty for dialogues."""
+        if not self.is_pretraining:
+            return {}
+        config = _base(self.accelerator.unwrap_model(self.model)).config
+        return {name: weight for name, weight in config.loss_weights.items() if weight}
 
     # ---- what trains, and how fast ----
 
@@ -95,26 +120,56 @@ class VikdfTrainer(Trainer):
         model = self.model if model is None else model
         decaying = set(self.get_decay_parameter_names(model))
         rates = self.args.learning_rates or {}
-        groups = defaultdict(list)
-        for name, parameter in model.named_parameters():
+        groups, names = defaultdict(list), []
+        for full_name, parameter in model.named_parameters():
+            name = full_name.removeprefix("module.").removeprefix("base_model.model.")  # DDP's and PEFT's
+            names.append(name)
             if not parameter.requires_grad:
                 continue
-            name = name.removeprefix("module.")
             prefix = max((prefix for prefix in rates if name.startswith(prefix)), key=len, default=None)
             rate = self.args.learning_rate if prefix is None else rates[prefix]
             # queries, base vectors, gates and the temperature are no weights of a linear map
-            decays = name in decaying and parameter.dim() > 1 and not name.endswith(("query_tokens", "knowledge_base"))
-            groups[rate, self.args.weight_decay if decays else 0.0].append(parameter)
-        unknown = [prefix for prefix in rates if not any(n.startswith(prefix) for n, _ in model.named_parameters())]
+            no_map = name.endswith(("query_tokens", "knowledge_base")) or parameter.dim() < 2
+            decay = self.args.weight_decay if full_name in decaying and not no_map else 0.0
+            groups[rate != self.args.learning_rate, rate, decay].append(parameter)
+        unknown = [prefix for prefix in rates if not any(name.startswith(prefix) for name in names)]
         if unknown:
-            raise ValueError(f"learning_rates names {unknown}, but no parameter's name begins so.")
+            raise ValueError(
+                f"learning_rates names {unknown}, but no parameter's name begins so. They begin with "
+                f"{sorted({name.partition('.')[0] for name in names})}."
+            )
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = optimizer_class(
-            [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+            [
+                {"params": groups[key], "lr": key[1], "weight_decay": key[2]}
+                for key in sorted(groups)  # `learning_rate` first, for the Trainer logs the first group's
+            ],
             **{key: value for key, value in settings.items() if key != "lr"},
             lr=self.args.learning_rate,
         )
         return self.optimizer
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's; a stream goes on from epoch to epoch, each process with its own share of it."""
+        if self.train_dataset is None or has_length(self.train_dataset):
+            return super().get_train_dataloader()
+        stream = _Endless(self.train_dataset, self.args.process_index, self.args.world_size)
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            stream,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+        )
+        # as if this were the only process: the stream is split already
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
 
     # ---- a batch in parts ----
 
@@ -122,10 +177,14 @@ class VikdfTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """The micro-batches of one step, each with what it must know of the others."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed when all was done: the Trainer would make one more step
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.logged_at is None:  # the clock starts with the first batch, and again after an evaluation or a save
+        if self.logged_at is None:  # the clock starts with the first batch
             self.logged_at, self.logged_step = time.perf_counter(), self.state.global_step
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            place = f"{self.args.seed}/{self.state.global_step}/{self.args.process_index}/{i}"
+            batch["dropout_seed"] = random.Random(place).getrandbits(62)
             self.sums["pairs"] += len(batch["context_input_ids"]) * self.args.world_size
             for key in ("attention_mask", "draw_attention_mask"):
                 if key in batch:
@@ -137,21 +196,30 @@ class VikdfTrainer(Trainer):
         parts = len(batches) * self.args.world_size
         for batch in batches:
             batch["counts"], batch["parts"] = counts, parts
-        if parts > 1 and self.accelerator.unwrap_model(self.model).config.loss_weights["text_image_matching"]:
+        if parts > 1 and "text_image_matching" in self.loss_weights:
             self._add_negatives(batches)
         return batches, 1  # not None: the losses are divided by the counts of the whole
 
+    def _counts(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Objective -> how much of it a batch scores: pairs, pixels, tokens."""
+        counts = {name: torch.tensor(len(batch["context_input_ids"])) for name in self.loss_weights}
+        if "masked_image" in counts:
+            patch = _base(self.accelerator.unwrap_model(self.model)).config.vision_config.patch_size
+            size = batch["pixel_values"].shape[-2:]
+            counts["masked_image"] = cells_to_pixels(batch["masked_cells"], *size, patch).sum()
+        if "masked_text" in counts:
+            counts["masked_text"] = (batch["masked_labels"] != -100).sum()
+        if "knowledge_to_text" in counts or not self.is_pretraining:
+            counts["knowledge_to_text"] = (batch["labels"][:, 1:] != -100).sum()
+        return {name: count.to(self.args.device, torch.float) for name, count in counts.items()}
+
     def _whole_counts(self, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Objective -> what it scores over all micro-batches and processes."""
-        zero = torch.zeros((), device=self.args.device)
-        counts = {
-            "masked_image": sum((_masked_pixels(batch) for batch in batches), zero),
-            "masked_text": sum(((b["masked_labels"] != -100).sum() for b in batches if "masked_labels" in b), zero),
-            "knowledge_to_text": sum(((b["labels"][:, 1:] != -100).sum() for b in batches if "labels" in b), zero),
-            "text_to_knowledge": sum((len(batch["context_input_ids"]) for batch in batches), zero),
-        }
-        total = self.accelerator.reduce(torch.stack([value.float() for value in counts.values()]), reduction="sum")
-        return dict(zip(counts, total, strict=True))
+        own = [self._counts(batch) for batch in batches]
+        total = self.accelerator.reduce(
+            torch.stack([sum(counts[name] for counts in own) for name in own[0]]), reduction="sum"
+        )
+        return dict(zip(own[0], total, strict=True))
 
     @torch.no_grad()
     def _add_negatives(self, batches: list[dict[str, Any]]) -> None:
@@ -159,27 +227,31 @@ class VikdfTrainer(Trainer):
         Gives every micro-batch the matching embeddings of all others, of this process and the rest: so it contrasts
         with the whole batch while holding the activations of its own rows alone (Gao et al. 2021, GradCache).
         """
-        model = self.accelerator.unwrap_model(self.model)
+        self.model_wrapped.train()  # as in the step itself, also in the first one and after an evaluation
         text, image = [], []
+        inputs = ("context_input_ids", "context_attention_mask", "pixel_values", "context_states", "vision_states")
         for batch in batches:
+            with self._dropout(batch["dropout_seed"]), self.compute_loss_context_manager():
+                # through the wrapper, which may hold the weights in shards and compute in half precision
+                output = self.model_wrapped(embed_only=True, **{key: batch[key] for key in inputs if key in batch})
             # what the frozen encoders say is kept for the step itself
-            if "context_states" not in batch:
-                batch["context_states"] = model.encode_context(
-                    batch["context_input_ids"], batch["context_attention_mask"]
-                )
-            if "vision_states" not in batch:
-                batch["vision_states"] = model.encode_images(batch["pixel_values"])
-            # through the wrapper, which may hold the weights in shards
-            output = self.model_wrapped(
-                embed_only=True,
-                **{k: batch[k] for k in ("context_states", "context_attention_mask", "vision_states")},
-            )
+            batch["context_states"], batch["vision_states"] = output.context_states, output.vision_states
             text.append(output.text_embeddings.float())
             image.append(output.image_embeddings.float())
         others_text, others_image = self._from_other_processes(torch.cat(text), torch.cat(image))
         for i, batch in enumerate(batches):
             batch["other_text"] = torch.cat([*text[:i], *text[i + 1 :], others_text])
             batch["other_image"] = torch.cat([*image[:i], *image[i + 1 :], others_image])
+
+    @contextlib.contextmanager
+    def _dropout(self, seed: int) -> Iterator[None]:
+        """
+        Within, dropout is drawn from the seed, which is a function of the micro-batch's place in the run: so it is the
+        same in both passes over a micro-batch, and after resuming, whatever else draws random numbers.
+        """
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
 
     def _from_other_processes(self, *own: torch.Tensor) -> list[torch.Tensor]:
         """Rows [R, d] of all other processes, whose numbers of rows may differ."""
@@ -201,14 +273,16 @@ class VikdfTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted sum of the objectives; its parts are kept for the log."""
-        if not self.is_pretraining:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs)
-        sums = self.sums if model.training else self.eval_sums
-        for name, value in outputs.losses.items():
-            sums[name] += value
-        # processes average their gradients, but each loss is already a share of the whole
-        loss = outputs.loss * self.args.world_size if model.training else outputs.loss
+        seed = inputs.pop("dropout_seed", None)  # none in an evaluation
+        with contextlib.nullcontext() if seed is None else self._dropout(seed):
+            if not self.is_pretraining:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            outputs = model(**inputs)
+        loss = outputs.loss
+        if model.training:
+            for name, value in outputs.losses.items():
+                self.sums[name] += value
+            loss = loss * self.args.world_size  # processes average their gradients, but each is a share of the whole
         return (loss, outputs) if return_outputs else loss
 
     # ---- what is seen of it ----
@@ -224,29 +298,51 @@ class VikdfTrainer(Trainer):
             for name, value in self.sums.items():
                 value = self.accelerator.reduce(value.detach().float(), reduction="sum")
                 logs[f"loss_{name}"] = round(float(value) / steps, 6)
-            self.sums, self.logged_at = defaultdict(float), None
+            self.sums = defaultdict(float)
+            self.logged_at, self.logged_step = time.perf_counter(), self.state.global_step
         super().log(logs, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """What is done within does not count in the throughput."""
+        start = time.perf_counter()
+        yield
+        if self.logged_at is not None:
+            self.logged_at += time.perf_counter() - start
 
     # ---- evaluation ----
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The evaluation data with the collator as it is in epoch 0: the same masks, captions and prompts each time."""
+        """The evaluation data with the collator as in epoch 0: the same masks, captions and prompts each time."""
         training_collator = self.data_collator
-        self.data_collator = copy.copy(training_collator)
-        self.data_collator.epoch = 0
+        if hasattr(training_collator, "for_evaluation"):
+            self.data_collator = training_collator.for_evaluation()
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = training_collator
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`."""
+        with self._off_the_clock():
+            return super().evaluate(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Adds `eval_loss_<objective>` to `eval_loss`: means over the batches of the evaluation data."""
-        self.eval_sums = defaultdict(float)
+        """
+        `eval_loss` and, of each objective, `eval_loss_<name>`: means over all that is scored (tokens, pixels, pairs),
+        however the data was cut into batches. Only matching depends on the batch size, which sets its negatives.
+        """
+        self.eval_sums, self.eval_counts = defaultdict(float), defaultdict(float)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        batches = self.eval_sums.pop("batches", 1)
+        losses = {}
         for name, value in self.eval_sums.items():
-            mean = self.accelerator.reduce(value.float() / batches, reduction="mean")
-            output.metrics[f"{metric_key_prefix}_loss_{name}"] = float(mean)
+            whole = torch.tensor([value, self.eval_counts[name]], device=self.args.device)
+            total, count = self.accelerator.reduce(whole, reduction="sum").tolist()
+            losses[name] = total / max(count, 1)
+        if self.is_pretraining:
+            output.metrics.update({f"{metric_key_prefix}_loss_{name}": loss for name, loss in losses.items()})
+            losses = {name: self.loss_weights[name] * loss for name, loss in losses.items()}
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(losses.values())
         return output
 
     def prediction_step(
@@ -259,17 +355,148 @@ class VikdfTrainer(Trainer):
         """The loss of one evaluation batch; logits are not kept."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        self.eval_sums["batches"] += 1
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        losses = outputs.losses if self.is_pretraining else {"knowledge_to_text": loss.detach()}
+        for name, count in self._counts(inputs).items():
+            self.eval_sums[name] += float(losses[name]) * float(count)
+            self.eval_counts[name] += float(count)
         return loss.detach().mean(), None, None
 
-    # ---- resuming ----
+    # ---- checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As `Trainer.train`; `True` resumes from the last *finished* checkpoint, or starts where there is none."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        self.sums, self.logged_at = defaultdict(float), None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """
+        As the Trainer's, whose state file is written last and marks the checkpoint as finished.
+
+        Raises:
+            OSError: if it could not be written, on a full disk say; earlier checkpoints are as they were.
+        """
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        state = os.path.join(folder, "trainer_state.json")
+        if self.args.should_save and os.path.isfile(state):
+            os.remove(state)  # of an earlier run: what is written over it is not finished
+        try:
+            with self._off_the_clock():
+                super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            last = last_checkpoint(self._get_output_dir(trial))
+            raise OSError(
+                f"The checkpoint {folder} could not be written: {error}. Make room (or set save_total_limit) and "
+                f"start the same command again: it goes on from "
+                f"{last or 'the beginning, for there is no earlier checkpoint'}."
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if state_dict is not None:
+            scale = {key: value.view(()) for key, value in state_dict.items() if key.endswith(".logit_scale")}
+            state_dict = {**state_dict, **scale}
+        super()._save(output_dir, state_dict=state_dict)
+
+    @property
+    def _saves_whole_tensors(self) -> bool:
+        """Whether FSDP holds the model and its checkpoints are to hold what was trained, in one file."""
+        if not self.is_fsdp_enabled or _base(self.model) is not self.model:
+            return False
+        return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._saves_whole_tensors:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # the Trainer would also write the whole model, frozen backbones and all, in a file of FSDP's
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._saves_whole_tensors:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        weights = {}
+        if self.args.process_index == 0:  # which hands the others their shards
+            weights = load_file(os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
+            weights = {key: value.view(1) if key.endswith(".logit_scale") else value for key, value in weights.items()}
+        set_model_state_dict(
+            self.model if model is None else model,
+            weights,
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False),
+        )
+
+    def _load_best_model(self) -> None:
+        if not self._saves_whole_tensors:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the state that marks the checkpoint as finished comes after
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Says nothing of the frozen backbones: they are as they were, whether the checkpoint holds them or not."""
+        trained = ([key for key in keys if not key.startswith((*BACKBONE_CONFIGS,))] for keys in load_result)
+        super()._issue_warnings_after_load(type(load_result)(*trained))
+
+
+class _Endless(torch.utils.data.IterableDataset):
+    """
+    A stream that begins again, reshuffled, where it ends. So a step is never short of a batch, processes whose shares
+    differ never wait for one another, and a run that resumes in the third epoch skips to the third epoch. Each example
+    is told its epoch, which what is drawn for it depends on.
+    """
+
+    def __init__(self, dataset: Any, rank: int = 0, world_size: int = 1):
+        self.rank, self.world_size = rank, world_size
+        if world_size > 1 and isinstance(dataset, datasets.IterableDataset):
+            dataset, self.rank, self.world_size = split_dataset_by_node(dataset, rank, world_size), 0, 1
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # a copy, for `datasets` keeps the epoch in memory that the workers share
+        dataset = copy.deepcopy(self.dataset) if hasattr(self.dataset, "set_epoch") else self.dataset
+        for epoch in itertools.count():
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(epoch)
+            example = None
+            for example in itertools.islice(dataset, self.rank, None, self.world_size):
+                yield {**example, "epoch": epoch}
+            if example is None:
+                return  # nothing to read, as for a worker without a shard
+
+
+# The keys of a recipe (a YAML file) and of its sections.
+SECTIONS = {
+    "model": {
+        "checkpoint",
+        *inspect.signature(new_model).parameters,
+        *inspect.signature(VikdfForConditionalGeneration.from_backbones).parameters,
+        *VikdfConfig.__annotations__,
+    }
+    - {"model_class", "model_settings", "config_kwargs", "processor", "loss_weights", "cls"},
+    "objectives": set(OBJECTIVES),
+    "data": {"train", "validation", "probabilities", "seed", "shuffle_buffer", "feature_cache", "pool_grid"},
+    "collator": {"masked_share", "image_knowledge_share", "other_caption"},
+    "training": {each.name for each in dataclasses.fields(VikdfTrainingArguments) if each.init},
+}
+# Of the stage "tune", which has no objectives.
+TUNE_SECTIONS = SECTIONS | {
+    "data": {"train", "validation"},
+    "collator": {"max_length", "earlier_replies"},
+}
+del TUNE_SECTIONS["objectives"]
+
+STAGE_OBJECTIVES = {
+    "distill": {name: OBJECTIVES[name] for name in ("text_image_matching", "masked_image", "masked_text")},
+    "integrate": {name: OBJECTIVES[name] for name in ("knowledge_to_text", "text_to_knowledge")},
+    "tune": None,
+}
 
 
 def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
@@ -282,25 +509,23 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
         recipe: a mapping with the sections in `SECTIONS`; see configs/.
 
     Returns:
-        The metrics of the last evaluation, empty without validation data. The model, its processor, the Trainer's state
-        and `skipped.txt` (what was skipped of the data, and why) are in `training.output_dir`.
+        The metrics of the last evaluation, empty without validation data. The model, its processor, the Trainer's
+        state and `skipped.txt` (what was skipped of the data, and why) are in `training.output_dir`.
 
     Raises:
-        ValueError: for an unknown stage, section or key.
+        ValueError: for an unknown stage, section or key, a missing one, or settings that do not fit together.
     """
-    if stage not in STAGE_OBJECTIVES:
-        raise ValueError(f"Unknown stage {stage!r}; expected one of {list(STAGE_OBJECTIVES)}.")
-    _check_recipe(recipe)
-    args = VikdfTrainingArguments(**recipe.get("training", {}))
+    recipe = _check_recipe(stage, recipe)
+    data, settings = recipe["data"], dict(recipe["model"])
+    args = VikdfTrainingArguments(**recipe["training"])
     set_seed(args.seed)  # of new weights; the Trainer seeds itself
     tuning = stage == "tune"
-    settings = dict(recipe.get("model", {}))
-    checkpoint = settings.pop("checkpoint", None)
-    if tuning:
-        loss_weights = None
-    else:
-        loss_weights = dict.fromkeys(OBJECTIVES, 0.0) | (recipe.get("objectives") or STAGE_OBJECTIVES[stage])
+    loss_weights = None
+    if not tuning:
+        objectives = recipe["objectives"] or STAGE_OBJECTIVES[stage]
+        loss_weights = {name: float(objectives.get(name, 0.0)) for name in OBJECTIVES}
     model_class = VikdfForConditionalGeneration if tuning else VikdfForPreTraining
+    checkpoint = settings.pop("checkpoint", None)
     if checkpoint is not None:
         processor = VikdfProcessor.from_pretrained(checkpoint)
         config = model_class.config_class.from_pretrained(checkpoint)
@@ -308,16 +533,15 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
         model = model_class.from_pretrained(checkpoint, config=config)
     else:
         model, processor = new_model(model_class=model_class, loss_weights=loss_weights, **settings)
-    data, report = recipe.get("data", {}), SkipReport(os.path.join(args.output_dir, "skipped"))
+    report = SkipReport(os.path.join(args.output_dir, "skipped"))
+    if tuning:
+        collator = DialogueCollator(processor, report=report, **recipe["collator"])
+    else:
+        collator = PreTrainingCollator(processor, model.config, seed=args.seed, **recipe["collator"])
     load = _load_dialogues if tuning else _load_pairs
     with args.main_process_first(desc="reading the data"):
-        train = load(model, processor, data, "train", report)
-        validation = load(model, processor, data, "validation", report)
-    collator_settings = recipe.get("collator", {})
-    if tuning:
-        collator = DialogueCollator(processor, **collator_settings)
-    else:
-        collator = PreTrainingCollator(processor, model.config, seed=args.seed, **collator_settings)
+        train = load(model, processor, data, "train", args, report)
+        validation = load(model, processor, data, "validation", args, report)
     trainer = VikdfTrainer(
         model=model,
         args=args,
@@ -337,48 +561,92 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-STAGE_OBJECTIVES = {
-    "distill": {name: OBJECTIVES[name] for name in ("text_image_matching", "masked_image", "masked_text")},
-    "integrate": {name: OBJECTIVES[name] for name in ("knowledge_to_text", "text_to_knowledge")},
-    "tune": None,
-}
-
-
-def _check_recipe(recipe: dict[str, Any]) -> None:
-    for section, keys in recipe.items():
-        if section not in SECTIONS:
-            raise ValueError(f"Unknown section {section!r} in the recipe; known sections are {list(SECTIONS)}.")
-        known = SECTIONS[section]
-        unknown = sorted(set(keys or ()) - known) if known else []
+def _check_recipe(stage: str, recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The recipe with all its sections, empty where it has none."""
+    if stage not in STAGE_OBJECTIVES:
+        raise ValueError(f"Unknown stage {stage!r}; expected one of {list(STAGE_OBJECTIVES)}.")
+    sections = TUNE_SECTIONS if stage == "tune" else SECTIONS
+    for section, settings in recipe.items():
+        if section not in sections:
+            raise ValueError(
+                f"Unknown section {section!r} in the recipe; {stage!r} knows the sections {list(sections)}."
+            )
+        if not isinstance(settings or {}, dict):
+            raise ValueError(f"The section {section!r} must hold settings (key: value), not {settings!r}.")
+        unknown = sorted(set(settings or ()) - sections[section])
         if unknown:
-            raise ValueError(f"Unknown keys {unknown} in section {section!r}; known keys are {sorted(known)}.")
+            raise ValueError(
+                f"Unknown keys {unknown} in section {section!r}; {stage!r} knows the keys {sorted(sections[section])}."
+            )
+    recipe = {section: recipe.get(section) or {} for section in SECTIONS}
+    model, data = recipe["model"], recipe["data"]
+    if "checkpoint" in model and len(model) > 1:
+        raise ValueError(
+            f"The model comes from model.checkpoint, so {sorted(set(model) - {'checkpoint'})} would be ignored: "
+            "leave them out, or leave out the checkpoint to begin with a new model."
+        )
+    if "checkpoint" not in model and not {"language_model", "context_encoder"} <= set(model):
+        raise ValueError("The section 'model' needs a checkpoint, or language_model and context_encoder.")
+    if not data.get("train"):
+        raise ValueError("The recipe names no training data: set data.train.")
+    cached = {"probabilities", "shuffle_buffer"} if data.get("feature_cache") else {"pool_grid"}
+    if cached & set(data):
+        raise ValueError(
+            f"{sorted(cached & set(data))} {'do' if len(cached & set(data)) > 1 else 'does'} nothing "
+            f"{'with' if data.get('feature_cache') else 'without'} data.feature_cache: leave it out."
+        )
+    return recipe
 
 
-def _load_pairs(model: nn.Module, processor: VikdfProcessor, data: dict, split: str, report: SkipReport) -> Any:
-    """Image-text pairs, streamed, or from a cache of the frozen encoders' states that is built when it is not there."""
+def _load_pairs(
+    model: nn.Module,
+    processor: VikdfProcessor,
+    data: dict,
+    split: str,
+    args: VikdfTrainingArguments,
+    report: SkipReport,
+) -> Any:
+    """Image-text pairs, streamed, or from a cache of the frozen encoders' states, built when it is not there."""
     if not data.get(split):
         return None
     settings = {"seed": data.get("seed", 0), "report": report}
     if data.get("feature_cache"):
         folder = os.path.join(data["feature_cache"], split)
         pairs = load_image_text_pairs(data[split], shuffle_buffer=0, **settings)
+        model.attach_vision_encoder()
+        for part in (model.context_encoder, model.vision_encoder, model.iqformer):
+            part.to(args.device)  # the Trainer moves the model later
         cache_features(model, processor, pairs, folder, pool_grid=data.get("pool_grid"))
         return FeatureDataset(folder)
     if split == "validation":
         return load_image_text_pairs(data[split], streaming=False, **settings)
     settings |= {key: data[key] for key in ("probabilities", "shuffle_buffer") if key in data}
-    return load_image_text_pairs(data[split], **settings)
+    readers = args.world_size * max(args.dataloader_num_workers, 1)
+    return load_image_text_pairs(data[split], num_shards=readers, **settings)
 
 
-def _load_dialogues(model: nn.Module, processor: VikdfProcessor, data: dict, split: str, report: SkipReport) -> Any:
+def _load_dialogues(
+    model: nn.Module,
+    processor: VikdfProcessor,
+    data: dict,
+    split: str,
+    args: VikdfTrainingArguments,
+    report: SkipReport,
+) -> Any:
     """Dialogues that end in a reply, all in memory."""
     return load_dialogues(data[split], report=report) if data.get(split) else None
 
 
-def freeze_unused(model: nn.Module) -> None:
+def _base(model: nn.Module) -> nn.Module:
+    """The VIKDF model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def freeze_unused(model: nn.Module, *, pictures: bool = True) -> None:
     """
     Leaves gradients to the parameters that the objectives reach, so that the optimizer holds no others: the matching
-    head only with text-image matching, the way into the LLM only with an objective that goes there.
+    head only with text-image matching, the way into the LLM only with an objective that goes there, the projection of
+    the vision encoder's states only with `pictures` among the data.
     """
     if isinstance(model, VikdfForPreTraining):
         weights = model.config.loss_weights
@@ -389,6 +657,7 @@ def freeze_unused(model: nn.Module) -> None:
     model.matching_head.requires_grad_(matching)
     for part in (model.language_projection, model.knowledge_base, model.knowledge_gate):
         part.requires_grad_(language)
+    model.iqformer.vision_projection.requires_grad_(pictures)
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -413,15 +682,6 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return finished[max(finished)] if finished else None
 
 
-def _masked_pixels(batch: dict[str, Any]) -> torch.Tensor:
-    """How many pixels of a batch are scored by masked image modelling."""
-    if "masked_cells" not in batch:
-        return torch.zeros(())
-    cells = batch["masked_cells"]
-    height, width = batch["pixel_values"].shape[-2:]
-    return cells.sum() * (height * width / cells.shape[1])
-
-
 class _SetEpoch(TrainerCallback):
     """Tells the collator the epoch, which its draws depend on."""
 
@@ -432,4 +692,4 @@ class _SetEpoch(TrainerCallback):
         self.collator.epoch = int(state.epoch or 0)
 
 
-__all__ = ["VikdfTrainer", "VikdfTrainingArguments", "freeze_unused", "last_checkpoint"]
+__all__ = ["VikdfTrainer", "VikdfTrainingArguments", "freeze_unused", "last_checkpoint", "run_stage"]

@@ -1,33 +1,83 @@
-"""Tiny random models, built in memory: every kind of backbone the tests need, none of them from a file."""
+"""Tiny random models, built in memory or saved to folders of their own as backbones."""
 
 import os
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
-from tiny_models import LLMS, TOWERS, tiny_config
+from tiny_models import LLMS, TOWERS, llm_config, speak_up, tiny_model, tower_configs, two_towers
+from tiny_tokenizers import bert_tokenizer, clip_like_tokenizer, image_processor, llama_tokenizer, qwen_tokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # from the top it may want torchvision
 
-from modeling_vikdf import VikdfForConditionalGeneration
-
-
-def build(llm: str, towers: str, seed: int = 0, **kwargs) -> VikdfForConditionalGeneration:
-    torch.manual_seed(seed)
-    model = VikdfForConditionalGeneration(tiny_config(llm, towers, **kwargs)).eval()
-    with torch.no_grad():  # weights large enough that knowledge changes the logits
-        for parameter in (model.iqformer.query_tokens, model.language_projection.weight, model.knowledge_base):
-            parameter.normal_(std=0.5)
-        model.knowledge_gate.uniform_(0.5, 1.5)
-    return model
+from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
 
 
-@pytest.fixture(params=[(llm, towers) for llm in LLMS for towers in TOWERS], ids="-".join)
+@pytest.fixture(scope="session", params=[(llm, towers) for llm in LLMS for towers in TOWERS], ids="-".join)
 def model(request: pytest.FixtureRequest) -> VikdfForConditionalGeneration:
-    """Every LLM family with every kind of towers."""
-    return build(*request.param)
+    """Every LLM family with every kind of towers. Shared: a test that changes a model builds its own."""
+    return tiny_model(*request.param)
 
 
 @pytest.fixture
 def llama_model() -> VikdfForConditionalGeneration:
-    return build("llama", "separate")
+    """A model of one's own."""
+    return tiny_model("llama", "separate")
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pretrained backbones, each in a folder as its own repository would be: llama (bfloat16), qwen (tied embeddings),
+    bert, dinov2, clip and siglip (both towers in one; siglip in bfloat16)."""
+    root = tmp_path_factory.mktemp("backbones")
+    torch.manual_seed(0)
+    llama = AutoModelForCausalLM.from_config(llm_config("llama"), dtype=torch.bfloat16)
+    # as chat LLMs come; VIKDF's own defaults must be able to differ
+    llama.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
+    models = {
+        "llama": llama,
+        "qwen": AutoModelForCausalLM.from_config(llm_config("qwen")),
+        "bert": AutoModel.from_config(tower_configs("separate")["context_config"]),
+        "dinov2": AutoModel.from_config(tower_configs("separate")["vision_config"]),
+        "clip": AutoModel.from_config(two_towers("clip")),
+        "siglip": AutoModel.from_config(two_towers("siglip"), dtype=torch.bfloat16),
+    }
+    for name, each in models.items():
+        each.save_pretrained(root / name)
+    tokenizers = {
+        "llama": llama_tokenizer(),
+        "qwen": qwen_tokenizer(),
+        "bert": bert_tokenizer(),
+        "clip": clip_like_tokenizer(),
+        "siglip": clip_like_tokenizer(),
+    }
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(root / name)
+    for name in ("dinov2", "clip", "siglip"):
+        image_processor().save_pretrained(root / name)
+    return root
+
+
+def build_from(backbones: Path, llm: str, towers: str, **kwargs):
+    """A model around saved backbones, its trained part random, and its processor."""
+    context, vision = ("bert", "dinov2") if towers == "separate" else (towers, towers)
+    folders = [str(backbones / name) for name in (llm, context, vision)]
+    processor = VikdfProcessor.from_backbones(
+        AutoTokenizer.from_pretrained(folders[0]),
+        AutoTokenizer.from_pretrained(folders[1]),
+        AutoImageProcessor.from_pretrained(folders[2]),
+        vocab_size=512,
+        num_knowledge_tokens=4,
+    )
+    torch.manual_seed(1)
+    iqformer = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = VikdfForConditionalGeneration.from_backbones(
+        *folders,
+        processor=processor,
+        **{"iqformer_config": iqformer, "project_inputs": towers == "separate", **kwargs},
+    )
+    return speak_up(model), processor

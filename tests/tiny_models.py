@@ -1,18 +1,20 @@
-"""Configurations of tiny models: two LLM families, CLIP and SigLIP towers, two towers of different widths."""
+"""Tiny random models: two LLM families, CLIP and SigLIP towers, two towers of different widths; and their inputs."""
 
 import torch
 from transformers import (
     BertConfig,
+    CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     Dinov2Config,
     LlamaConfig,
     Qwen2Config,
+    SiglipConfig,
     SiglipTextConfig,
     SiglipVisionConfig,
 )
 
-from modeling_vikdf import VikdfConfig
+from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration
 
 
 KNOWLEDGE_ID = 5
@@ -52,22 +54,51 @@ def tower_configs(kind: str) -> dict:
             "vision_config": SiglipVisionConfig(hidden_size=32, image_size=32, patch_size=8, **block),
         }
     block.pop("intermediate_size")
+    text["max_position_embeddings"] = 512
     return {
         "context_config": BertConfig(hidden_size=32, **text),
         "vision_config": Dinov2Config(hidden_size=40, image_size=32, patch_size=8, **block),
     }
 
 
+def two_towers(kind: str) -> CLIPConfig | SiglipConfig:
+    """Both towers as one configuration, as CLIP's and SigLIP's repositories have it."""
+    towers = tower_configs(kind)
+    fields = {
+        "text_config": towers["context_config"].to_dict(),
+        "vision_config": towers["vision_config"].to_dict(),
+    }
+    return CLIPConfig(**fields, projection_dim=24) if kind == "clip" else SiglipConfig(**fields)
+
+
 def tiny_config(llm: str = "llama", towers: str = "separate", **kwargs) -> VikdfConfig:
-    kwargs.setdefault("project_inputs", towers == "separate")
     iqformer = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return VikdfConfig(
-        text_config=llm_config(llm),
-        iqformer_config=iqformer,
-        num_knowledge_tokens=kwargs.pop("num_knowledge_tokens", 4),
-        knowledge_token_id=KNOWLEDGE_ID,
-        **{**tower_configs(towers), **kwargs},
-    )
+    defaults = {
+        "text_config": llm_config(llm),
+        "iqformer_config": iqformer,
+        "num_knowledge_tokens": 4,
+        "knowledge_token_id": KNOWLEDGE_ID,
+        "project_inputs": towers == "separate",
+    }
+    return VikdfConfig(**{**defaults, **tower_configs(towers), **kwargs})
+
+
+def speak_up(model: VikdfForConditionalGeneration) -> VikdfForConditionalGeneration:
+    """Random values, large enough that knowledge changes the logits, for what starts at zero or nearly so."""
+    with torch.no_grad():
+        for parameter in (model.iqformer.query_tokens, model.language_projection.weight, model.knowledge_base):
+            parameter.normal_(std=0.5)
+        model.knowledge_gate.uniform_(0.5, 1.5)
+    return model
+
+
+def tiny_model(llm: str = "llama", towers: str = "separate", seed: int = 0, **kwargs) -> VikdfForConditionalGeneration:
+    torch.manual_seed(seed)
+    return speak_up(VikdfForConditionalGeneration(tiny_config(llm, towers, **kwargs)).eval())
+
+
+def pictures(rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
 def prompt(rows: list[int], n: int = 4, sources: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -1,0 +1,468 @@
+"""The pipeline `vikdf-dialogue`: what goes in, what comes out, and that nothing happens at import."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import GeneratorType
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import build_from
+from PIL import Image
+from tiny_tokenizers import bert_tokenizer, qwen_tokenizer
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, pipeline
+
+import modeling_vikdf
+from modeling_vikdf import VikdfDialoguePipeline, VikdfProcessor
+from modeling_vikdf.backbones import PACKAGED_BACKBONES
+
+
+PACKAGE_ROOT = Path(modeling_vikdf.__file__).parents[1]
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
+CHAT = [{"role": "user", "content": "What is your dog doing?"}]
+LONGER = [
+    {"role": "system", "content": "Answer in one short sentence."},
+    {"role": "user", "content": "I went to the beach yesterday and the water was so blue!"},
+    {"role": "assistant", "content": "Look at the sky."},
+    {"role": "user", "content": "It is snowing outside."},
+]
+
+
+@pytest.fixture(scope="module", params=[("qwen", "separate"), ("llama", "clip")], ids="-".join)
+def parts(request, backbones):
+    model, processor = build_from(backbones, *request.param, dtype=torch.float32)
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, **GREEDY)
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def pipe(parts) -> VikdfDialoguePipeline:
+    """Shared: a test that changes a pipeline builds its own."""
+    model, processor = parts
+    return pipeline("vikdf-dialogue", model=model, processor=processor)
+
+
+def picture(colour: str) -> Image.Image:
+    return Image.new("RGB", (40, 36), colour)
+
+
+def by_hand(pipe, chat: list[dict], images=None, **kwargs) -> str:
+    """processor -> generate -> decode, as the three are documented."""
+    inputs = pipe.processor([chat], images=None if images is None else [images])
+    tokens = pipe.model.generate(**inputs, **kwargs)[0, inputs["input_ids"].shape[1] :]
+    return pipe.processor.decode(tokens, skip_special_tokens=True).strip()
+
+
+# ---- inputs and outputs ----
+
+
+@pytest.mark.parametrize("chat", [CHAT, LONGER])
+def test_a_chat_comes_back_with_the_reply_appended(pipe, chat):
+    before = [dict(message) for message in chat]
+    outputs = pipe(chat)
+    reply = {"role": "assistant", "content": by_hand(pipe, chat)}
+    assert outputs == [{"generated_text": [*before, reply]}] and reply["content"]
+    assert chat == before
+
+
+def test_the_reply_alone(pipe):
+    assert pipe(CHAT, return_full_text=False) == [{"generated_text": by_hand(pipe, CHAT)}]
+
+
+def test_a_string_is_one_user_turn(pipe):
+    assert pipe(CHAT[0]["content"]) == [{"generated_text": by_hand(pipe, CHAT)}]
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2, 3, 8])
+def test_a_list_of_chats(pipe, batch_size):
+    chats = [CHAT, LONGER, CHAT + LONGER[2:]]
+    assert pipe(chats, batch_size=batch_size) == [pipe(chat) for chat in chats]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_list_of_strings(pipe, batch_size):
+    texts = [CHAT[0]["content"], LONGER[3]["content"], LONGER[1]["content"]]
+    assert pipe(texts, batch_size=batch_size) == [pipe(text) for text in texts]
+
+
+def test_the_same_chat_many_times_is_computed_as_a_batch(pipe):
+    with patch.object(type(pipe.model), "generate", autospec=True, side_effect=type(pipe.model).generate) as generate:
+        pipe([CHAT] * 4, batch_size=4)
+    assert generate.call_count == 1
+
+
+class Chats(Dataset):
+    def __init__(self, chats: list):
+        self.chats = chats
+
+    def __len__(self) -> int:
+        return len(self.chats)
+
+    def __getitem__(self, index: int):
+        return self.chats[index]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("items", [[CHAT, LONGER, CHAT], ["It is snowing outside.", "Look at the sky.", "You are."]])
+def test_generators_and_datasets_are_read_as_they_go(pipe, items, batch_size):
+    expected = pipe(items)
+    read = []
+
+    def generator() -> GeneratorType:
+        for item in items:
+            read.append(item)
+            yield item
+
+    outputs = iter(pipe(generator(), batch_size=batch_size))
+    first = next(outputs)
+    assert len(read) <= batch_size + 1
+    assert [first, *outputs] == expected
+    assert list(pipe(Chats(items), batch_size=batch_size)) == expected
+
+
+def test_several_replies(pipe):
+    outputs = pipe(CHAT, num_beams=3, num_return_sequences=2, return_full_text=False)
+    assert len(outputs) == 2 and outputs[0] != outputs[1]
+    assert outputs[0] == pipe(CHAT, num_beams=3, return_full_text=False)[0]
+    batched = pipe([CHAT, LONGER], batch_size=2, num_beams=3, num_return_sequences=2, return_full_text=False)
+    assert batched[0] == outputs
+    assert batched[1] == pipe(LONGER, num_beams=3, num_return_sequences=2, return_full_text=False)
+
+
+def test_sampling_is_reproducible(pipe):
+    drawn = {"do_sample": True, "num_return_sequences": 4, "max_new_tokens": 8, "return_full_text": False}
+    torch.manual_seed(0)
+    first = pipe(CHAT, **drawn)
+    torch.manual_seed(0)
+    assert pipe(CHAT, **drawn) == first
+    assert len({reply["generated_text"] for reply in first}) > 1
+
+
+def test_parts_as_contents(pipe):
+    chat = [{"role": "user", "content": [{"type": "text", "text": CHAT[0]["content"]}]}]
+    assert pipe(chat, return_full_text=False) == pipe(CHAT, return_full_text=False)
+
+
+# ---- pictures ----
+
+
+def test_pictures(pipe):
+    expected = [by_hand(pipe, CHAT, picture("red")), by_hand(pipe, CHAT), by_hand(pipe, LONGER, picture("blue"))]
+    images = [picture("red"), None, picture("blue")]
+    for batch_size in (1, 2, 3):
+        outputs = pipe([CHAT, CHAT, LONGER], images=images, batch_size=batch_size, return_full_text=False)
+        assert [output[0]["generated_text"] for output in outputs] == expected
+    assert pipe(CHAT, images=picture("red"), return_full_text=False)[0]["generated_text"] == expected[0]
+    assert pipe(CHAT[0]["content"], images=picture("red"))[0]["generated_text"] == expected[0]
+    assert expected[0] != expected[1]
+
+
+def test_pictures_among_the_parts_and_in_files(pipe, tmp_path):
+    picture("red").save(tmp_path / "red.png")
+    expected = pipe(CHAT, images=picture("red"), return_full_text=False)
+    assert pipe(CHAT, images=str(tmp_path / "red.png"), return_full_text=False) == expected
+    parts = [{"type": "image", "image": picture("red")}, {"type": "text", "text": CHAT[0]["content"]}]
+    chat = [{"role": "user", "content": parts}]
+    assert pipe(chat, return_full_text=False) == expected
+    assert pipe([chat, CHAT], batch_size=2, return_full_text=False)[0] == expected
+    assert list(pipe((item for item in [chat, CHAT]), return_full_text=False))[0] == expected
+
+
+# ---- settings ----
+
+
+def test_generation_settings_come_in_either_way(pipe):
+    expected = pipe(CHAT, max_new_tokens=3, num_beams=2)
+    assert pipe(CHAT, generate_kwargs={"max_new_tokens": 3, "num_beams": 2}) == expected
+    config = GenerationConfig(max_new_tokens=3, num_beams=2, do_sample=False)
+    assert pipe(CHAT, generation_config=config) == expected
+    assert expected != pipe(CHAT)
+
+
+def test_settings_at_construction_are_defaults(parts):
+    model, processor = parts
+    own = pipeline(
+        "vikdf-dialogue", model=model, processor=processor, max_new_tokens=3, return_full_text=False, batch_size=2
+    )
+    plain = pipeline("vikdf-dialogue", model=model, processor=processor)
+    assert own(CHAT) == plain(CHAT, max_new_tokens=3, return_full_text=False)
+    assert own(CHAT, max_new_tokens=5) == plain(CHAT, max_new_tokens=5, return_full_text=False)
+    assert own([CHAT, LONGER]) == [own(CHAT), own(LONGER)]
+    assert model.generation_config.max_new_tokens == 8
+
+
+def test_without_knowledge_the_llm_itself_replies(parts, pipe):
+    model, processor = parts
+    source = AutoTokenizer.from_pretrained(model.config.backbones["language_model"]["repo_id"])
+    llm = AutoModelForCausalLM.from_pretrained(
+        model.config.backbones["language_model"]["repo_id"], dtype=torch.float32
+    )
+    inputs = source.apply_chat_template(LONGER, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = llm.generate(**inputs, **GREEDY, eos_token_id=2, pad_token_id=0, temperature=None, top_p=None)
+    reply = source.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    with patch.object(type(model), "encode_context", side_effect=AssertionError("not needed")):
+        outputs = pipe(LONGER, use_knowledge=False, return_full_text=False)
+        assert outputs == [{"generated_text": reply}] and reply
+        batched = pipe([CHAT, LONGER], batch_size=2, use_knowledge=False, return_full_text=False)
+        assert batched[1] == outputs
+        quiet = pipeline("vikdf-dialogue", model=model, processor=processor, use_knowledge=False)
+        assert quiet(LONGER, return_full_text=False) == outputs
+    assert pipe(LONGER, return_full_text=False) != outputs
+
+
+def test_a_chat_too_long_for_the_llm_leaves_room_for_the_reply(pipe):
+    window = pipe.model.config.text_config.max_position_embeddings
+    turns = [{"role": role, "content": "the water was so blue! " * 4} for role in ("user", "assistant")] * 40
+    chat = [*turns, *CHAT]
+    assert pipe.processor.tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"].__len__() > window
+    with patch.object(type(pipe.model), "generate", autospec=True, side_effect=type(pipe.model).generate) as generate:
+        reply = pipe(chat, max_new_tokens=20)[0]["generated_text"]
+    length = generate.call_args.kwargs["input_ids"].shape[1]
+    assert window - 20 - 120 < length <= window - 20
+    assert reply[:-1] == chat  # only the prompt is shorter
+
+
+def test_an_llm_without_padding_token_logs_nothing(backbones, caplog):
+    model, processor = build_from(backbones, "llama", "separate")
+    model.generation_config = GenerationConfig(eos_token_id=2, **GREEDY)
+    pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
+    pipe([CHAT, LONGER], batch_size=2)
+    assert caplog.messages == []
+
+
+# ---- streaming ----
+
+
+def test_streaming_yields_the_reply_in_pieces(pipe):
+    expected = pipe(CHAT, return_full_text=False)[0]["generated_text"]
+    pieces = list(pipe.stream(CHAT))
+    assert "".join(pieces).strip() == expected
+    assert "".join(pipe.stream(CHAT[0]["content"])).strip() == expected
+    assert "".join(pipe.stream(CHAT, images=picture("red"))) != "".join(pieces)
+    assert len("".join(pipe.stream(CHAT, max_new_tokens=2))) < len("".join(pieces))
+
+
+def test_a_streamer_of_ones_own(pipe, capsys):
+    outputs = pipe(CHAT, streamer=TextStreamer(pipe.processor.tokenizer, skip_prompt=True), return_full_text=False)
+    assert outputs[0]["generated_text"] in capsys.readouterr().out
+
+
+def test_closing_a_stream_ends_the_generation(pipe):
+    steps = []
+
+    def count(ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        steps.append(ids.shape[1])
+        return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+    before = threading.active_count()
+    stream = pipe.stream(CHAT, max_new_tokens=300, min_new_tokens=300, stopping_criteria=[count])
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+    assert 0 < len(steps) < 300
+    assert pipe(CHAT) == pipe(CHAT)  # and the pipeline goes on working
+
+
+def test_a_stream_never_begun_starts_nothing(pipe):
+    before = threading.active_count()
+    pipe.stream(CHAT).close()
+    assert threading.active_count() == before
+
+
+def test_an_error_while_streaming_is_raised(pipe):
+    with patch.object(type(pipe.model), "generate", side_effect=RuntimeError("broken")):
+        with pytest.raises(RuntimeError, match="broken"):
+            list(pipe.stream(CHAT))
+    with pytest.raises(ValueError, match="content is empty"):
+        list(pipe.stream([{"role": "user", "content": ""}]))
+    with pytest.raises(ValueError, match="num_beams"):
+        list(pipe.stream(CHAT, num_beams=2))
+
+
+def test_an_error_in_the_middle_of_a_stream(pipe):
+    prompt_length = pipe.processor([CHAT])["input_ids"].shape[1]
+
+    def fail(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == prompt_length + 40:
+            raise RuntimeError("broken in the middle")
+        return scores
+
+    pieces, settings = [], {"max_new_tokens": 60, "min_new_tokens": 60, "logits_processor": [fail]}
+    with pytest.raises(RuntimeError, match="in the middle"):
+        for piece in pipe.stream(CHAT, **settings):
+            pieces.append(piece)
+    assert pieces and all(pieces)
+
+
+# ---- wrong inputs ----
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ([], "empty list"),
+        ([[]], "at least one message"),
+        ([CHAT, []], "at least one message"),
+        ("", "content is empty"),
+        ([""], "content is empty"),
+        ([{"role": "user", "content": ""}], "content is empty"),
+        ([{"role": "user", "content": None}], "content must be a string"),
+        ([{"role": "user", "content": 3}], "content must be a string"),
+        ([{"role": "tool", "content": "a"}], "role"),
+        ([{"role": "user"}], "content missing"),
+        ([*CHAT, {"role": "assistant", "content": "He is running."}], "last message is the assistant's"),
+        (None, "got None"),
+        (3, "got 3"),
+        ([None, None], "got None"),
+        ({"role": "user", "content": "a"}, "got {'role'"),
+    ],
+)
+def test_wrong_chats(pipe, chat, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pipe(chat)
+
+
+@pytest.mark.parametrize(
+    ("chats", "images"),
+    [
+        ([CHAT, CHAT], [picture("red")]),
+        ([CHAT], [None, None]),
+        ([CHAT, CHAT], picture("red")),
+        (CHAT, [picture("red"), picture("blue")]),
+    ],
+)
+def test_wrong_numbers_of_pictures(pipe, chats, images):
+    with pytest.raises(ValueError, match="images?|pictures?"):
+        pipe(chats, images=images)
+
+
+def test_pictures_beside_a_generator(pipe):
+    with pytest.raises(ValueError, match="into the messages"):
+        pipe((chat for chat in [CHAT]), images=[picture("red")])
+
+
+def test_a_picture_that_is_none(pipe, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(ValueError, match="cannot read the picture"):
+        pipe(CHAT, images=str(tmp_path / "broken.png"))
+
+
+def test_misspelled_settings(pipe):
+    with pytest.raises(ValueError, match="max_new_tokns"):
+        pipe(CHAT, max_new_tokns=3)
+
+
+def test_a_plain_language_model_is_refused(backbones):
+    llm = AutoModelForCausalLM.from_pretrained(backbones / "qwen")
+    processor = VikdfProcessor.from_backbones(qwen_tokenizer(), bert_tokenizer(), vocab_size=512)
+    with pytest.raises(ValueError, match='LlamaFor|Qwen2ForCausalLM.*"text-generation"'):
+        pipeline("vikdf-dialogue", model=llm, processor=processor)
+
+
+def test_a_reply_longer_than_the_llms_window_is_refused(pipe):
+    with pytest.raises(ValueError, match="max_new_tokens=100000 leaves no room"):
+        pipe(CHAT, max_new_tokens=100_000)
+
+
+# ---- saving ----
+
+
+@pytest.mark.parametrize("include_backbones", [False, True])
+def test_a_saved_pipeline_gives_the_same_replies(pipe, tmp_path, include_backbones):
+    pipe.save_pretrained(tmp_path, include_backbones=include_backbones)
+    loaded = pipeline("vikdf-dialogue", model=str(tmp_path))
+    assert type(loaded) is VikdfDialoguePipeline
+    assert loaded.processor.chat_template == pipe.processor.chat_template
+    assert loaded.model.generation_config.max_new_tokens == 8
+    # a backbone that is not saved comes back in its own dtype
+    loaded.model.language_model.float()
+    for chats in (CHAT, [CHAT, LONGER]):
+        assert loaded(chats) == pipe(chats)
+    assert loaded(CHAT, images=picture("red")) == pipe(CHAT, images=picture("red"))
+
+
+def test_settings_reach_the_model_that_is_loaded(backbones, tmp_path):
+    for part in build_from(backbones, "llama", "separate"):
+        part.save_pretrained(tmp_path)
+    pipe = pipeline(
+        "vikdf-dialogue",
+        model=str(tmp_path),
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+        model_kwargs={"attn_implementation": "eager"},
+    )
+    assert pipe.model.language_model.dtype == torch.float32
+    assert pipe.model.language_model.config._attn_implementation == "eager"
+    assert pipe(CHAT, **GREEDY, temperature=None, top_p=None)
+
+
+# ---- nothing happens at import ----
+
+IMPORT = """
+import socket, transformers.modeling_utils
+
+def refuse(*args, **kwargs):
+    raise AssertionError("at import")
+
+socket.socket.connect = socket.getaddrinfo = refuse
+transformers.PreTrainedModel.__init__ = transformers.PreTrainedModel.from_pretrained = refuse
+import modeling_vikdf
+assert "gguf" not in __import__("sys").modules
+"""
+
+
+def run_python(code: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
+    keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    path = os.pathsep.join([str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, *flags, "-c", code]
+    return subprocess.run(command, env={**keep, "PYTHONPATH": path, **env}, capture_output=True, text=True)
+
+
+def test_import_builds_and_downloads_nothing(tmp_path):
+    done = run_python(IMPORT, "-W", "error", HF_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.rglob("*")) == []
+
+
+# ---- the packaged default ----
+
+
+def packaged(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(PACKAGED_BACKBONES[name].module) is not None
+
+
+needs_packages = pytest.mark.skipif(
+    not all(packaged(name) for name in PACKAGED_BACKBONES),
+    reason="the packages with the default's backbones are absent",
+)
+
+
+@needs_packages
+def test_the_default_speaks_english():
+    pipe = pipeline("vikdf-dialogue")
+    question = [{"role": "user", "content": "I spent the whole day at the beach with my dog."}]
+    reply = pipe(question, return_full_text=False)[0]["generated_text"]
+    words = re.findall(r"[a-z']+", reply.lower())
+    common = {"the", "a", "you", "i", "it", "is", "and", "to", "of", "that", "your", "in", "was", "with", "so", "for"}
+    assert len(words) >= 4 and len(common & set(words)) >= 2, reply
+    assert all(character.isprintable() or character == "\n" for character in reply), reply
+    assert pipe(question, return_full_text=False)[0]["generated_text"] == reply
+    assert "".join(pipe.stream(question)).strip() == reply
+
+    settings = {"max_new_tokens": 24, "do_sample": False, "no_repeat_ngram_size": 3}
+    llm, tokenizer = pipe.model.language_model, pipe.processor.tokenizer
+    system = [{"role": "system", "content": pipe.processor.system_prompt}]
+    inputs = tokenizer.apply_chat_template(
+        [*system, *question], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    tokens = llm.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+    expected = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    alone = pipe(question, use_knowledge=False, return_full_text=False, **settings)
+    assert alone == [{"generated_text": expected}]
