@@ -24,7 +24,8 @@ $(VENV)/.installed: requirements.txt requirements-backbones.txt setup.py
 	$(VENV)/bin/pip install --quiet --no-deps --editable .
 	@touch $@
 
-# CHAT_ARGS="..." goes to `vikdf chat`.
+# Answers a first message, and in a terminal goes on from there. CHAT_ARGS="..." replaces what `vikdf chat` is asked.
+CHAT_ARGS ?= --interactive --message "I spent the whole day at the beach with my dog."
 chat: setup
 	@$(VENV)/bin/vikdf chat $(CHAT_ARGS)
 

@@ -121,6 +121,26 @@ def convert(args: argparse.Namespace) -> None:
     print(f"Wrote {args.output}.")
 
 
+def retrieve(args: argparse.Namespace) -> None:
+    """Reports how often the matching head finds the right picture for a caption, and a right caption for a picture."""
+    from .data import SkipReport, load_image_text_pairs
+    from .modeling_vikdf import VikdfForConditionalGeneration
+    from .processing_vikdf import VikdfProcessor
+    from .retrieval import evaluate_retrieval
+
+    report = SkipReport()
+    pairs = load_image_text_pairs(args.data, shuffle_buffer=0, report=report)
+    model = VikdfForConditionalGeneration.from_pretrained(args.model)
+    processor = VikdfProcessor.from_pretrained(args.model)
+    figures = evaluate_retrieval(model, processor, pairs, batch_size=args.batch_size, seed=args.seed)
+    figures["skipped"] = report.counts()
+    text = json.dumps(figures, indent=2)
+    print(text)
+    print(report.summary(), file=sys.stderr)
+    if args.output:
+        Path(args.output).write_text(text + "\n", encoding="utf-8")
+
+
 def benchmark(args: argparse.Namespace) -> None:
     """Measures, prints and writes figures of speed and memory, as ratios wherever machines differ."""
     from .benchmark import benchmark_generation, benchmark_training
@@ -175,6 +195,14 @@ def main(argv: list[str] | None = None) -> None:
             help="settings in place of the recipe's: learning_rate=1e-4, data.train=pairs.tar, model.checkpoint=DIR",
         )
         sub.set_defaults(run=train, stage=stage)
+
+    sub = commands.add_parser("retrieve", help="measure text-image retrieval")
+    sub.add_argument("--data", required=True, nargs="+", help="webdataset shards, image folders or Hub datasets")
+    sub.add_argument("--model", required=True, help="folder or Hub id of a VIKDF model with a vision encoder")
+    sub.add_argument("--output", help="JSON file to write")
+    sub.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the bootstrap intervals (default: 0)")
+    sub.set_defaults(run=retrieve)
 
     sub = commands.add_parser("convert", help="convert a checkpoint of the authors' code")
     sub.add_argument("checkpoint", help="folder with config.json and a safetensors file")

@@ -328,6 +328,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
                 f"The {role} {source['repo_id']!r} lacks {len(missing)} weights of {type(backbone).__name__}, such as "
                 f"{missing[:3]}. It is incomplete, or another model than config.{BACKBONE_CONFIGS[role]} says."
             )
+        if role != "language_model" and backbone.dtype == torch.float16 and backbone.device.type == "cpu":
+            backbone.float()  # CPUs compute in float16 several times slower
         # never saved with the model: its repository has it
         backbone._keys_to_ignore_on_save = set(backbone.state_dict())
         self._keys_to_ignore_on_save = {
@@ -874,7 +876,7 @@ def _build_backbone(role: str, config: PreTrainedConfig, dtype: str | None) -> P
     """A backbone that is part of the checkpoint, frozen, its weights yet to be filled in."""
     backbone_class = _backbone_class(role, config)
     build = backbone_class.from_config if hasattr(backbone_class, "from_config") else backbone_class._from_config
-    return build(config, **({} if dtype is None else {"dtype": getattr(torch, dtype)})).requires_grad_(False)
+    return build(config, **({} if dtype is None else {"dtype": getattr(torch, dtype)})).requires_grad_(False).eval()
 
 
 @contextlib.contextmanager
