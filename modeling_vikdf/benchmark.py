@@ -220,7 +220,7 @@ def benchmark_training(repeats: int = 5) -> dict[str, Any]:
         `pairs_per_s` by precision, with the frozen states of captions and pictures from the feature cache (masked
         input is encoded all the same); `pairs_per_s_uncached`; `step_over_llm_ratio` by precision: the cached step
         over the LLM's own forward and backward pass on the same tokens (median over steps next to each other);
-        `peak_memory_mb` of the float32 step and `language_model_peak_memory_mb`, each in a process of its own; `share`:
+        `peak_memory_mb` of the float32 step, `language_model_peak_memory_mb`, each in a process of its own; `share`:
         by how much the float32 step is shorter when an objective is left out.
     """
     pairs_per_s, uncached, ratios, share = {}, {}, {}, {}
