@@ -848,7 +848,36 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
                 # what the LLM writes must not be taken for a place of knowledge
                 never = _NeverWrite(token_id)
                 kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), never])
+            prompt = kwargs.get("input_ids", inputs)
+            if prompt is not None and (cache := self._read_prompt_once(prompt, config, kwargs)) is not None:
+                kwargs["past_key_values"] = cache
         return super().generate(inputs, generation_config, **kwargs)
+
+    def _read_prompt_once(self, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Cache | None:
+        """
+        The LLM's cache of prompts [B, T] but for their last token, copied for the beams or replies of each row. Without
+        it every copy would read the prompt. `None` where there is one copy, or the caller has plans for the cache.
+        """
+
+        def setting(name: str) -> Any:
+            return kwargs.get(name, getattr(config, name, None))
+
+        copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+        planned = ("past_key_values", "cache_implementation", "output_attentions", "output_hidden_states")
+        if copies == 1 or input_ids.shape[1] < 2 or setting("use_cache") is False or any(map(setting, planned)):
+            return None
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        embeds = self.embed_prompt(input_ids, kwargs["knowledge"], kwargs.get("image_mask"))  # [B, T, d_llm]
+        cache = self.language_model(
+            inputs_embeds=embeds[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
+            use_cache=True,
+            logits_to_keep=1,
+        ).past_key_values
+        cache.batch_repeat_interleave(copies)
+        return cache
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching takes token ids alone and would ignore the knowledge without a word."""

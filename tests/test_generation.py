@@ -298,3 +298,19 @@ def test_a_generation_config_of_ones_own(model):
 def test_unknown_arguments_are_refused(llama_model):
     with pytest.raises(ValueError, match="max_new_tokns"):
         llama_model.generate(**prompt([11]), max_new_tokns=3)
+
+
+@pytest.mark.parametrize("copies", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
+def test_the_prompt_is_read_once_a_row(model, copies):
+    """Beams and several replies share what their row's prompt left in the cache."""
+    batch, rows = prompt([11, 20]), []
+    read = model.language_model.forward
+
+    def counted(*args, inputs_embeds=None, **kwargs):
+        rows.append(tuple(inputs_embeds.shape[:2]))
+        return read(*args, inputs_embeds=inputs_embeds, **kwargs)
+
+    with patch.object(model.language_model, "forward", counted):
+        model.generate(**batch, **{**GREEDY, **copies})
+    assert rows[0] == (2, 19), "the prompts but for their last token, once a row"
+    assert set(rows[1:]) == {(6, 1)}, "then a token at a time, in three copies"
