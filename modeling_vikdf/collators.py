@@ -275,7 +275,7 @@ class DialogueCollator(_Collator):
         report: gets to know what is skipped; by default it is logged alone.
     """
 
-    uses_pictures = False  # dialogues are text; a picture in one is read, but does not train the projection of pictures
+    uses_pictures = False  # a picture in a dialogue is read, but does not train the projection of pictures
 
     # stands for a dialogue that is skipped
     STUB = ({"role": "user", "content": "..."}, {"role": "assistant", "content": "..."})

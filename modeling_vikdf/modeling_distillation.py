@@ -191,6 +191,8 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         super().__init__(config)
         width, h = config.iqformer_config.encoder_hidden_size, config.iqformer_config.hidden_size
         if config.loss_weights["masked_image"]:
+            if config.vision_config is None:
+                raise ValueError("masked_image needs a vision encoder, and config.vision_config is None.")
             patch = config.vision_config.patch_size
             self.masked_image_block = VikdfReconstructionBlock(width, h)
             self.pixel_decoder = nn.Linear(width, 3 * patch**2)  # a 1x1 convolution over the patch grid

@@ -386,9 +386,11 @@ class VikdfTrainer(Trainer):
             with self._off_the_clock():
                 super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            last = last_checkpoint(self._get_output_dir(trial))
+            if last == folder:
+                raise  # it is finished, and what failed was to clear away an older one
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            last = last_checkpoint(self._get_output_dir(trial))
             raise OSError(
                 f"The checkpoint {folder} could not be written: {error}. Make room (or set save_total_limit) and "
                 f"start the same command again: it goes on from "
@@ -538,6 +540,8 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
         collator = DialogueCollator(processor, report=report, **recipe["collator"])
     else:
         collator = PreTrainingCollator(processor, model.config, seed=args.seed, **recipe["collator"])
+    if collator.uses_pictures:
+        model.attach_vision_encoder()  # now, to be placed and perhaps cut into shards with the rest
     load = _load_dialogues if tuning else _load_pairs
     with args.main_process_first(desc="reading the data"):
         train = load(model, processor, data, "train", args, report)
@@ -613,7 +617,7 @@ def _load_pairs(
     if data.get("feature_cache"):
         folder = os.path.join(data["feature_cache"], split)
         pairs = load_image_text_pairs(data[split], shuffle_buffer=0, **settings)
-        model.attach_vision_encoder()
+        model.attach_vision_encoder()  # for the cache, also where no objective asks for pictures
         for part in (model.context_encoder, model.vision_encoder, model.iqformer):
             part.to(args.device)  # the Trainer moves the model later
         cache_features(model, processor, pairs, folder, pool_grid=data.get("pool_grid"))

@@ -5,6 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from tiny_models import tiny_config
 from tiny_training import ALL, dialogue_model, dialogues, model_config, pairs, prepare, pretraining_model, processor
 from torch.nn import functional as F
 from transformers import AutoModel
@@ -310,6 +311,11 @@ def test_no_objective_is_an_error():
     model.config.loss_weights = dict.fromkeys(ALL, 0.0)
     with pytest.raises(ValueError, match="No objective"):
         model(context_input_ids=torch.ones(1, 3, dtype=torch.long))
+
+
+def test_masked_pictures_need_a_vision_encoder():
+    with pytest.raises(ValueError, match="masked_image needs a vision encoder"):
+        VikdfForPreTraining(tiny_config(vision_config=None, loss_weights={"masked_image": 1.0}))
 
 
 def test_knowledge_of_texts_or_of_pictures_row_by_row():

@@ -117,7 +117,7 @@ def prepare(model: torch.nn.Module, dropout: float) -> torch.nn.Module:
         for part in (model.iqformer, model.matching_head):
             for parameter in part.parameters():
                 if parameter.dim() == 2:
-                    parameter.normal_(std=0.2)
+                    parameter.normal_(std=0.15)
     frozen = ("language_model", "context_encoder", "vision_encoder")
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and not name.startswith(frozen):
