@@ -855,8 +855,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
 
     def _read_prompt_once(self, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Cache | None:
         """
-        The LLM's cache of prompts [B, T] but for their last token, copied for the beams or replies of each row. Without
-        it every copy would read the prompt. `None` where there is one copy, or the caller has plans for the cache.
+        The LLM's cache of prompts [B, T] but for their last token, copied for the beams or replies of each row, or
+        every copy would read the prompt. `None` where there is one copy, or the caller has plans for the cache.
         """
 
         def setting(name: str) -> Any:
