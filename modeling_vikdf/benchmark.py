@@ -1,5 +1,6 @@
 """What knowledge costs: the model against its own LLM, in one run, in turns, so that both see the same machine."""
 
+import contextlib
 import functools
 import multiprocessing
 import platform
@@ -21,6 +22,13 @@ from .training import freeze_unused
 
 CHAT = [{"role": "user", "content": "I spent the whole day at the beach with my dog. What do you think we did there?"}]
 NEW_TOKENS = 32  # as in the paper
+
+
+def _peak_rss_mb() -> float:
+    """Most memory that this process has held [MB]. (On Linux `ru_maxrss` begins with what the parent process held.)"""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -83,7 +91,7 @@ def benchmark_generation(model: str | None = None, repeats: int = 7) -> dict[str
         "language_model_time_to_first_token_s": median["language_model_first_token"],
         "tokens_per_s": NEW_TOKENS / median["vikdf"],
         "batch8_over_batch1": 8 * median["beam_batch1"] / median["beam_batch8"],
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mb": _peak_rss_mb(),
         "prompt_tokens": inputs["input_ids"].shape[1],
         "new_tokens": NEW_TOKENS,
         "repeats": repeats,
@@ -189,7 +197,7 @@ def _peak_memory(step: str, dtype: torch.dtype, connection: Any) -> None:
     """In a process of its own: how much the step adds to what the process holds once the model is built [MB]."""
     model, batch = _training_model(dtype, OBJECTIVES), _training_batch()
     {"all": _training_step, "language_model": _language_model_step}[step](model, batch)
-    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    connection.send(_peak_rss_mb())
 
 
 def _peak_memory_mb(step: str, dtype: torch.dtype) -> float:
