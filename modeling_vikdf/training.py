@@ -62,6 +62,8 @@ class VikdfTrainingArguments(TrainingArguments):
     learning_rates: dict[str, float] | None = field(
         default=None, metadata={"help": "Beginning of parameter names -> learning rate, as JSON."}
     )
+    # pinned memory is for an accelerator; without one the Trainer's default only warns
+    dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
     # the collators read raw columns
     remove_unused_columns: bool | None = False
     # every step reaches every parameter that `freeze_unused` leaves, so DDP need not look
