@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, pipeline
 
 from .configuration_vikdf import OBJECTIVES, VikdfConfig
 from .modeling_distillation import VikdfForPreTraining
-from .training import freeze_unused
+from .training import HALF_ATTENTION_ON_CPU, freeze_unused
 
 
 CHAT = [{"role": "user", "content": "I spent the whole day at the beach with my dog. What do you think we did there?"}]
@@ -119,8 +119,6 @@ def _training_model(dtype: torch.dtype, objectives: dict[str, float]) -> VikdfFo
             num_attention_heads=9,
             num_key_value_heads=3,
             tie_word_embeddings=True,
-            # the fused kernel's backward pass is slow in bfloat16 on CPUs
-            attn_implementation="eager" if dtype == torch.bfloat16 and not torch.cuda.is_available() else "sdpa",
         ),
         context_config=CLIPTextConfig(hidden_size=384, **tower),
         vision_config=CLIPVisionConfig(hidden_size=384, image_size=IMAGE_SIZE, patch_size=16, **tower),
@@ -138,6 +136,8 @@ def _training_model(dtype: torch.dtype, objectives: dict[str, float]) -> VikdfFo
     model = VikdfForPreTraining(config)
     freeze_unused(model)
     model.language_model.to(dtype)
+    if dtype == torch.bfloat16:
+        model.language_model.set_attn_implementation(HALF_ATTENTION_ON_CPU)
     return model.train()
 
 

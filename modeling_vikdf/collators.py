@@ -250,10 +250,8 @@ class PreTrainingCollator(_Collator):
         inputs = self.draw_processor(chats)
         # what the template writes behind the knowledge is not needed, and is the same in every row
         last = (inputs["input_ids"] == self.processor.knowledge_token_id).any(0).nonzero()[-1]
-        return {
-            "draw_input_ids": inputs["input_ids"][:, : last + 1],
-            "draw_attention_mask": inputs["attention_mask"][:, : last + 1],
-        }
+        cut = {key: inputs[key][:, : last + 1] for key in ("input_ids", "attention_mask")}
+        return {f"draw_{key}": value for key, value in align_at_knowledge(cut, self.processor).items()}
 
     def _readable(self, caption: str) -> str:
         """What the LLM may read of a caption; the token that holds the place of knowledge is not for captions."""
@@ -326,27 +324,30 @@ class DialogueCollator(_Collator):
 
 def align_at_knowledge(batch: dict[str, torch.Tensor], processor: VikdfProcessor) -> dict[str, torch.Tensor]:
     """
-    Shifts the rows of a left-padded batch so that the knowledge begins in the same column of every row, and pads on
-    both sides. All text before it is then one block, which the model reads without gradient.
+    Lays the rows of a left-padded batch out so that the knowledge begins in the same column of every row, and what all
+    rows begin with (a system prompt) stands in the first columns: head, padding, rest, knowledge, text, padding. The
+    text before the knowledge is then one block, which the model reads without gradient, and the head only once.
 
     Args:
         batch: `input_ids`, `attention_mask` and perhaps `labels` [B, T]; other entries pass.
 
     Returns:
-        The batch with these three as [B, T'], T' >= T, and `position_ids` [B, T'] that count a row's own tokens.
+        The batch with these three as [B, T'], and `position_ids` [B, T'] that count a row's own tokens.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    start = (ids == processor.knowledge_token_id).int().argmax(1)  # [B] first placeholder
-    shift = start.max() - start  # [B] by how many columns a row moves to the right
-    first = mask.argmax(1)  # [B] first real token
-    left = (first + shift).min()
-    width = ids.shape[1] + int(shift.max()) - int(left)
-    columns = torch.arange(width)[None] + left - shift[:, None]  # [B, T'] where each comes from
-    inside = (columns >= 0) & (columns < ids.shape[1])
-    columns = columns.clamp(0, ids.shape[1] - 1)
+    first = mask.argmax(1)[:, None]  # [B, 1] first real token
+    start = (ids == processor.knowledge_token_id).int().argmax(1)[:, None]  # [B, 1] first placeholder
+    before = start - first  # tokens before the knowledge
+    beginning = ids.gather(1, first + torch.arange(int(before.min()))[None])  # [B, shortest]
+    head = int((beginning == beginning[:1]).all(0).cumprod(0).sum())
+    columns = torch.arange(int(before.max()) + ids.shape[1] - int(start.min()))[None]  # [1, T']
+    behind = start + columns - before.max()  # [B, T'] where what is not head comes from
+    source = torch.where(columns < head, first + columns, behind)
+    inside = (columns < head) | ((behind >= first + head) & (behind < ids.shape[1]))
+    source = source.clamp(0, ids.shape[1] - 1)
     fills = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
     aligned = {
-        key: batch[key].gather(1, columns).masked_fill(~inside, fill) for key, fill in fills.items() if key in batch
+        key: batch[key].gather(1, source).masked_fill(~inside, fill) for key, fill in fills.items() if key in batch
     }
     aligned["position_ids"] = (aligned["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return {**batch, **aligned}

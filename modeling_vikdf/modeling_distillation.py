@@ -226,6 +226,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         labels: torch.Tensor | None = None,
         draw_input_ids: torch.Tensor | None = None,
         draw_attention_mask: torch.Tensor | None = None,
+        draw_position_ids: torch.Tensor | None = None,
         use_image_knowledge: torch.Tensor | None = None,
         other_text: torch.Tensor | None = None,
         other_image: torch.Tensor | None = None,
@@ -243,7 +244,8 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
                 them to hide from the encoder. M <= B: the first M rows take part.
             masked_input_ids: captions with tokens replaced [M, T]; masked_labels: the true ids, -100 elsewhere.
             input_ids, attention_mask, labels: prompts with placeholders, the captions behind (knowledge -> text).
-            draw_input_ids, draw_attention_mask: captions with placeholders behind them (text -> knowledge).
+            draw_input_ids, draw_attention_mask, draw_position_ids: captions with placeholders behind them (text ->
+                knowledge).
             use_image_knowledge: rows in which BVIF's knowledge is the picture's [B] (bool); default: the text's.
             other_text, other_image, parts: see `text_image_matching_loss`.
             counts: objective -> count over the whole batch; see the loss functions.
@@ -308,7 +310,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         if "text_to_knowledge" in weights:
             _require("text_to_knowledge", draw_input_ids=draw_input_ids)
             losses["text_to_knowledge"] = self.text_to_knowledge(
-                draw_input_ids, draw_attention_mask, knowledge, counts.get("text_to_knowledge")
+                draw_input_ids, draw_attention_mask, knowledge, draw_position_ids, counts.get("text_to_knowledge")
             )
         loss = sum(weights[name] * value for name, value in losses.items())
         return VikdfPreTrainingOutput(
@@ -386,15 +388,16 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         knowledge: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
         count: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
         """
         The LLM's last hidden state before knowledge vector i predicts vector i, with the vectors before it as input.
 
         Args:
-            input_ids: captions with n placeholders behind them, left-padded, so that each row ends in its last
-                placeholder [B, T].
-            attention_mask: [B, T].
+            input_ids: captions with n placeholders behind them, padded so that each row ends in its last placeholder
+                [B, T].
+            attention_mask: [B, T]; position_ids [B, T]: default, as the LLM counts.
             knowledge: [B, n, h]; as the target it is detached unless the configuration says otherwise, or knowledge
                 would become easy to predict instead of predictable.
         """
@@ -403,9 +406,11 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             raise ValueError(f"draw_input_ids must end in {n} placeholders in every row: pad on the left.")
         embeds = self.embed_prompt(input_ids, knowledge)[:, :-1]  # [B, T - 1, d_llm]: nothing follows the last vector
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        positions = {} if position_ids is None else {"position_ids": position_ids[:, :-1]}
         outputs = self.run_language_model(
             embeds,
             mask[:, :-1],
+            **positions,
             prefix=input_ids.shape[1] - n - 1,  # the state of the token before the first vector is wanted
             language_model=self.language_model.base_model,
         )

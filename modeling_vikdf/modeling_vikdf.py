@@ -26,6 +26,9 @@ from .modeling_backbones import VikdfPreTrainedModel, find_backbone
 from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert
 
 
+WORTH_SHARING = 64  # tokens that a shared pass must save to be worth another pass through the LLM's layers
+
+
 def reply_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | float | None = None) -> torch.Tensor:
     """
     Negative log-likelihood of a text under the LLM, given the knowledge in its prompt (paper, "Bidirectional
@@ -424,17 +427,10 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             logits["logits_to_keep"] = logits_to_keep - prefix
         if attention_mask is None:
             attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
-        before, after = {}, {}
-        if (positions := kwargs.pop("position_ids", None)) is not None:  # else the LLM counts them its own way
-            before, after = {"position_ids": positions[:, :prefix]}, {"position_ids": positions[:, prefix:]}
+        positions = kwargs.pop("position_ids", None)  # `None`: the LLM counts them its own way
         kwargs = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "use_cache")}
-        with torch.no_grad():
-            past = self.language_model.base_model(
-                inputs_embeds=inputs_embeds[:, :prefix],
-                attention_mask=attention_mask[:, :prefix],
-                use_cache=True,
-                **before,
-            ).past_key_values
+        past = self._read_prefix(inputs_embeds[:, :prefix], attention_mask, positions)
+        after = {} if positions is None else {"position_ids": positions[:, prefix:]}
         return language_model(
             inputs_embeds=inputs_embeds[:, prefix:],
             attention_mask=attention_mask,
@@ -443,6 +439,34 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             **logits,
             **kwargs,
         )
+
+    @torch.no_grad()
+    def _read_prefix(
+        self, embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> Cache:
+        """The LLM's cache of prefixes [B, P, d_llm]. What all rows begin with is read in one row and copied."""
+        rows, prefix = embeds.shape[:2]
+        same = (embeds == embeds[:1]).all(-1).all(0) & attention_mask[:, :prefix].bool().all(0)  # [P]
+        shared = int(same.cumprod(0).sum())
+        if rows * shared < WORTH_SHARING:
+            shared = 0
+
+        def read(some: slice, columns: slice, past: Cache | None) -> Cache:
+            return self.language_model.base_model(
+                inputs_embeds=embeds[some, columns],
+                attention_mask=attention_mask[some, : columns.stop],
+                past_key_values=past,
+                use_cache=True,
+                **({} if position_ids is None else {"position_ids": position_ids[some, columns]}),
+            ).past_key_values
+
+        past = None
+        if shared:
+            past = read(slice(1), slice(0, shared), None)
+            past.batch_repeat_interleave(rows)
+        if shared < prefix:
+            past = read(slice(None), slice(shared, prefix), past)
+        return past
 
     def prepare_inputs_for_generation(
         self,

@@ -48,6 +48,9 @@ from .processing_vikdf import VikdfProcessor
 
 logger = logging.get_logger(__name__)
 
+# PyTorch's fused attention has a slow backward pass in bfloat16 on CPUs
+HALF_ATTENTION_ON_CPU = "eager"
+
 
 @dataclass
 class VikdfTrainingArguments(TrainingArguments):
@@ -537,6 +540,8 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
         model = model_class.from_pretrained(checkpoint, config=config)
     else:
         model, processor = new_model(model_class=model_class, loss_weights=loss_weights, **settings)
+    if args.bf16 and args.device.type == "cpu":
+        model.language_model.set_attn_implementation(HALF_ATTENTION_ON_CPU)
     report = SkipReport(os.path.join(args.output_dir, "skipped"))
     if tuning:
         collator = DialogueCollator(processor, report=report, **recipe["collator"])

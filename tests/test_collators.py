@@ -209,7 +209,7 @@ def test_share_of_image_knowledge():
         ("masked_image", {"pixel_values", "masked_cells", "hidden_cells"}),
         ("masked_text", {"pixel_values", "masked_input_ids", "masked_labels"}),
         ("knowledge_to_text", {"input_ids", "attention_mask", "position_ids", "labels"}),
-        ("text_to_knowledge", {"draw_input_ids", "draw_attention_mask"}),
+        ("text_to_knowledge", {"draw_input_ids", "draw_attention_mask", "draw_position_ids"}),
     ],
 )
 def test_each_objective_gets_its_inputs_and_no_others(objective, inputs):
@@ -328,6 +328,7 @@ def test_alignment_loses_nothing(rows, extra):
     aligned = align_at_knowledge(batch, processor())
     first = (aligned["input_ids"] == PLACEHOLDER).int().argmax(1)
     assert len(set(first.tolist())) == 1
+    head = min(before for before, _, _ in rows)  # all rows count up from the same token
     for number, (tokens, targets) in enumerate(expected):
         inside = aligned["attention_mask"][number].bool()
         assert aligned["input_ids"][number][inside].tolist() == tokens
@@ -335,9 +336,10 @@ def test_alignment_loses_nothing(rows, extra):
         assert aligned["position_ids"][number][inside].tolist() == list(range(len(tokens)))
         assert (aligned["labels"][number][~inside] == -100).all()
         assert (aligned["input_ids"][number][~inside] == processor().tokenizer.pad_token_id).all()
-        # one block of tokens: nothing is torn apart
+        # one block of tokens behind what all rows begin with: nothing else is torn apart
         columns = inside.nonzero()[:, 0]
-        assert (columns.diff() == 1).all()
+        assert (columns[head:].diff() == 1).all()
+        assert columns[:head].tolist() == list(range(head))
     # no wider than it must be
     assert aligned["attention_mask"][:, 0].any() and aligned["attention_mask"][:, -1].any()
     assert torch.equal(batch["input_ids"], ids) and aligned["other"] is batch["other"]

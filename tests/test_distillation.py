@@ -10,6 +10,7 @@ from tiny_training import ALL, dialogue_model, dialogues, model_config, pairs, p
 from torch.nn import functional as F
 from transformers import AutoModel
 
+import modeling_vikdf
 from modeling_vikdf import VikdfForPreTraining
 from modeling_vikdf.collators import DialogueCollator, PreTrainingCollator
 from modeling_vikdf.modeling_distillation import (
@@ -321,16 +322,22 @@ def test_masked_pictures_need_a_vision_encoder():
 def test_knowledge_of_texts_or_of_pictures_row_by_row():
     model = pretraining_model({"text_to_knowledge": 1.0}).eval()
     batch = batch_of(model, image_knowledge_share=0.5)
-    draw = [batch["draw_input_ids"], batch["draw_attention_mask"]]
+    draw = {key: batch[f"draw_{key}"] for key in ("input_ids", "attention_mask", "position_ids")}
+
+    def loss(knowledge):
+        return pytest.approx(model.text_to_knowledge(knowledge=knowledge, **draw).item(), rel=1e-6)
+
     text = model.get_text_knowledge(batch["context_input_ids"], batch["context_attention_mask"])
     image = model.get_image_knowledge(batch["pixel_values"])
     batch["use_image_knowledge"] = torch.tensor([True, False, False, True])
     mixed = torch.stack([image[0], text[1], text[2], image[3]])
-    assert model(**batch).loss.item() == pytest.approx(model.text_to_knowledge(*draw, mixed).item(), rel=1e-6)
+    assert model(**batch).loss.item() == pytest.approx(
+        model.text_to_knowledge(knowledge=mixed, **draw).item(), rel=1e-6
+    )
     # rows that need no text need no text
     batch["use_image_knowledge"][:] = True
     without_text = {key: value for key, value in batch.items() if not key.startswith("context_")}
-    assert model(**without_text).loss.item() == pytest.approx(model.text_to_knowledge(*draw, image).item(), rel=1e-6)
+    assert model(**without_text).loss.item() == loss(image)
     without_text["use_image_knowledge"][2] = False
     with pytest.raises(ValueError, match="lacks context_input_ids"):
         model(**without_text)
@@ -338,7 +345,7 @@ def test_knowledge_of_texts_or_of_pictures_row_by_row():
     with pytest.raises(ValueError, match="lacks pixel_values"):
         model(**batch)
     batch["use_image_knowledge"][:] = False
-    assert model(**batch).loss.item() == pytest.approx(model.text_to_knowledge(*draw, text).item(), rel=1e-6)
+    assert model(**batch).loss.item() == loss(text)
 
 
 def test_cached_states_give_the_same_losses():
@@ -411,7 +418,9 @@ def assert_same(one: tuple, other: tuple) -> None:
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
 @pytest.mark.parametrize("objective", ["knowledge_to_text", "text_to_knowledge"])
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "left_padded"])
-def test_prefix_without_gradient_is_exact(llm, objective, aligned, monkeypatch):
+@pytest.mark.parametrize("worth_sharing", [1, 10**6], ids=["shared", "each_row"])
+def test_prefix_without_gradient_is_exact(llm, objective, aligned, worth_sharing, monkeypatch):
+    monkeypatch.setattr(modeling_vikdf.modeling_vikdf, "WORTH_SHARING", worth_sharing)
     model = pretraining_model({objective: 1.0}, llm=llm, knowledge_token_id=processor(llm).knowledge_token_id)
     if not aligned:
         monkeypatch.setattr("modeling_vikdf.collators.align_at_knowledge", lambda batch, processor: batch)
@@ -435,6 +444,30 @@ def test_prefix_without_gradient_is_exact_for_dialogues(llm, place, monkeypatch)
     cut, whole, columns = cut_and_whole(model, batch, monkeypatch)
     assert columns[0] > 0
     assert_same(cut, whole)
+
+
+@pytest.mark.parametrize("llm", ["qwen", "llama"])
+def test_what_all_dialogues_begin_with_is_read_once(llm, monkeypatch):
+    monkeypatch.setattr(modeling_vikdf.modeling_vikdf, "WORTH_SHARING", 1)
+    reader = processor(llm, system_prompt="You are a friendly person in a casual chat.")
+    model = dialogue_model(llm=llm, knowledge_token_id=reader.knowledge_token_id)
+    batch = DialogueCollator(reader)(dialogues(4))
+    # the same loss and gradients as from prompts that are padded on the left and read in every row
+    with monkeypatch.context() as context:
+        context.setattr("modeling_vikdf.collators.align_at_knowledge", lambda batch, processor: batch)
+        padded = DialogueCollator(reader)(dialogues(4))
+    assert not padded["attention_mask"][:, 0].all() and "position_ids" not in padded
+    read, run = [], model.language_model.base_model.forward
+
+    def watched(*args, **kwargs):
+        read.append(tuple(kwargs["inputs_embeds"].shape[:2]))
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(model.language_model.base_model, "forward", watched)
+    once = gradients_of(model, batch)
+    head = len(reader.tokenizer("You are a friendly person in a casual chat.", add_special_tokens=False).input_ids)
+    assert read[0][0] == 1 and read[0][1] > head and [rows for rows, _ in read[1:]] == [4, 4]
+    assert_same(once, gradients_of(model, padded))
 
 
 def test_supervised_text_before_the_knowledge_is_not_cut_off(monkeypatch):

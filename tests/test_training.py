@@ -909,6 +909,22 @@ def test_dialogues_that_are_too_long_are_skipped_and_told(stages, tmp_path):
     assert re.search(r"1 x unusable dialogue: d:1 \(the system message, the newest turn", told)
 
 
+@pytest.mark.parametrize(("bf16", "expected"), [(True, "eager"), (False, "sdpa")])
+def test_half_precision_on_a_cpu_takes_the_attention_that_is_fast_there(stages, tmp_path, monkeypatch, bf16, expected):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"turns": ["a dog", "blue rain"]}))
+    recipe = {
+        "model": {"checkpoint": str(stages / "integrate")},
+        "data": {"train": str(tmp_path / "d.jsonl")},
+        "training": training_section(tmp_path / "out", bf16=bf16),
+    }
+    seen = []
+    monkeypatch.setattr(
+        VikdfTrainer, "train", lambda self, **_: seen.append(self.model.language_model.config._attn_implementation)
+    )
+    run_stage("tune", recipe)
+    assert seen == [expected]
+
+
 def test_a_stage_trains_on_cached_features(backbones, tmp_path):
     """The encoders are run once: the second time there is nothing to compute, and the result is the same."""
     shard = str(write_shard(tmp_path / "pairs.tar", pairs(8)))
