@@ -72,9 +72,11 @@ class VikdfConfig(PreTrainedConfig):
         project_inputs (`bool`): whether each encoder's states pass through a trained LayerNorm-Linear-LayerNorm to the
             IQ-Former's width. Needed for towers that were not trained together; `False` as in the paper, where CLIP's
             own projections put both towers into one space.
-        condition_queries (`bool`): whether the mean of an encoder's states, linearly projected, is added to the
-            queries. Not in the paper; the IQ-Former then learns from few pairs as fast as a plain projection of the
-            mean would.
+        condition_queries (`bool`): whether the first of an encoder's states and their mean, linearly projected, are
+            added to the queries. Not in the paper; the IQ-Former then learns from few pairs as fast as a plain
+            projection of these would.
+        state_dropout (`float`): share of an encoder's states, the first excepted, that a row's queries do not see in
+            training. Not in the paper; a few thousand pictures are learnt by heart without it.
         vision_post_layernorm (`bool`): for CLIP's vision tower, whether patch states pass the post-layernorm before
             CLIP's projection, as CLIP's own pooled state does. (The authors' code leaves it out.)
         loss_weights (`dict`): objective -> weight, for pre-training; one not named has 0. Default: the paper's five.
@@ -107,6 +109,7 @@ class VikdfConfig(PreTrainedConfig):
     matching_dim: int = 256
     project_inputs: bool = False
     condition_queries: bool = False
+    state_dropout: float = 0.0
     vision_post_layernorm: bool = True
     loss_weights: dict | None = None
     detach_knowledge_target: bool = True
@@ -161,6 +164,8 @@ class VikdfConfig(PreTrainedConfig):
     def _check_fit(self) -> None:
         if self.num_knowledge_tokens < 1:
             raise ValueError(f"num_knowledge_tokens must be at least 1, got {self.num_knowledge_tokens}.")
+        if not 0 <= self.state_dropout < 1:
+            raise ValueError(f"state_dropout must be at least 0 and below 1, got {self.state_dropout}.")
         unknown = sorted(set(self.backbones) - set(BACKBONE_CONFIGS))
         if unknown:
             raise ValueError(f"backbones names the roles {unknown}; known roles are {sorted(BACKBONE_CONFIGS)}.")

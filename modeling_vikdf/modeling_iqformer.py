@@ -33,7 +33,8 @@ class VikdfIQFormer(nn.Module):
     an encoder's states. The layers are BLIP-2's Q-Former without its text branch.
 
     Parameters: `query_tokens` [1, n, h]; `qformer`; with `config.project_inputs` one input projection per modality;
-    with `config.condition_queries` the `pooled_projection` of the states' mean, which is added to the queries.
+    with `config.condition_queries` the `pooled_projection` of the first state and the states' mean, which is added to
+    the queries.
     """
 
     def __init__(self, config: VikdfConfig):
@@ -52,7 +53,8 @@ class VikdfIQFormer(nn.Module):
                     config.encoder_width("vision_config"), iqformer.hidden_size
                 )
         if config.condition_queries:
-            self.pooled_projection = nn.Linear(iqformer.encoder_hidden_size, iqformer.hidden_size)
+            self.pooled_projection = nn.Linear(2 * iqformer.encoder_hidden_size, iqformer.hidden_size)
+        self.state_dropout = config.state_dropout
         self.qformer = Blip2QFormerModel(iqformer)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -65,9 +67,14 @@ class VikdfIQFormer(nn.Module):
             Knowledge vectors [B, n, h].
         """
         queries = self.query_tokens.expand(states.shape[0], -1, -1)  # [B, n, h]
+        if self.training and self.state_dropout:
+            seen = torch.rand(states.shape[:2], device=states.device) >= self.state_dropout  # [B, S]
+            seen[:, 0] = True
+            mask = seen.long() if mask is None else mask * seen
         if hasattr(self, "pooled_projection"):
             weights = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)  # [B, S]
-            pooled = (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)  # [B, d]
+            mean = (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)  # [B, d]
+            pooled = torch.cat([states[:, 0], mean], dim=-1)  # [B, 2d]: in most encoders the first sums up as well
             queries = queries + self.pooled_projection(pooled)[:, None]
         return self.qformer(
             query_embeds=queries, encoder_hidden_states=states, encoder_attention_mask=mask

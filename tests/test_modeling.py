@@ -73,9 +73,10 @@ def attend(weights, name: str, x: torch.Tensor, source: torch.Tensor, heads: int
 
 
 @torch.no_grad()
-def test_one_layer_by_hand():
+@pytest.mark.parametrize("conditioned", [False, True], ids=["free_queries", "conditioned_queries"])
+def test_one_layer_by_hand(conditioned):
     torch.manual_seed(0)
-    config = tiny_config(towers="siglip")
+    config = tiny_config(towers="siglip", condition_queries=conditioned)
     config.iqformer_config.num_hidden_layers = 1
     iqformer = VikdfIQFormer(config).eval()
     for parameter in iqformer.parameters():
@@ -84,7 +85,11 @@ def test_one_layer_by_hand():
     states = torch.randn(1, 6, 32)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
 
-    x = norm(weights, "layernorm", iqformer.query_tokens[0])  # [n, h]
+    queries = iqformer.query_tokens[0]
+    if conditioned:
+        pooled = torch.cat([states[0, 0], states[0, :4].mean(0)])
+        queries = queries + linear(dict(iqformer.named_parameters()), "pooled_projection", pooled)
+    x = norm(weights, "layernorm", queries)  # [n, h]
     x = attend(weights, "encoder.layer.0.attention", x, x, heads=4)
     x = attend(weights, "encoder.layer.0.crossattention", x, states[0, :4], heads=4)
     inner = F.gelu(linear(weights, "encoder.layer.0.intermediate_query.dense", x))
@@ -94,6 +99,27 @@ def test_one_layer_by_hand():
         linear(weights, "encoder.layer.0.output_query.dense", inner) + x,
     )
     torch.testing.assert_close(iqformer(states, mask)[0], x, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_state_dropout_hides_states_in_training_alone():
+    torch.manual_seed(0)
+    config = tiny_config(towers="siglip", condition_queries=True, state_dropout=0.5)
+    config.iqformer_config.hidden_dropout_prob = config.iqformer_config.attention_probs_dropout_prob = 0.0
+    iqformer = VikdfIQFormer(config).eval()
+    iqformer.query_tokens.normal_()
+    states, mask = torch.randn(1, 3, 32), torch.tensor([[1, 1, 0]])
+    whole, first_alone = iqformer(states, mask), iqformer(states[:, :1])
+    iqformer.train()
+    drawn = [iqformer(states, mask) for _ in range(40)]
+    # padding stays hidden and the first state is always seen, so there are two cases, and both occur
+    cases = [[torch.allclose(knowledge, case, atol=1e-6) for case in (whole, first_alone)] for knowledge in drawn]
+    assert all(any(case) for case in cases)
+    assert 8 < sum(case[0] for case in cases) < 32
+    # without a mask as well
+    assert any(not torch.allclose(iqformer(states), iqformer(states), atol=1e-6) for _ in range(10))
+    with pytest.raises(ValueError, match="state_dropout must be at least 0 and below 1, got 1"):
+        tiny_config(state_dropout=1.0)
 
 
 @torch.no_grad()
