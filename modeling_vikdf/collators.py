@@ -8,6 +8,7 @@ number of workers or processes, and evaluation, which stays in epoch 0, always s
 import copy
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -270,6 +271,9 @@ class DialogueCollator(_Collator):
         max_length: most tokens of a prompt with its replies; older turns are left out.
         earlier_replies: whether replies in front of the knowledge are learnt too. The knowledge cannot change them,
             so they only teach an LLM that is itself trained (LoRA).
+        hide_context: share of the dialogues, each time others, of which the LLM reads the newest turn alone while the
+            knowledge is drawn from all of them; so the knowledge can tell it something. None in an evaluation.
+        seed: of what is hidden.
         report: gets to know what is skipped; by default it is logged alone.
     """
 
@@ -284,15 +288,29 @@ class DialogueCollator(_Collator):
         *,
         max_length: int | None = None,
         earlier_replies: bool = False,
+        hide_context: float = 0.0,
+        seed: int = 0,
         report: SkipReport | None = None,
     ):
         super().__init__()
+        if not 0 <= hide_context <= 1:
+            raise ValueError(f"hide_context must be between 0 and 1, got {hide_context}.")
         self.processor, self.max_length, self.earlier_replies = processor, max_length, earlier_replies
-        self.report = report
+        self.hide_context, self.seed, self.report = hide_context, seed, report
+
+    def for_evaluation(self) -> "DialogueCollator":
+        """A collator like this one that hides nothing."""
+        collator = super().for_evaluation()
+        collator.hide_context = 0.0
+        return collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """-> `input_ids`, `attention_mask`, `labels` [B, T]; `context_input_ids`, `context_attention_mask` [B, C]."""
         chats = [example["messages"] for example in examples]
+        hidden = [
+            _generator(self.seed, self.epoch, example.get("key", "")).random() < self.hide_context
+            for example in examples
+        ]
         skipped = []
         try:
             inputs = self._read(chats)
@@ -305,7 +323,12 @@ class DialogueCollator(_Collator):
                     skipped.append(row)
                     self._skip(str(example.get("key", row)), str(error).removeprefix("row 0: "))
             inputs = self._read(chats)
-        batch = align_at_knowledge(dict(inputs), self.processor)
+        inputs = dict(inputs)
+        if any(hidden):  # the contexts of whole dialogues stay
+            newest = [_newest_turn(chat) if hide else chat for chat, hide in zip(chats, hidden, strict=True)]
+            prompts = self._read(newest)
+            inputs |= {key: prompts[key] for key in ("input_ids", "attention_mask", "labels")}
+        batch = align_at_knowledge(inputs, self.processor)
         batch["labels"][skipped] = -100
         if not self.earlier_replies:
             knowledge = (batch["input_ids"] == self.processor.knowledge_token_id).any(0).int().argmax()
@@ -320,6 +343,55 @@ class DialogueCollator(_Collator):
             self.report.add("unusable dialogue", key, reason)
         else:
             logger.warning(f"Skipped the dialogue {key}: {reason}")
+
+
+class JointCollator(_Collator):
+    """
+    Text dialogues, and beside each a captioned picture, so that dialogues do not undo what pictures taught.
+
+    Args:
+        dialogues, pairs: collate either kind.
+        pictures: the image-text pairs (map-style); which of them goes with a dialogue is drawn anew in every epoch.
+        validation_pictures: those to evaluate with.
+    """
+
+    def __init__(
+        self,
+        dialogues: DialogueCollator,
+        pairs: PreTrainingCollator,
+        pictures: Sequence[dict[str, Any]],
+        validation_pictures: Sequence[dict[str, Any]] | None = None,
+    ):
+        super().__init__()
+        self.dialogues, self.pairs = dialogues, pairs
+        self.pictures, self.validation_pictures = pictures, validation_pictures
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Dialogues -> the inputs of `VikdfForPreTraining.forward`, their own under `dialogues`."""
+        drawn = []
+        for example in examples:
+            draw = _generator(self.pairs.seed, self.epoch, example["key"])
+            drawn.append({**self.pictures[draw.randrange(len(self.pictures))], "epoch": self.epoch})
+        self.dialogues.epoch = self.epoch
+        return {**self.pairs(drawn), "dialogues": self.dialogues(examples)}
+
+    def for_evaluation(self) -> "JointCollator":
+        """A collator of the other pictures that stays in epoch 0 and hides nothing."""
+        collator = super().for_evaluation()
+        collator.pictures = self.validation_pictures
+        collator.dialogues = self.dialogues.for_evaluation()
+        return collator
+
+    @property
+    def uses_pictures(self) -> bool:
+        """Whether the pictures themselves become knowledge, or are masked."""
+        return self.pairs.uses_pictures
+
+
+def _newest_turn(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat from its last user turn on, and the system message if it has one."""
+    last = max(index for index, message in enumerate(chat) if message["role"] == "user")
+    return [message for message in chat[:1] if message["role"] == "system"] + list(chat[last:])
 
 
 def align_at_knowledge(batch: dict[str, torch.Tensor], processor: VikdfProcessor) -> dict[str, torch.Tensor]:
@@ -362,4 +434,4 @@ def _pad_right(rows: list[torch.Tensor], value: float) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-__all__ = ["DialogueCollator", "PreTrainingCollator", "align_at_knowledge"]
+__all__ = ["DialogueCollator", "JointCollator", "PreTrainingCollator", "align_at_knowledge"]

@@ -23,7 +23,7 @@ from .configuration_vikdf import VikdfConfig
 from .modeling_vikdf import VikdfForConditionalGeneration
 
 
-BVIF = ("knowledge_to_text", "text_to_knowledge")  # the objectives that go through the LLM
+BVIF = ("knowledge_to_text", "text_to_knowledge")  # the objectives that take a pair's knowledge through the LLM
 
 
 def text_image_matching_loss(
@@ -233,6 +233,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         parts: int = 1,
         counts: dict[str, torch.Tensor | float] | None = None,
         embed_only: bool = False,
+        dialogues: dict[str, torch.Tensor] | None = None,
     ) -> VikdfPreTrainingOutput:
         """
         Args:
@@ -250,6 +251,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             other_text, other_image, parts: see `text_image_matching_loss`.
             counts: objective -> count over the whole batch; see the loss functions.
             embed_only: whether to stop at the matching embeddings.
+            dialogues: text dialogues with labels, as inputs of `VikdfForConditionalGeneration.forward` (reply).
 
         Raises:
             ValueError: if an objective of positive weight lacks an input, or none has a positive weight.
@@ -312,6 +314,9 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             losses["text_to_knowledge"] = self.text_to_knowledge(
                 draw_input_ids, draw_attention_mask, knowledge, draw_position_ids, counts.get("text_to_knowledge")
             )
+        if "reply" in weights:
+            _require("reply", dialogues=dialogues)
+            losses["reply"] = super().forward(**dialogues, num_items_in_batch=counts.get("reply")).loss
         loss = sum(weights[name] * value for name, value in losses.items())
         return VikdfPreTrainingOutput(
             loss=loss,

@@ -37,7 +37,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .backbones import new_model
-from .collators import DialogueCollator, PreTrainingCollator
+from .collators import DialogueCollator, JointCollator, PreTrainingCollator
 from .configuration_vikdf import BACKBONE_CONFIGS, OBJECTIVES, VikdfConfig
 from .data import SkipReport, load_dialogues, load_image_text_pairs
 from .features import FeatureDataset, cache_features
@@ -52,6 +52,11 @@ logger = logging.get_logger(__name__)
 HALF_ATTENTION_ON_CPU = "eager"
 
 
+def _plain(name: str) -> str:
+    """A parameter's name as the model itself has it, without what DDP and PEFT put in front."""
+    return name.removeprefix("module.").removeprefix("base_model.model.")
+
+
 @dataclass
 class VikdfTrainingArguments(TrainingArguments):
     """
@@ -59,7 +64,7 @@ class VikdfTrainingArguments(TrainingArguments):
 
     Args:
         learning_rates: beginning of parameter names -> their learning rate, e.g. `{"knowledge_gate": 5e-3}`; all other
-            parameters have `learning_rate`. The longest matching beginning counts.
+            parameters have `learning_rate`. The longest matching beginning counts; what has the rate 0 is frozen.
     """
 
     learning_rates: dict[str, float] | None = field(
@@ -85,6 +90,12 @@ class VikdfTrainingArguments(TrainingArguments):
                 setattr(self, each.name, float(value))
         super().__post_init__()
 
+    def rate_of(self, name: str) -> float:
+        """The learning rate of a parameter."""
+        name = _plain(name)
+        prefix = max((prefix for prefix in self.learning_rates if name.startswith(prefix)), key=len, default=None)
+        return self.learning_rate if prefix is None else self.learning_rates[prefix]
+
 
 class VikdfTrainer(Trainer):
     """
@@ -100,6 +111,9 @@ class VikdfTrainer(Trainer):
         self.is_pretraining = isinstance(_base(model), VikdfForPreTraining)
         if _base(model) is model:  # else PEFT says what trains and what is saved
             freeze_unused(model, pictures=getattr(kwargs.get("data_collator"), "uses_pictures", True))
+        for name, parameter in model.named_parameters():
+            if args.learning_rate and args.rate_of(name) == 0:
+                parameter.requires_grad_(False)
         super().__init__(model=model, args=args, **kwargs)
         if self.is_fsdp_enabled:
             head = _base(model).matching_head  # FSDP cannot cut a scalar; `_save` makes it one again
@@ -124,20 +138,18 @@ class VikdfTrainer(Trainer):
             return self.optimizer
         model = self.model if model is None else model
         decaying = set(self.get_decay_parameter_names(model))
-        rates = self.args.learning_rates or {}
         groups, names = defaultdict(list), []
         for full_name, parameter in model.named_parameters():
-            name = full_name.removeprefix("module.").removeprefix("base_model.model.")  # DDP's and PEFT's
+            name = _plain(full_name)
             names.append(name)
             if not parameter.requires_grad:
                 continue
-            prefix = max((prefix for prefix in rates if name.startswith(prefix)), key=len, default=None)
-            rate = self.args.learning_rate if prefix is None else rates[prefix]
+            rate = self.args.rate_of(name)
             # queries, base vectors, gates and the temperature are no weights of a linear map
             no_map = name.endswith(("query_tokens", "knowledge_base")) or parameter.dim() < 2
             decay = self.args.weight_decay if full_name in decaying and not no_map else 0.0
             groups[rate != self.args.learning_rate, rate, decay].append(parameter)
-        unknown = [prefix for prefix in rates if not any(name.startswith(prefix) for name in names)]
+        unknown = [prefix for prefix in self.args.learning_rates if not any(name.startswith(prefix) for name in names)]
         if unknown:
             raise ValueError(
                 f"learning_rates names {unknown}, but no parameter's name begins so. They begin with "
@@ -216,6 +228,8 @@ class VikdfTrainer(Trainer):
             counts["masked_text"] = (batch["masked_labels"] != -100).sum()
         if "knowledge_to_text" in counts or not self.is_pretraining:
             counts["knowledge_to_text"] = (batch["labels"][:, 1:] != -100).sum()
+        if "reply" in counts:
+            counts["reply"] = (batch["dialogues"]["labels"][:, 1:] != -100).sum()
         return {name: count.to(self.args.device, torch.float) for name, count in counts.items()}
 
     def _whole_counts(self, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -487,22 +501,26 @@ SECTIONS = {
         *VikdfConfig.__annotations__,
     }
     - {"model_class", "model_settings", "config_kwargs", "processor", "loss_weights", "cls"},
-    "objectives": set(OBJECTIVES),
+    "objectives": set(OBJECTIVES) - {"reply"},
     "data": {"train", "validation", "probabilities", "seed", "shuffle_buffer", "feature_cache", "pool_grid"},
     "collator": {"masked_share", "image_knowledge_share", "other_caption"},
     "training": {each.name for each in dataclasses.fields(VikdfTrainingArguments) if each.init},
 }
-# Of the stage "tune", which has no objectives.
+# Of the stage "tune", on dialogues alone and with captioned pictures beside them.
 TUNE_SECTIONS = SECTIONS | {
     "data": {"train", "validation"},
-    "collator": {"max_length", "earlier_replies"},
+    "collator": {"max_length", "earlier_replies", "hide_context"},
 }
-del TUNE_SECTIONS["objectives"]
+JOINT_SECTIONS = SECTIONS | {
+    "objectives": set(OBJECTIVES),
+    "data": TUNE_SECTIONS["data"] | {"pairs", "pairs_validation", "feature_cache", "pool_grid"},
+    "collator": TUNE_SECTIONS["collator"] | SECTIONS["collator"],
+}
 
 STAGE_OBJECTIVES = {
     "distill": {name: OBJECTIVES[name] for name in ("text_image_matching", "masked_image", "masked_text")},
     "integrate": {name: OBJECTIVES[name] for name in ("knowledge_to_text", "text_to_knowledge")},
-    "tune": None,
+    "tune": {},
 }
 
 
@@ -512,7 +530,9 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
 
     Args:
         stage: "distill" (default objectives: the three on image-text pairs), "integrate" (the two of BVIF), or "tune"
-            (replies of text dialogues). A recipe's `objectives` may name any subset of the five for the first two.
+            (replies of text dialogues). A recipe's `objectives` may name any subset of the five for the first two; for
+            "tune" they are what is learnt from captioned pictures (`data.pairs`) beside the replies, whose own weight
+            is 1 unless they name it.
         recipe: a mapping with the sections in `SECTIONS`; see configs/.
 
     Returns:
@@ -527,11 +547,12 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     args = VikdfTrainingArguments(**recipe["training"])
     set_seed(args.seed)  # of new weights; the Trainer seeds itself
     tuning = stage == "tune"
-    loss_weights = None
-    if not tuning:
-        objectives = recipe["objectives"] or STAGE_OBJECTIVES[stage]
-        loss_weights = {name: float(objectives.get(name, 0.0)) for name in OBJECTIVES}
-    model_class = VikdfForConditionalGeneration if tuning else VikdfForPreTraining
+    objectives = recipe["objectives"] or STAGE_OBJECTIVES[stage]
+    joint = tuning and bool(objectives)  # dialogues, and captioned pictures beside them
+    if joint:
+        objectives = {"reply": 1.0, **objectives}
+    loss_weights = {name: float(objectives.get(name, 0.0)) for name in OBJECTIVES} if objectives else None
+    model_class = VikdfForPreTraining if objectives else VikdfForConditionalGeneration
     checkpoint = settings.pop("checkpoint", None)
     if checkpoint is not None:
         processor = VikdfProcessor.from_pretrained(checkpoint)
@@ -543,16 +564,26 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     if args.bf16 and args.device.type == "cpu":
         model.language_model.set_attn_implementation(HALF_ATTENTION_ON_CPU)
     report = SkipReport(os.path.join(args.output_dir, "skipped"))
-    if tuning:
-        collator = DialogueCollator(processor, report=report, **recipe["collator"])
-    else:
-        collator = PreTrainingCollator(processor, model.config, seed=args.seed, **recipe["collator"])
-    if collator.uses_pictures:
+
+    def collate(collator_class: type, **further: Any) -> Any:
+        known = inspect.signature(collator_class).parameters
+        chosen = {key: value for key, value in recipe["collator"].items() if key in known}
+        return collator_class(processor, seed=args.seed, **chosen, **further)
+
+    pairs = collate(PreTrainingCollator, config=model.config) if objectives else None
+    dialogues = collate(DialogueCollator, report=report) if tuning else None
+    if pairs is not None and pairs.uses_pictures:
         model.attach_vision_encoder()  # now, to be placed and perhaps cut into shards with the rest
     load = _load_dialogues if tuning else _load_pairs
     with args.main_process_first(desc="reading the data"):
         train = load(model, processor, data, "train", args, report)
         validation = load(model, processor, data, "validation", args, report)
+        if joint:
+            beside = data | {"train": data["pairs"], "validation": data.get("pairs_validation")}
+            pictures = (_load_pairs(model, processor, beside, each, args, report) for each in ("train", "validation"))
+            collator = JointCollator(dialogues, pairs, *pictures)
+        else:
+            collator = dialogues if tuning else pairs
     trainer = VikdfTrainer(
         model=model,
         args=args,
@@ -576,7 +607,17 @@ def _check_recipe(stage: str, recipe: dict[str, Any]) -> dict[str, dict[str, Any
     """The recipe with all its sections, empty where it has none."""
     if stage not in STAGE_OBJECTIVES:
         raise ValueError(f"Unknown stage {stage!r}; expected one of {list(STAGE_OBJECTIVES)}.")
-    sections = TUNE_SECTIONS if stage == "tune" else SECTIONS
+    sections = SECTIONS
+    if stage == "tune":
+        data = recipe.get("data") or {}
+        sections = JOINT_SECTIONS if recipe.get("objectives") else TUNE_SECTIONS
+        if bool(recipe.get("objectives")) != bool(data.get("pairs")):
+            raise ValueError(
+                "To learn from captioned pictures beside the dialogues name both what is to be learnt (the section "
+                "'objectives') and the pictures (data.pairs); without them name neither."
+            )
+        if data.get("pairs") and data.get("validation") and not data.get("pairs_validation"):
+            raise ValueError("data.validation is set, so the evaluation needs pictures too: data.pairs_validation.")
     for section, settings in recipe.items():
         if section not in sections:
             raise ValueError(
@@ -629,7 +670,7 @@ def _load_pairs(
             part.to(args.device)  # the Trainer moves the model later
         cache_features(model, processor, pairs, folder, pool_grid=data.get("pool_grid"))
         return FeatureDataset(folder)
-    if split == "validation":
+    if split == "validation" or data.get("pairs"):  # read in any order
         return load_image_text_pairs(data[split], streaming=False, **settings)
     settings |= {key: data[key] for key in ("probabilities", "shuffle_buffer") if key in data}
     readers = args.world_size * max(args.dataloader_num_workers, 1)

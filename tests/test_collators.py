@@ -17,6 +17,7 @@ from modeling_vikdf.collators import (
     DRAW_INSTRUCTIONS,
     MAX_CAPTION,
     DialogueCollator,
+    JointCollator,
     PreTrainingCollator,
     align_at_knowledge,
 )
@@ -301,6 +302,62 @@ def test_captions_that_no_prompt_can_hold():
     assert ((batch["input_ids"] == PLACEHOLDER).sum(1) == 4).all()
     assert ((batch["draw_input_ids"] == PLACEHOLDER).sum(1) == 4).all()
     assert batch["input_ids"].shape[1] < MAX_CAPTION + 200
+
+
+# ---- dialogues beside pictures ----
+
+
+def test_hidden_context_is_hidden_from_the_llm_alone():
+    reader, examples = processor(system_prompt="Be kind."), dialogues(6)
+    whole, hidden = DialogueCollator(reader)(examples), DialogueCollator(reader, hide_context=1.0)(examples)
+    for key in ("context_input_ids", "context_attention_mask"):
+        assert torch.equal(whole[key], hidden[key])
+    for row, example in enumerate(examples):
+        seen = hidden["attention_mask"][row].bool()
+        newest = [{"role": "system", "content": "Be kind."}, *example["messages"][-2:]]
+        expected = reader([newest], return_labels=True)
+        assert torch.equal(hidden["input_ids"][row][seen], expected["input_ids"][0])
+        assert torch.equal(hidden["labels"][row][seen], expected["labels"][0])
+    assert whole["input_ids"].shape[1] > hidden["input_ids"].shape[1]
+
+
+def test_what_is_hidden_changes_with_the_epoch_and_is_nothing_in_an_evaluation():
+    collator, examples = DialogueCollator(processor(), hide_context=0.5, seed=3), dialogues(12)
+    whole = DialogueCollator(processor())(examples)
+
+    def lengths(batch):
+        return batch["attention_mask"].sum(1).tolist()
+
+    drawn = []
+    for epoch in (0, 1, 0):
+        collator.epoch = epoch
+        drawn.append(lengths(collator(examples)))
+    assert drawn[0] == drawn[2] != drawn[1]
+    shorter = sum(short < long for short, long in zip(drawn[0], lengths(whole), strict=True))
+    assert 1 <= shorter <= 11
+    assert lengths(collator.for_evaluation()(examples)) == lengths(whole)
+    with pytest.raises(ValueError, match="hide_context must be between 0 and 1, got 2"):
+        DialogueCollator(processor(), hide_context=2)
+
+
+def test_dialogues_beside_pictures():
+    """Each dialogue with a picture of its own, another in the next epoch; in an evaluation of other pictures."""
+    config = model_config(loss_weights={"text_image_matching": 1.0, "reply": 1.0})
+    inner = DialogueCollator(processor()), PreTrainingCollator(processor(), config)
+    seen, validation = pairs(9), [{**pair, "captions": ["blue"]} for pair in pairs(2)]
+    joint, examples = JointCollator(*inner, seen, validation), dialogues(4)
+    assert joint.uses_pictures
+    batches = []
+    for epoch in (0, 1, 0):
+        joint.epoch = epoch
+        batches.append(joint(examples))
+    for key, value in inner[0](examples).items():
+        assert torch.equal(batches[0]["dialogues"][key], value)
+    first, second, again = (batch["pixel_values"] for batch in batches)
+    assert torch.equal(first, again) and len(first) == 4 and not torch.equal(first, second)
+    evaluated = joint.for_evaluation()(examples)
+    blue = inner[1]([{"key": "0", "image": picture(0), "captions": ["blue"]}])["context_input_ids"]
+    assert torch.equal(evaluated["context_input_ids"], blue.expand(4, -1))
 
 
 # ---- alignment ----

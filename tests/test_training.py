@@ -540,6 +540,65 @@ def test_checkpoints_hold_nothing_frozen(stage, losses, stages):
     assert held == sum(parameter.numel() for parameter in trained)
 
 
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "streamed"])
+def test_pictures_stay_beside_dialogues(stages, tmp_path, cached):
+    """Tuning with objectives: replies and pairs in every step, each counted, cached or not; resumed bit by bit."""
+    shard, lines = str(stages / "pairs.tar"), str(stages / "dialogues.jsonl")
+    recipe = {
+        "model": {"checkpoint": str(stages / "integrate")},
+        "objectives": {"knowledge_to_text": 0.5, "text_image_matching": 0.1},
+        "data": {"train": lines, "validation": lines, "pairs": shard, "pairs_validation": shard},
+        "collator": {"hide_context": 0.5, "image_knowledge_share": 0.5, "max_length": 300},
+    }
+    if cached:
+        recipe["data"] |= {"feature_cache": str(tmp_path / "cache"), "pool_grid": 2}
+    metrics = run_stage("tune", recipe | {"training": training_section(tmp_path / "whole")})
+    parts = {name: metrics[f"eval_loss_{name}"] for name in ("reply", "knowledge_to_text", "text_image_matching")}
+    assert metrics["eval_loss"] == pytest.approx(
+        parts["reply"] + 0.5 * parts["knowledge_to_text"] + 0.1 * parts["text_image_matching"], rel=1e-5
+    )
+    # the replies are scored as by tuning on dialogues alone
+    alone = run_stage(
+        "tune",
+        {
+            "model": {"checkpoint": str(tmp_path / "whole")},
+            "data": {"train": lines, "validation": lines},
+            "training": training_section(tmp_path / "alone", max_steps=1, learning_rate=1e-12),
+        },
+    )
+    assert alone["eval_loss"] == pytest.approx(parts["reply"], rel=1e-4)
+    VikdfForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    # interrupted after two steps
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    run_stage("tune", recipe | {"training": training_section(tmp_path / "resumed")})
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objectives": {"knowledge_to_text": 1.0}}, "name both what is to be learnt"),
+        ({"data": {"train": "d.jsonl", "pairs": "p.tar"}}, "name both what is to be learnt"),
+        (
+            {
+                "objectives": {"knowledge_to_text": 1.0},
+                "data": {"train": "d.jsonl", "validation": "d.jsonl", "pairs": "p.tar"},
+            },
+            "data.pairs_validation",
+        ),
+    ],
+)
+def test_pictures_beside_dialogues_need_data_and_objectives(sections, message, stages, tmp_path):
+    recipe = {
+        "model": {"checkpoint": str(stages / "integrate")},
+        "data": {"train": "d.jsonl"},
+        "training": training_section(tmp_path / "out"),
+    }
+    with pytest.raises(ValueError, match=message):
+        run_stage("tune", recipe | sections)
+
+
 def test_stages_build_on_each_other(stages):
     weights = {stage: load_file(stages / stage / "model.safetensors") for stage in ("distill", "integrate", "tune")}
     assert "pixel_decoder.weight" in weights["distill"] and "knowledge_predictor.weight" in weights["integrate"]
@@ -715,6 +774,20 @@ def test_learning_rates(tmp_path):
     assert groups[0]["lr"] == 1e-4  # the one that is logged
 
 
+def test_what_has_the_rate_zero_is_frozen(tmp_path):
+    rates = {"iqformer": 0.0, "iqformer.query_tokens": 1e-3}
+    trainer = make_trainer(tmp_path, ALL, learning_rate=1e-4, learning_rates=rates, max_steps=1)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {
+        name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])
+    }
+    assert {name for name in changed if name.startswith("iqformer")} == {"iqformer.query_tokens"}
+    assert "language_projection.weight" in changed
+    frozen = [parameter for name, parameter in trainer.model.named_parameters() if name.startswith("iqformer.qformer")]
+    assert not any(parameter.requires_grad for parameter in frozen)
+
+
 def test_learning_rates_of_nothing_are_refused(tmp_path):
     trainer = make_trainer(tmp_path, ALL, learning_rates={"iqformers": 1e-3})
     with pytest.raises(ValueError, match=r"learning_rates names \['iqformers'\].*'iqformer'"):
@@ -818,7 +891,7 @@ def test_lora_is_trained_saved_and_resumed(tmp_path):
         ("distill", {"training": {"learning_rat": 1}}, r"Unknown keys \['learning_rat'\] in section 'training'"),
         ("distill", {"collator": {"max_length": 9}}, r"Unknown keys \['max_length'\].*'distill' knows.*masked_share"),
         ("tune", {"collator": {"masked_share": 1}}, r"Unknown keys \['masked_share'\].*'tune' knows.*max_length"),
-        ("tune", {"objectives": {"masked_text": 1.0}}, "Unknown section 'objectives'.*'tune' knows"),
+        ("tune", {"objectives": {"masked_text": 1.0}}, "name both what is to be learnt"),
         ("distill", {"data": None}, "set data.train"),
         ("distill", {"data": ["a.tar"]}, "'data' must hold settings"),
         ("distill", {"model": {"language_model": "x"}}, "needs a checkpoint, or language_model and context_encoder"),
