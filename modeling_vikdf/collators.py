@@ -90,6 +90,8 @@ class PreTrainingCollator(_Collator):
         image_knowledge_share: share of the rows whose BVIF knowledge is the picture's instead of the text's.
         other_caption: whether the LLM's target is another caption of the picture than the one its knowledge is from,
             where there is another.
+        caption_as_picture: a control without pictures: in the place of a picture's states, the cached ones of another
+            of its captions, resampled to their number. Needs encoders of equal width.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class PreTrainingCollator(_Collator):
         masked_share: float = 1.0,
         image_knowledge_share: float = 0.0,
         other_caption: bool = False,
+        caption_as_picture: bool = False,
     ):
         super().__init__()
         for name, share in (("masked_share", masked_share), ("image_knowledge_share", image_knowledge_share)):
@@ -110,7 +113,7 @@ class PreTrainingCollator(_Collator):
             raise ValueError("masked_share=0 leaves nothing to masked_image and masked_text: set their weights to 0.")
         self.processor, self.config, self.seed = processor, config, seed
         self.masked_share, self.image_knowledge_share = masked_share, image_knowledge_share
-        self.other_caption = other_caption
+        self.other_caption, self.caption_as_picture = other_caption, caption_as_picture
         tokenizer = processor.context_tokenizer
         self.mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
         if config.loss_weights["masked_text"] and self.mask_id is None:
@@ -133,6 +136,8 @@ class PreTrainingCollator(_Collator):
             examples, draws, masked = self._masked_first(examples, draws)
         chosen = [draw.randrange(len(example["captions"])) for draw, example in zip(draws, examples, strict=True)]
         batch = self._captions(examples, chosen)
+        if self.caption_as_picture:
+            examples = [self._pictured_by_a_caption(*row) for row in zip(examples, chosen, draws, strict=True)]
         batch |= self._pictures(examples, masked)
         # of none that was drawn the first row goes the same way, with nothing to score: what runs in a step must not
         # depend on chance, because processes that hold a model in shards wait for one another
@@ -186,6 +191,13 @@ class PreTrainingCollator(_Collator):
             batch["context_states"] = _pad_right(states, 0.0)  # [B, T, d]
         return batch
 
+    def _pictured_by_a_caption(self, example: dict, chosen: int, draw: random.Random) -> dict:
+        if "context_states" not in example or len(example["captions"]) < 2:
+            raise ValueError("caption_as_picture needs a feature cache and at least two captions of every picture.")
+        other = example["context_states"][_another(chosen, len(example["captions"]), draw)]  # [T, d]
+        rows = torch.linspace(0, len(other) - 1, len(example["vision_states"])).round().long()  # [S]
+        return {**example, "vision_states": other[rows]}
+
     def _pictures(self, examples: list[dict], masked: int) -> dict[str, torch.Tensor]:
         weights = self.config.loss_weights
         batch, needed = {}, []
@@ -235,7 +247,7 @@ class PreTrainingCollator(_Collator):
         for example, i, draw in zip(examples, chosen, draws, strict=True):
             captions, instruction = example["captions"], draw.choice(CAPTION_INSTRUCTIONS)
             if self.other_caption and len(captions) > 1:
-                i = draw.choice([other for other in range(len(captions)) if other != i])
+                i = _another(i, len(captions), draw)
             caption = self._readable(captions[i])
             chats.append([{"role": "user", "content": instruction}, {"role": "assistant", "content": caption}])
         inputs = self.processor(chats, return_labels=True)
@@ -423,6 +435,11 @@ def align_at_knowledge(batch: dict[str, torch.Tensor], processor: VikdfProcessor
     }
     aligned["position_ids"] = (aligned["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return {**batch, **aligned}
+
+
+def _another(chosen: int, count: int, draw: random.Random) -> int:
+    """One of `count` that is not the chosen one."""
+    return draw.choice([other for other in range(count) if other != chosen])
 
 
 def _round(value: float, draw: random.Random) -> int:

@@ -503,7 +503,7 @@ SECTIONS = {
     - {"model_class", "model_settings", "config_kwargs", "processor", "loss_weights", "cls"},
     "objectives": set(OBJECTIVES) - {"reply"},
     "data": {"train", "validation", "probabilities", "seed", "shuffle_buffer", "feature_cache", "pool_grid"},
-    "collator": {"masked_share", "image_knowledge_share", "other_caption"},
+    "collator": {"masked_share", "image_knowledge_share", "other_caption", "caption_as_picture"},
     "training": {each.name for each in dataclasses.fields(VikdfTrainingArguments) if each.init},
 }
 # Of the stage "tune", on dialogues alone and with captioned pictures beside them.

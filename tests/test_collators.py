@@ -304,6 +304,25 @@ def test_captions_that_no_prompt_can_hold():
     assert batch["input_ids"].shape[1] < MAX_CAPTION + 200
 
 
+def test_a_caption_in_the_place_of_a_picture():
+    """The control without pictures: states of another caption than the chosen one, as many as a picture has."""
+    states = [torch.full((length, 8), float(i)) for i, length in enumerate((4, 6, 11))]
+    for each in states:
+        each[0] += 0.5  # the first state stays first
+    example = {"key": "0", "captions": ["a", "b", "c"], "context_states": states, "vision_states": torch.zeros(5, 8)}
+    example["context_input_ids"] = [torch.tensor([1, 10 + i, 2]) for i in range(3)]
+    without_pictures = collator({"text_image_matching": 1.0}, caption_as_picture=True)
+    pairings = set()
+    for key in "abcdefghij":
+        batch = without_pictures([{**example, "key": key}])
+        chosen, other = int(batch["context_input_ids"][0, 1]) - 10, int(batch["vision_states"][0, 1, 0])
+        assert batch["vision_states"].shape == (1, 5, 8) and batch["vision_states"][0, 0, 0] == other + 0.5
+        pairings.add((chosen, other))
+    assert len(pairings) > 3 and all(chosen != other for chosen, other in pairings)
+    with pytest.raises(ValueError, match="a feature cache and at least two captions"):
+        without_pictures([{key: value for key, value in example.items() if key != "context_states"}])
+
+
 # ---- dialogues beside pictures ----
 
 

@@ -1,0 +1,84 @@
+"""What the study reads besides the data as it comes: dialogues cut into short contexts with a reply, and visual words.
+
+Example run:
+    python eval/prepare_data.py --dialogues dailydialog_validation.jsonl persona_chat_validation.jsonl \
+        --chitchat chitchat_dataset/dataset.json --captions train-*.tar --output prepared
+"""
+
+import argparse
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from modeling_vikdf.data import SkipReport, load_dialogues, load_image_text_pairs
+
+
+HELD_OUT = 400  # dialogues for validation, no turn of which is in training
+MOST_TURNS, MOST_WORDS = 4, 60  # of a context; of a reply, for a chat is short
+VISUAL_COUNT = 20  # a visual word is in at least so many captions
+STOP_WORDS = set(
+    "a about after all also an and another any are as at away back be been before behind being between both but "
+    "by can close could did do does down each either few for from front get gets getting had has have he her here "
+    "him his how i in inside into is it its itself just large like little look looks looking made make many more "
+    "most near next no not of off on one only onto or other others our out outside over own past several she "
+    "small so some someone something such than that the their them then there these they this those through to "
+    "together too toward towards two three four five top under up upon use using very was way we well were what "
+    "when where which while who whose will with without would you your".split()
+)
+
+
+def read_turns(files: list[str], chitchat: str | None) -> Iterator[list[str]]:
+    """The turns of each dialogue, from JSONL files and from the file of the package chitchat-dataset."""
+    if files:
+        for dialogue in load_dialogues(files, report=SkipReport()):
+            yield [message["content"] for message in dialogue["messages"]]
+    if chitchat:
+        for dialogue in json.loads(Path(chitchat).read_text(encoding="utf-8")).values():
+            # one turn is all that a person writes before the other one does
+            turns = [" ".join(part["text"].strip() for part in turn if part["text"]) for turn in dialogue["messages"]]
+            yield [turn for turn in turns if turn.strip()]
+
+
+def cut(turns: list[str], draw: random.Random) -> list[str] | None:
+    """A short reply somewhere in the dialogue with 1 to `MOST_TURNS` turns before it; `None` if there is none."""
+    ends = [end for end in range(1, len(turns)) if len(turns[end].split()) <= MOST_WORDS]
+    if not ends:
+        return None
+    end = draw.choice(ends)
+    return turns[max(0, end - draw.randint(1, MOST_TURNS)) : end + 1]
+
+
+def visual_words(captions: list[str]) -> list[str]:
+    """Words of at least `VISUAL_COUNT` captions that are no stop words, most frequent first."""
+    counts = Counter(word for caption in captions for word in set(re.findall("[a-z]+", caption.lower())))
+    return [word for word, count in counts.most_common() if count >= VISUAL_COUNT and word not in STOP_WORDS]
+
+
+def main() -> None:
+    """Writes dialogues_train.jsonl, dialogues_validation.jsonl and visual_words.txt."""
+    parser = argparse.ArgumentParser(description="Prepare dialogues and the list of visual words.")
+    parser.add_argument("--dialogues", nargs="*", default=[], help="JSONL files of text dialogues")
+    parser.add_argument("--chitchat", help="dataset.json of the package chitchat-dataset")
+    parser.add_argument("--captions", nargs="+", required=True, help="image-text shards of the training split")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    draw, output = random.Random(args.seed), Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    windows = [window for turns in read_turns(args.dialogues, args.chitchat) if (window := cut(turns, draw))]
+    draw.shuffle(windows)
+    for name, part in (("validation", windows[:HELD_OUT]), ("train", windows[HELD_OUT:])):
+        lines = [json.dumps({"turns": turns}, ensure_ascii=False) for turns in part]
+        (output / f"dialogues_{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    captions = [caption for pair in load_image_text_pairs(args.captions) for caption in pair["captions"]]
+    words = visual_words(captions)
+    (output / "visual_words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    print(f"{len(windows) - HELD_OUT} dialogues to train, {HELD_OUT} to validate, {len(words)} visual words")
+
+
+if __name__ == "__main__":
+    main()
