@@ -72,6 +72,8 @@ class VikdfTrainingArguments(TrainingArguments):
     )
     # pinned memory is for an accelerator; without one the Trainer's default only warns
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
+    # without an accelerator the Trainer refuses bf16 unless it is told that the CPU is meant
+    use_cpu: bool = field(default_factory=lambda: not torch.accelerator.is_available())
     # the collators read raw columns
     remove_unused_columns: bool | None = False
     # every step reaches every parameter that `freeze_unused` leaves, so DDP need not look

@@ -774,6 +774,11 @@ def test_learning_rates(tmp_path):
     assert groups[0]["lr"] == 1e-4  # the one that is logged
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without an accelerator")
+def test_half_precision_needs_no_word_about_the_cpu(tmp_path):
+    assert VikdfTrainingArguments(output_dir=str(tmp_path), bf16=True).device.type == "cpu"
+
+
 def test_what_has_the_rate_zero_is_frozen(tmp_path):
     rates = {"iqformer": 0.0, "iqformer.query_tokens": 1e-3}
     trainer = make_trainer(tmp_path, ALL, learning_rate=1e-4, learning_rates=rates, max_steps=1)
