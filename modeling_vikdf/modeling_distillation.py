@@ -195,7 +195,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
                 raise ValueError("masked_image needs a vision encoder, and config.vision_config is None.")
             patch = config.vision_config.patch_size
             self.masked_image_block = VikdfReconstructionBlock(width, h)
-            self.pixel_decoder = nn.Linear(width, 3 * patch**2)  # a 1x1 convolution over the patch grid
+            self.pixel_decoder = nn.Linear(width, 3 * patch**2)  # each patch state to its pixels
         if config.loss_weights["masked_text"]:
             self.masked_text_block = VikdfReconstructionBlock(width, h)
             self.token_decoder = nn.Linear(width, config.context_config.vocab_size)
@@ -356,7 +356,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         text_knowledge: torch.Tensor,
         count: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
-        """Hidden cells are zeroed, the encoder's states ask K^T, pixels come from the patch states alone."""
+        """Hidden cells are zeroed, the states of patches to score ask K^T, pixels come from these states alone."""
         rows, _, height, width = pixel_values.shape
         hidden = cells_to_pixels(masked_cells if hidden_cells is None else hidden_cells, height, width)  # [M, H, W]
         states = self.encode_images(pixel_values * (1 - hidden[:, None]))  # [M, S, d]
@@ -364,12 +364,18 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         patch = self.config.vision_config.patch_size
         grid = (height // patch, width // patch)
         states = states[:, states.shape[1] - grid[0] * grid[1] :]  # [M, patches, d]: without class and register states
-        pixels = self.pixel_decoder(
-            self.masked_image_block(states, text_knowledge[:rows])
-        )  # [M, patches, 3 * patch^2]
-        predicted = F.pixel_shuffle(pixels.transpose(1, 2).reshape(rows, -1, *grid), patch)  # [M, 3, H', W']
-        mask = cells_to_pixels(masked_cells, height, width, patch)  # [M, H', W']
-        return masked_image_loss(predicted, pixel_values[..., : mask.shape[-2], : mask.shape[-1]], mask, count)
+        mask = _patches(cells_to_pixels(masked_cells, height, width, patch)[:, None], patch)  # [M, patches, patch^2]
+        pixels = _patches(pixel_values[..., : grid[0] * patch, : grid[1] * patch], patch)  # [M, patches, 3 * patch^2]
+        # the patches with something to score, and at least one: what runs in a step must not depend on chance
+        scored = mask.any(-1)  # [M, patches]
+        most = max(int(scored.sum(1).max()), 1)
+        chosen = scored.int().argsort(dim=1, descending=True)[:, :most, None]  # [M, k, 1]
+        states, mask, pixels = (
+            each.gather(1, chosen.expand(-1, -1, each.shape[-1])) for each in (states, mask, pixels)
+        )
+        predicted = self.pixel_decoder(self.masked_image_block(states, text_knowledge[:rows]))  # [M, k, 3 * patch^2]
+        predicted, pixels = (each.unflatten(-1, (3, -1)).transpose(1, 2) for each in (predicted, pixels))
+        return masked_image_loss(predicted, pixels, mask, count)  # of [M, 3, k, patch^2]
 
     def masked_text_modelling(
         self,
@@ -436,6 +442,11 @@ def cells_to_pixels(cells: torch.Tensor, height: int, width: int, patch: int = 1
     grid = cells.view(-1, 1, side, side).float()
     mask = F.interpolate(grid, size=(height, width), mode="nearest")[:, 0]  # [M, H, W]
     return mask[:, : height // patch * patch, : width // patch * patch]
+
+
+def _patches(pictures: torch.Tensor, patch: int) -> torch.Tensor:
+    """Pictures [M, C, H, W] -> their patches [M, patches, C * patch^2]."""
+    return F.pixel_unshuffle(pictures, patch).flatten(2).transpose(1, 2)
 
 
 def _require(objective: str, **inputs: Any) -> None:

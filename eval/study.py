@@ -1,0 +1,110 @@
+"""Trains the arms of a study and evaluates them: every step once for every seed, whatever was done already is kept.
+
+Example run:
+    python eval/study.py --config configs/study.yaml --pairs "train-*.tar" --pairs-validation validation-00000.tar \
+        --dialogues prepared/dialogues_train.jsonl --dialogues-validation prepared/dialogues_validation.jsonl \
+        --steps vikdf soft_prompt --seeds 0 --evaluate image_chat_validation.jsonl --visual-words visual_words.txt
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling_vikdf.evaluation import EvaluationSettings, evaluate_file
+from modeling_vikdf.training import run_stage
+
+
+def edit(recipe: dict[str, Any], changes: dict[str, Any], drop: list[str]) -> dict[str, Any]:
+    """The recipe with `section.key` set or left out; a name without a key is a whole section."""
+    recipe = copy.deepcopy(recipe)
+    for name in drop:
+        section, _, key = name.partition(".")
+        (recipe.get(section, {}) if key else recipe).pop(key or section, None)
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        if key:
+            recipe.setdefault(section, {})[key] = value
+        else:
+            recipe[section] = value
+    return recipe
+
+
+def train(name: str, seed: int, steps: dict[str, dict], args: argparse.Namespace) -> Path:
+    """Runs a step, its parents first; a step whose model is there is not run again. Returns the model's folder."""
+    folder = args.output / f"seed{seed}" / name
+    if (folder / "finished.json").is_file():
+        return folder
+    step, configs = steps[name], args.config.parent
+    stage = Path(step["recipe"]).stem
+    recipe = yaml.safe_load((configs / step["recipe"]).read_text(encoding="utf-8"))
+    recipe = edit(recipe, step.get("set", {}), step.get("drop", []))
+    if "parent" in step:
+        recipe["model"] = {"checkpoint": str(train(step["parent"], seed, steps, args))}
+    elif step.get("new"):
+        recipe["model"] = yaml.safe_load((configs / "smollm2/distill.yaml").read_text(encoding="utf-8"))["model"]
+    data = recipe["data"]
+    if stage == "tune":
+        data |= {"train": args.dialogues, "validation": args.dialogues_validation}
+    if "objectives" in recipe:
+        beside = ("pairs", "pairs_validation") if stage == "tune" else ("train", "validation")
+        data |= {beside[0]: args.pairs, beside[1]: args.pairs_validation, "feature_cache": args.features}
+    recipe["training"] |= {"output_dir": str(folder), "seed": seed}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    print(f"== {name}, seed {seed}", flush=True)
+    metrics = run_stage(stage, recipe)
+    (folder / "finished.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def main() -> None:
+    """Trains the named steps and evaluates each on each file, with its own, shuffled and mean knowledge."""
+    parser = argparse.ArgumentParser(description="Train and evaluate the arms of a study.")
+    parser.add_argument("--config", type=Path, required=True, help="the study (YAML)")
+    parser.add_argument("--pairs", required=True, help="image-text pairs to train on")
+    parser.add_argument("--pairs-validation", required=True)
+    parser.add_argument("--dialogues", required=True, help="dialogues to train on (JSONL)")
+    parser.add_argument("--dialogues-validation", required=True)
+    parser.add_argument("--features", default="outputs/features", help="cache of the encoders' states")
+    parser.add_argument("--output", type=Path, default=Path("outputs/study"))
+    parser.add_argument("--steps", nargs="+", required=True, help="steps of the study to train and evaluate")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--evaluate", nargs="*", default=[], help="files of dialogues")
+    parser.add_argument("--knowledge", nargs="+", default=["own", "shuffled"], help="arms of the evaluation")
+    parser.add_argument("--limit", type=int, help="dialogues of each file")
+    parser.add_argument("--whole", action="store_true", help="rank and generate replies as well")
+    parser.add_argument("--visual-words", help="file with a word a line")
+    parser.add_argument("--word-vectors", help="file of word vectors")
+    args = parser.parse_args()
+
+    steps = yaml.safe_load(args.config.read_text(encoding="utf-8"))["steps"]
+    unknown = sorted(set(args.steps) - set(steps))
+    if unknown:
+        parser.error(f"unknown steps {unknown}; {args.config} has {sorted(steps)}")
+    for seed in args.seeds:
+        for name in args.steps:
+            folder = train(name, seed, steps, args)
+            for file in args.evaluate:
+                for knowledge in args.knowledge:
+                    output = folder / f"{Path(file).stem}-{knowledge}.json"
+                    if output.is_file():
+                        continue
+                    settings = EvaluationSettings(
+                        knowledge=knowledge,
+                        limit=args.limit,
+                        ranking=args.whole,
+                        generation=args.whole,
+                        visual_words=args.visual_words,
+                        word_vectors=args.word_vectors,
+                    )
+                    print(
+                        name, seed, output.name, evaluate_file(folder, file, output, settings)["metrics"], flush=True
+                    )
+
+
+if __name__ == "__main__":
+    main()
