@@ -141,6 +141,66 @@ def retrieve(args: argparse.Namespace) -> None:
         Path(args.output).write_text(text + "\n", encoding="utf-8")
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Measures the replies to dialogues: their likelihood, their rank among others, and what the model says itself."""
+    from . import DEFAULT_CHECKPOINT
+    from .evaluation import EvaluationSettings, evaluate_file
+
+    settings = EvaluationSettings(
+        knowledge="none" if args.baseline else args.knowledge,
+        system_prompt=args.system_prompt,
+        limit=args.limit,
+        all_references=args.references == "all",
+        ranking=not args.no_ranking,
+        generation=not args.no_generation,
+        visual_words=args.visual_words,
+        word_vectors=args.word_vectors,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    report = evaluate_file(args.model or DEFAULT_CHECKPOINT, args.data, args.output, settings)
+    names = ("num_dialogues", "skipped", "metrics", "confidence_95")
+    print(json.dumps({name: report[name] for name in names}, indent=2))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Reports the paired differences of two systems that `evaluate` measured on the same data."""
+    from .evaluation import compare as compare_reports
+
+    if len(args.reports) == 2 and not (args.a or args.b):
+        a, b = args.reports[:1], args.reports[1:]
+    elif not args.reports and args.a and args.b:
+        a, b = args.a, args.b
+    else:
+        raise ValueError("compare takes two reports, or the reports of several seeds: --a A1 A2 ... --b B1 B2 ...")
+    text = json.dumps(compare_reports(a, b, seed=args.seed), indent=2)
+    print(text)
+    if args.output:
+        Path(args.output).write_text(text + "\n", encoding="utf-8")
+
+
+def probe(args: argparse.Namespace) -> None:
+    """Asks what things look like, with the knowledge and without; prints the summary, writes every item's scores."""
+    from . import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
+    from .probes import compare_probes, load_items, probe
+
+    templates, against = (
+        json.loads(Path(name).read_text(encoding="utf-8")) if name else None for name in (args.templates, args.against)
+    )
+    items = load_items(args.data, templates, args.limit)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    source = args.model or DEFAULT_CHECKPOINT
+    model, processor = VikdfForConditionalGeneration.from_pretrained(source), VikdfProcessor.from_pretrained(source)
+    figures = probe(model, processor, items, args.arms, batch_size=args.batch_size, seed=args.seed)
+    output.write_text(json.dumps(figures) + "\n", encoding="utf-8")  # also if the other file does not fit
+    if against is not None:
+        figures["against"] = compare_probes(figures, against, args.seed)
+        output.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    summary = {key: figures[key] for key in ("task", "subsets", "against") if key in figures}
+    print(json.dumps(summary, indent=2))
+
+
 def benchmark(args: argparse.Namespace) -> None:
     """Measures, prints and writes figures of speed and memory, as ratios wherever machines differ."""
     from .benchmark import benchmark_generation, benchmark_training
@@ -203,6 +263,57 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the bootstrap intervals (default: 0)")
     sub.set_defaults(run=retrieve)
+
+    sub = commands.add_parser("evaluate", help="measure replies to dialogues: likelihood, ranking, generation")
+    sub.add_argument("--data", required=True, help="dialogues, JSON Lines: turns, messages, or turns and references")
+    sub.add_argument("--output", required=True, help="JSON file to write; an interrupted run is continued")
+    sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
+    arms = sub.add_mutually_exclusive_group()
+    arms.add_argument("--baseline", choices=["language-model"], help="the same language model without knowledge")
+    arms.add_argument(
+        "--knowledge",
+        choices=["own", "shuffled", "mean"],
+        default="own",
+        help="the dialogue's own knowledge, another's, or the mean (default: own)",
+    )
+    sub.add_argument("--system-prompt", help="system message of chats that bring none (default: the model's)")
+    sub.add_argument("--limit", type=int, help="dialogues to evaluate (default: all)")
+    sub.add_argument(
+        "--references", choices=["first", "all"], default="first", help="whose perplexity to measure (default: first)"
+    )
+    sub.add_argument("--no-ranking", action="store_true", help="leave out the ranking among other replies")
+    sub.add_argument("--no-generation", action="store_true", help="leave out the generation of replies")
+    sub.add_argument("--visual-words", help="file with a word a line, whose likelihood is reported apart")
+    sub.add_argument("--word-vectors", help="file with 'word v1 v2 ...' a line, for the embedding metrics")
+    sub.add_argument("--batch-size", type=int, default=16, help="dialogues, or candidates, at a time (default: 16)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of distractors, shuffling, intervals (default: 0)")
+    sub.set_defaults(run=evaluate)
+
+    sub = commands.add_parser("compare", help="paired differences of two systems that were evaluated")
+    sub.add_argument("reports", nargs="*", metavar="REPORT", help="two JSON files that evaluate wrote, A and B")
+    sub.add_argument("--a", nargs="+", metavar="A", help="instead: reports of A, one for each training seed")
+    sub.add_argument("--b", nargs="+", metavar="B", help="and of B")
+    sub.add_argument("--output", help="JSON file to write")
+    sub.add_argument("--seed", type=int, default=0, help="seed of intervals and p-values (default: 0)")
+    sub.set_defaults(run=compare)
+
+    sub = commands.add_parser("probe", help="ask what things look like, with and without knowledge")
+    sub.add_argument("--data", required=True, help="items, JSON Lines; see modeling_vikdf/probes.py")
+    sub.add_argument("--output", required=True, help="JSON file to write, with the scores of every item")
+    sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
+    sub.add_argument(
+        "--arms",
+        nargs="+",
+        choices=["own", "shuffled", "mean", "none"],
+        default=["own", "shuffled", "mean", "none"],
+        help="the item's own knowledge, another's, the mean, or the bare language model (default: all)",
+    )
+    sub.add_argument("--against", help="JSON file that this command wrote for another model on the same items")
+    sub.add_argument("--templates", help="JSON file of questions in place of the built-in ones")
+    sub.add_argument("--limit", type=int, help="items to ask (default: all)")
+    sub.add_argument("--batch-size", type=int, default=32, help="prompts at a time (default: 32)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of shuffled knowledge and statistics (default: 0)")
+    sub.set_defaults(run=probe)
 
     sub = commands.add_parser("convert", help="convert a checkpoint of the authors' code")
     sub.add_argument("checkpoint", help="folder with config.json and a safetensors file")

@@ -285,7 +285,9 @@ class DialogueCollator(_Collator):
             so they only teach an LLM that is itself trained (LoRA).
         hide_context: share of the dialogues, each time others, of which the LLM reads the newest turn alone while the
             knowledge is drawn from all of them; so the knowledge can tell it something. None in an evaluation.
-        seed: of what is hidden.
+        posterior_share: share of the dialogues, each time others, whose knowledge has read the reply as well: the
+            posterior that the prior, knowledge of the context alone, stands in for. None in an evaluation.
+        seed: of these draws.
         report: gets to know what is skipped; by default it is logged alone.
     """
 
@@ -301,28 +303,30 @@ class DialogueCollator(_Collator):
         max_length: int | None = None,
         earlier_replies: bool = False,
         hide_context: float = 0.0,
+        posterior_share: float = 0.0,
         seed: int = 0,
         report: SkipReport | None = None,
     ):
         super().__init__()
-        if not 0 <= hide_context <= 1:
-            raise ValueError(f"hide_context must be between 0 and 1, got {hide_context}.")
+        for name, share in (("hide_context", hide_context), ("posterior_share", posterior_share)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share}.")
         self.processor, self.max_length, self.earlier_replies = processor, max_length, earlier_replies
-        self.hide_context, self.seed, self.report = hide_context, seed, report
+        self.hide_context, self.posterior_share = hide_context, posterior_share
+        self.seed, self.report = seed, report
 
     def for_evaluation(self) -> "DialogueCollator":
-        """A collator like this one that hides nothing."""
+        """A collator like this one that hides nothing and whose knowledge reads no reply."""
         collator = super().for_evaluation()
-        collator.hide_context = 0.0
+        collator.hide_context = collator.posterior_share = 0.0
         return collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """-> `input_ids`, `attention_mask`, `labels` [B, T]; `context_input_ids`, `context_attention_mask` [B, C]."""
         chats = [example["messages"] for example in examples]
-        hidden = [
-            _generator(self.seed, self.epoch, example.get("key", "")).random() < self.hide_context
-            for example in examples
-        ]
+        draws = [_generator(self.seed, self.epoch, example.get("key", "")) for example in examples]
+        hidden = [draw.random() < self.hide_context for draw in draws]
+        posterior = [draw.random() < self.posterior_share for draw in draws]
         skipped = []
         try:
             inputs = self._read(chats)
@@ -340,6 +344,10 @@ class DialogueCollator(_Collator):
             newest = [_newest_turn(chat) if hide else chat for chat, hide in zip(chats, hidden, strict=True)]
             prompts = self._read(newest)
             inputs |= {key: prompts[key] for key in ("input_ids", "attention_mask", "labels")}
+        if any(posterior):  # the prompts stay
+            known = [_with_reply(chat) if reads else chat for chat, reads in zip(chats, posterior, strict=True)]
+            contexts = self._read(known)
+            inputs |= {key: contexts[key] for key in ("context_input_ids", "context_attention_mask")}
         batch = align_at_knowledge(inputs, self.processor)
         batch["labels"][skipped] = -100
         if not self.earlier_replies:
@@ -404,6 +412,13 @@ def _newest_turn(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The chat from its last user turn on, and the system message if it has one."""
     last = max(index for index, message in enumerate(chat) if message["role"] == "user")
     return [message for message in chat[:1] if message["role"] == "system"] + list(chat[last:])
+
+
+def _with_reply(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat with what follows the last user turn also at that turn's end, where a context ends."""
+    last = max(index for index, message in enumerate(chat) if message["role"] == "user")
+    said = "\n".join(message["content"] for message in chat[last:])
+    return [*chat[:last], {**chat[last], "content": said}, *chat[last + 1 :]]
 
 
 def align_at_knowledge(batch: dict[str, torch.Tensor], processor: VikdfProcessor) -> dict[str, torch.Tensor]:

@@ -511,7 +511,7 @@ SECTIONS = {
 # Of the stage "tune", on dialogues alone and with captioned pictures beside them.
 TUNE_SECTIONS = SECTIONS | {
     "data": {"train", "validation"},
-    "collator": {"max_length", "earlier_replies", "hide_context"},
+    "collator": {"max_length", "earlier_replies", "hide_context", "posterior_share"},
 }
 JOINT_SECTIONS = SECTIONS | {
     "objectives": set(OBJECTIVES),

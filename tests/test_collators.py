@@ -359,6 +359,19 @@ def test_what_is_hidden_changes_with_the_epoch_and_is_nothing_in_an_evaluation()
         DialogueCollator(processor(), hide_context=2)
 
 
+def test_the_posterior_reads_the_reply_and_the_llm_does_not_read_it_twice():
+    reader, examples = processor(), dialogues(6)
+    prior, posterior = (DialogueCollator(reader, posterior_share=share)(examples) for share in (0.0, 1.0))
+    for key in ("input_ids", "attention_mask", "labels", "position_ids"):
+        assert torch.equal(prior[key], posterior[key])
+    for row, example in enumerate(examples):
+        words = "\n".join(message["content"] for message in example["messages"])
+        ids = posterior["context_input_ids"][row][posterior["context_attention_mask"][row].bool()]
+        assert ids.tolist() == reader.context_tokenizer(words)["input_ids"]
+    evaluated = DialogueCollator(reader, posterior_share=1.0).for_evaluation()(examples)
+    assert torch.equal(evaluated["context_input_ids"], prior["context_input_ids"])
+
+
 def test_dialogues_beside_pictures():
     """Each dialogue with a picture of its own, another in the next epoch; in an evaluation of other pictures."""
     config = model_config(loss_weights={"text_image_matching": 1.0, "reply": 1.0})

@@ -1,0 +1,937 @@
+"""How good are the replies to text dialogues, and is it the knowledge that makes them so?
+
+    dialogues -> prepare (prompts, candidate replies)          -> Example
+              -> compute_knowledge, arm_knowledge              -> K [N, n, h]
+              -> score_candidates -> perplexity, ranking of the true reply among others
+              -> generate_replies -> BLEU, ROUGE-L, Distinct, embedding similarity
+              -> summarise        -> metrics with 95 % intervals; compare pairs two such results
+
+All work is noted in a `Journal` as it is done, so that an evaluation that was interrupted goes on where it was. Arms
+differ in the knowledge alone: a dialogue's own, another's, the mean of all, or none.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from . import __version__
+from .data import SkipReport, load_dialogues
+from .metrics import (
+    bleu_from_statistics,
+    bleu_statistics,
+    distinct,
+    embedding_similarity_items,
+    rouge_l_items,
+    tokenize,
+)
+from .modeling_vikdf import VikdfForConditionalGeneration
+from .processing_vikdf import IGNORED, VikdfProcessor
+
+
+KNOWLEDGE_ARMS = ("own", "shuffled", "mean", "none")
+DISTRACTORS = 9  # replies of other dialogues that the true one is ranked among
+DECODING = {"num_beams": 3, "no_repeat_ngram_size": 3, "max_new_tokens": 32, "do_sample": False}  # the paper's
+END_OF_TURN = 8  # tokens, at most, that a chat template writes behind a reply
+ENCODER_BATCH = 64  # contexts that the text encoder reads at a time
+NOT_SURE = re.compile(r"i['’]m not sure", re.IGNORECASE)  # how bland replies begin
+WORD = re.compile(r"\w+")
+CHUNK = 250  # resamples at a time, which bounds the memory to CHUNK x clusters numbers
+JACKKNIFE = 20  # groups of dialogues that are left out in turn
+
+# Metrics that are sum(values) / sum(weights) over dialogues: what the sums are called in a dialogue's record.
+RATIOS = {
+    "nll": ("nll", "tokens"),
+    "nll_per_example": ("mean_nll", "examples"),
+    "nll_visual_words": ("visual_nll", "visual_tokens"),
+    "nll_other_words": ("other_nll", "other_tokens"),
+    **{
+        name: (name, None)
+        for name in (
+            "hits_at_1",
+            "mrr",
+            "rouge_l",
+            "embedding_average",
+            "embedding_extrema",
+            "embedding_greedy",
+            "share_im_not_sure",
+        )
+    },
+}
+PERPLEXITIES = {"perplexity": "nll", "perplexity_per_example": "nll_per_example"}  # exp of
+
+# What reports must have in common to be compared, and what if they have it at all.
+SAME, SAME_IF_ANY = ("data_sha256", "limit", "all_references"), ("visual_words_sha256", "word_vectors_sha256")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """
+    knowledge: the arm, one of `KNOWLEDGE_ARMS`.
+    system_prompt: replaces the processor's.
+    limit: evaluate the first dialogues only; distractors come from all.
+    all_references: the perplexity of every reference and not of the first alone.
+    ranking, generation: whether to do these, beside the perplexity.
+    visual_words: file with a word a line; its words' and the other tokens' likelihood is reported apart.
+    word_vectors: file with `word v1 v2 ...` a line, as GloVe's; for the embedding metrics.
+    batch_size: dialogues at a time, and candidates at a time.
+    seed: of distractors, shuffled knowledge and resamples.
+    """
+
+    knowledge: str = "own"
+    system_prompt: str | None = None
+    limit: int | None = None
+    all_references: bool = False
+    ranking: bool = True
+    generation: bool = True
+    visual_words: str | None = None
+    word_vectors: str | None = None
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.knowledge not in KNOWLEDGE_ARMS:
+            raise ValueError(f"knowledge must be one of {', '.join(KNOWLEDGE_ARMS)}, not {self.knowledge!r}.")
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}.")
+
+
+@dataclass
+class Example:
+    """
+    A dialogue as token ids. A candidate is the true reply, another reference or a distractor, in this order.
+
+    prompt: asks for the reply; context: what the text encoder reads; prefix: what the chats with each candidate begin
+    with; candidates: what follows the prefix in each, up to the end of the turn; tokens: how many tokens at the end of
+    each candidate are the reply's; visual: for each reference to score, which of these belong to visual words.
+    """
+
+    key: str
+    references: list[str]
+    prompt: list[int]
+    context: list[int]
+    prefix: list[int]
+    candidates: list[list[int]]
+    tokens: list[int]
+    visual: list[list[bool]]
+
+
+# ---- the whole ----
+
+
+def evaluate_file(
+    model_source: str | Path, data: str | Path, output: str | Path, settings: EvaluationSettings
+) -> dict[str, Any]:
+    """
+    Evaluates a model on a file of dialogues and writes the report, whole or not at all. Finished work is kept in
+    `OUTPUT.partial.jsonl` meanwhile; started again after an interruption it goes on from there.
+
+    Args:
+        model_source: folder or Hub id of a VIKDF model with its processor.
+        data: JSONL of dialogues as [`load_dialogues`] reads them.
+        output: JSON file to write.
+
+    Returns:
+        The report: what was evaluated (`model`, `data`, their hashes, the settings, `versions`) and what
+        [`evaluate_dialogues`] returns.
+
+    Raises:
+        OSError: if something cannot be read or written.
+        ValueError: if no dialogue is usable, or the unfinished work there is of another evaluation.
+    """
+    output, report = Path(output), SkipReport()
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; name a file to write in it.")
+    data_hash = _hash_file(data)
+    dialogues = list(load_dialogues(str(data), report=report))
+    model = VikdfForConditionalGeneration.from_pretrained(model_source)
+    processor = VikdfProcessor.from_pretrained(model_source)
+    files = {name: getattr(settings, name) for name in ("visual_words", "word_vectors")}
+    files = {name: path for name, path in files.items() if path is not None}
+    identity = {
+        "model": "/".join(Path(model_source).parts[-2:]),  # a Hub id as it is; of a folder not where it happens to be
+        "weights_sha256": _hash_weights(model),
+        "data": Path(data).name,
+        "data_sha256": data_hash,
+        **asdict(settings),
+        **{name: Path(path).name for name, path in files.items()},
+        **{f"{name}_sha256": _hash_file(path) for name, path in files.items()},
+        "versions": {
+            "modeling_vikdf": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    partial = output.with_name(output.name + ".partial.jsonl")
+    with Journal(partial, identity) as journal:
+        figures = evaluate_dialogues(model, processor, dialogues, settings, journal, report)
+    # of paths the name alone: where something lies on one machine is of no use on another
+    command = ["vikdf", *(Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:])]
+    result = {**identity, "command": shlex.join(command), **figures}
+    unfinished = output.with_name(output.name + ".tmp")
+    unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, output)
+    partial.unlink()
+    return result
+
+
+def evaluate_dialogues(
+    model: VikdfForConditionalGeneration,
+    processor: VikdfProcessor,
+    dialogues: Sequence[dict[str, Any]],
+    settings: EvaluationSettings | None = None,
+    journal: "Journal | None" = None,
+    report: SkipReport | None = None,
+) -> dict[str, Any]:
+    """
+    Evaluates a model on dialogues.
+
+    Args:
+        dialogues: `{"key", "messages", "references"}` as [`load_dialogues`] gives them.
+        journal: remembers what is done; by default only as long as this call takes.
+        report: gets to know which dialogues are skipped, and knows perhaps of malformed ones.
+
+    Returns:
+        `metrics` and `confidence_95`, see [`summarise`]; `num_dialogues`; `skipped`, reason -> number;
+        `shortened_prompts` and `shortened_contexts`, how many lost their oldest turns; `dialogues`, the records.
+
+    Raises:
+        ValueError: if no dialogue is usable, or there are too few replies to rank among.
+    """
+    settings, journal, report = settings or EvaluationSettings(), journal or Journal(), report or SkipReport()
+    visual_words = None
+    if settings.visual_words is not None:
+        visual_words = set(Path(settings.visual_words).read_text(encoding="utf-8").lower().split())
+    processor = copy.copy(processor)
+    if settings.system_prompt is not None:
+        processor.system_prompt = settings.system_prompt
+    model.eval()
+    examples, shortened = prepare(model, processor, dialogues, settings, visual_words, report)
+
+    knowledge = None
+    if settings.knowledge != "none":
+        knowledge = compute_knowledge(model, processor, [example.context for example in examples])  # [N, n, h]
+        # the same context evokes the same knowledge
+        groups = [tuple(example.context) for example in examples]
+        knowledge = arm_knowledge(knowledge, settings.knowledge, settings.seed, groups)
+
+    def rows(batch: list[int]) -> tuple[list[Example], torch.Tensor | None]:
+        return [examples[i] for i in batch], None if knowledge is None else knowledge[batch]
+
+    def score(batch: list[int]) -> list[dict[str, Any]]:
+        scores = score_candidates(model, processor, *rows(batch), settings.batch_size)
+        return [
+            _likelihood_record(examples[i], each, visual_words is not None)
+            for i, each in zip(batch, scores, strict=True)
+        ]
+
+    def generate(batch: list[int]) -> list[dict[str, Any]]:
+        return [{"reply": reply} for reply in generate_replies(model, processor, *rows(batch))]
+
+    # the longest first, so that what does not fit into memory fails at once
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
+    batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
+    keys = [example.key for example in examples]
+    journal.run("likelihood", score, batches, keys)
+    if settings.generation:
+        journal.run("generation", generate, batches, keys)
+    records = [
+        {"key": key, **journal.records("likelihood", key), **journal.records("generation", key)} for key in keys
+    ]
+    summary = summarise(records, [example.references for example in examples], settings)
+    return {**summary, "num_dialogues": len(examples), "skipped": report.counts(), **shortened, "dialogues": records}
+
+
+class Journal:
+    """
+    Work that is done, a line of JSON for each dialogue and part, under a header that says whose work it is.
+
+    Args:
+        path: where to keep it; by default in memory alone.
+        identity: all that the work depends on.
+
+    Raises:
+        OSError: if the file cannot be written.
+        ValueError: if it holds work of another identity.
+    """
+
+    def __init__(self, path: Path | None = None, identity: dict[str, Any] | None = None):
+        self._done: dict[tuple[str, str], dict[str, Any]] = {}
+        self._file = None
+        if path is None:
+            return
+        self._file = open(path, "a+b")
+        self._file.seek(0)
+        # the last line of a process that was killed may be broken off
+        lines = [line for line in self._file if line.endswith(b"\n")]
+        self._file.truncate(sum(map(len, lines)))
+        identity = json.loads(json.dumps(identity))
+        if lines:
+            found = json.loads(lines[0])
+            if changed := [name for name in identity if found.get(name) != identity[name]]:
+                self._file.close()
+                raise ValueError(
+                    f"{path} holds the unfinished work of another evaluation, which differs in {', '.join(changed)}. "
+                    "Repeat that one to finish it, delete the file, or choose another output."
+                )
+        else:
+            self._write([identity])
+        for line in lines[1:]:
+            entry = json.loads(line)
+            self._done[entry["part"], entry["key"]] = entry["record"]
+
+    def records(self, part: str, key: str) -> dict[str, Any]:
+        """What a part has found out about a dialogue; nothing if it was not run."""
+        return self._done.get((part, key), {})
+
+    def run(
+        self,
+        part: str,
+        work: Callable[[list[int]], list[dict[str, Any]]],
+        batches: list[list[int]],
+        keys: list[str],
+    ) -> None:
+        """Does the batches that are not done, whole ones, for in another batch rounding would be another."""
+        with tqdm(total=len(keys), desc=part.capitalize(), unit=" dialogues") as bar:
+            for batch in batches:
+                if not all((part, keys[i]) in self._done for i in batch):
+                    records = dict(zip([(part, keys[i]) for i in batch], work(batch), strict=True))
+                    self._write([{"part": part, "key": key, "record": each} for (_, key), each in records.items()])
+                    self._done |= records
+                bar.update(len(batch))
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        if self._file is not None:
+            self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+            self._file.flush()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+# ---- dialogues -> examples ----
+
+
+def prepare(
+    model: VikdfForConditionalGeneration,
+    processor: VikdfProcessor,
+    dialogues: Sequence[dict[str, Any]],
+    settings: EvaluationSettings,
+    visual_words: set[str] | None,
+    report: SkipReport,
+) -> tuple[list[Example], dict[str, int]]:
+    """
+    The usable dialogues as token ids, and how many prompts and contexts are shortened.
+
+    Raises:
+        ValueError: if no dialogue is usable, or there are too few replies to rank among.
+    """
+    pool = sorted({dialogue["references"][0] for dialogue in dialogues})
+    window = getattr(model.config.text_config, "max_position_embeddings", None) or processor.tokenizer.model_max_length
+    window = min(window, processor.tokenizer.model_max_length)
+    examples, shortened = [], {"shortened_prompts": 0, "shortened_contexts": 0}
+    log = logging.getLogger(VikdfProcessor.__module__)
+    level = log.level
+    log.setLevel(logging.ERROR)  # what is shortened is counted here instead of warned of each time
+    try:
+        for dialogue in tqdm(dialogues[: settings.limit], desc="Preparing", unit=" dialogues"):
+            others = _draw_distractors(dialogue, pool, settings.seed) if settings.ranking else []
+            try:
+                example, dropped = _prepare(processor, dialogue, others, settings, visual_words, window)
+            except ValueError as error:
+                report.add("unusable dialogue", dialogue["key"], str(error))
+            else:
+                examples.append(example)
+                for name, turns in zip(shortened, dropped, strict=True):
+                    shortened[name] += turns > 0
+    finally:
+        log.setLevel(level)
+    if not examples:
+        raise ValueError(f"None of {len(dialogues)} dialogues is usable. {report.summary()}")
+    return examples, shortened
+
+
+def _draw_distractors(dialogue: dict[str, Any], pool: list[str], seed: int) -> list[str]:
+    """Replies of other dialogues, drawn from the key alone, so that a limit or another arm changes nothing."""
+    draw, own = random.Random(f"{seed}/{dialogue['key']}"), dialogue["references"]
+    others = [text for text in draw.sample(pool, min(len(pool), DISTRACTORS + len(own))) if text not in own]
+    if len(others) < DISTRACTORS:
+        raise ValueError(
+            f"Ranking needs {DISTRACTORS} different replies of other dialogues for each, and the data have only "
+            f"{len(pool)} altogether. Take more dialogues, or leave the ranking out (--no-ranking)."
+        )
+    return others[:DISTRACTORS]
+
+
+def _prepare(
+    processor: VikdfProcessor,
+    dialogue: dict[str, Any],
+    distractors: list[str],
+    settings: EvaluationSettings,
+    visual_words: set[str] | None,
+    window: int,
+) -> tuple[Example, tuple[int, int]]:
+    """An example, and how many turns its prompt and its context lost; a ValueError says why there is none."""
+    messages, references = dialogue["messages"][:-1], dialogue["references"]
+    if messages[-1]["role"] != "user":
+        raise ValueError("the turn before the reply is not the user's")
+    scored = references if settings.all_references else references[:1]
+    texts = [*scored, *distractors]
+    # room for the longest reply, so that all candidates, and what is generated, follow the same turns
+    longest = max(map(len, processor.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
+    room, use_knowledge = max(longest + END_OF_TURN, DECODING["max_new_tokens"]), settings.knowledge != "none"
+    asked = processor(messages, use_knowledge=use_knowledge, max_length=window - room)
+    head = int(messages[0]["role"] == "system")
+    messages = messages[:head] + messages[head + asked.dropped_turns[0] :]
+    chats = [[*messages, {"role": "assistant", "content": text}] for text in texts]
+    answered = processor(chats, use_knowledge=use_knowledge, max_length=window, return_labels=True)
+
+    whole, starts = [], []  # each chat's ids up to the end of the reply, and where the reply begins
+    visual = []
+    for row, chat in enumerate(chats):
+        real = answered["attention_mask"][row] == 1
+        ids, labels = answered["input_ids"][row][real].tolist(), answered["labels"][row][real]
+        start, stop = _last_run(labels != IGNORED)
+        whole.append(ids[:stop])
+        starts.append(start)
+        if row < len(scored):
+            visual.append([False] * (stop - start))
+            if visual_words:
+                text = processor.apply_chat_template(chat)  # without placeholders, and behind them the same tokens
+                offsets = processor.tokenizer(
+                    text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+                )["offset_mapping"]
+                earlier = len(ids) - len(offsets)
+                visual[-1] = _touches(offsets[start - earlier : stop - earlier], text, visual_words)
+    # a reply's first token is predicted by the one before it, which is therefore not in the prefix
+    shared = min(len(os.path.commonprefix(whole)), min(starts) - 1)
+    example = Example(
+        key=dialogue["key"],
+        references=references,
+        prompt=asked["input_ids"][0].tolist(),
+        context=asked["context_input_ids"][0].tolist() if use_knowledge else [],
+        prefix=whole[0][:shared],
+        candidates=[ids[shared:] for ids in whole],
+        tokens=[len(ids) - start for ids, start in zip(whole, starts, strict=True)],
+        visual=visual,
+    )
+    return example, (asked.dropped_turns[0], asked.dropped_context_turns[0])
+
+
+def _last_run(labelled: torch.Tensor) -> tuple[int, int]:
+    """Beginning and end of the last run of true values [T]: of the last reply, where earlier ones are labelled too."""
+    positions = labelled.nonzero().squeeze(1)
+    gaps = (positions.diff() > 1).nonzero().squeeze(1)
+    return int(positions[gaps[-1] + 1 if len(gaps) else 0]), int(positions[-1]) + 1
+
+
+def _touches(offsets: list[tuple[int, int]], text: str, words: set[str]) -> list[bool]:
+    """Whether the tokens at the offsets share a character with one of the words in the text."""
+    spans = [match.span() for match in WORD.finditer(text) if match[0].lower() in words]
+    return [any(start < end and stop > begin for begin, end in spans) for start, stop in offsets]
+
+
+# ---- knowledge ----
+
+
+@torch.no_grad()
+def compute_knowledge(
+    model: VikdfForConditionalGeneration, processor: VikdfProcessor, contexts: list[list[int]]
+) -> torch.Tensor:
+    """The knowledge that contexts (ids of the text encoder's tokenizer) evoke, [N, n, h], float32 on the CPU."""
+    tokenizer, device = processor.context_tokenizer, model.iqformer.query_tokens.device
+    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+    parts = []
+    for start in tqdm(range(0, len(order), ENCODER_BATCH), desc="Knowledge", unit=" batches"):
+        rows = [contexts[i] for i in order[start : start + ENCODER_BATCH]]
+        ids, mask = _pad(rows, tokenizer.pad_token_id, tokenizer.padding_side, device)  # [B, C]
+        parts.append(model.get_text_knowledge(ids, mask).float().cpu())
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def arm_knowledge(
+    knowledge: torch.Tensor, arm: str, seed: int = 0, groups: Sequence[Hashable] | None = None
+) -> torch.Tensor:
+    """
+    The knowledge that an arm of an experiment gives to each example.
+
+    Args:
+        knowledge: [N, n, h].
+        arm: "own"; "shuffled", a derangement, so that each row's knowledge goes to exactly one other row; "mean", the
+            mean over the rows for all. The arm "none" has prompts without knowledge (`use_knowledge=False`).
+        seed: of the derangement.
+        groups: N values; a row never gets the knowledge of a row of its own group (the same photograph, say).
+
+    Returns:
+        [N, n, h].
+
+    Raises:
+        ValueError: for another arm, or if no derangement exists, because one group has more than half of the rows.
+    """
+    if arm == "own":
+        return knowledge
+    if arm == "mean":
+        return knowledge.mean(0, keepdim=True).expand_as(knowledge)
+    if arm != "shuffled":
+        why = "has no knowledge: write its prompts with use_knowledge=False" if arm == "none" else "is unknown"
+        raise ValueError(f"The arm {arm!r} {why}; expected one of {', '.join(KNOWLEDGE_ARMS[:-1])}.")
+    rows = len(knowledge)
+    group = _indices(range(rows) if groups is None else groups)  # [N]
+    sizes = group.bincount()
+    if 2 * int(sizes.max()) > rows:
+        raise ValueError(f"Cannot shuffle {rows} rows of knowledge of which {int(sizes.max())} are of the same group.")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(rows, generator=generator)
+    # groups side by side, in random order: as many places further as the largest has rows, it is another group's
+    order = order[torch.randperm(len(sizes), generator=generator)[group[order]].argsort(stable=True)]  # [N]
+    source = torch.empty_like(order)
+    source[order] = order.roll(int(sizes.max()))
+    return knowledge[source.to(knowledge.device)]
+
+
+# ---- likelihood ----
+
+
+@torch.no_grad()
+def score_candidates(
+    model: VikdfForConditionalGeneration,
+    processor: VikdfProcessor,
+    examples: list[Example],
+    knowledge: torch.Tensor | None,
+    batch_size: int,
+) -> list[list[torch.Tensor]]:
+    """
+    Log-likelihoods of candidate replies, in nats. What an example's candidates begin with is read once; candidates are
+    read from copies of that cache, those of similar length together, which wastes little on padding.
+
+    Args:
+        knowledge: [B, n, h], or `None` for prompts without.
+        batch_size: candidates at a time.
+
+    Returns:
+        For each example and candidate those of the reply's tokens, its end of turn included, [tokens], float32.
+    """
+    device, padding = model.get_input_embeddings().weight.device, processor.tokenizer.pad_token_id
+    prefixes, mask = _pad([example.prefix for example in examples], padding, "left", device)  # [B, P]
+    cache = model.language_model.base_model(
+        inputs_embeds=model.embed_prompt(prefixes, knowledge),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+    ).past_key_values
+    scores: list[list[Any]] = [[None] * len(example.candidates) for example in examples]
+    rows = [(b, c) for b, example in enumerate(examples) for c in range(len(example.candidates))]
+    rows.sort(key=lambda row: len(examples[row[0]].candidates[row[1]]))
+    for start in range(0, len(rows), batch_size):
+        some = rows[start : start + batch_size]
+        candidates = [examples[b].candidates[c] for b, c in some]
+        # the last token is predicted and need not be read
+        ids, ids_mask = _pad([ids[:-1] for ids in candidates], padding, "right", device)  # [R, S]
+        owners = torch.tensor([b for b, _ in some], device=device)
+        past, past_mask = copy.deepcopy(cache), mask[owners]  # [R, P]
+        past.batch_select_indices(owners)
+        logits = model(
+            input_ids=ids,
+            attention_mask=torch.cat([past_mask, ids_mask], dim=1),
+            position_ids=past_mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=device),
+            past_key_values=past,
+        ).logits  # [R, S, vocabulary]
+        for (b, c), ids, predicted in zip(some, candidates, logits, strict=True):
+            tokens = examples[b].tokens[c]
+            targets = torch.tensor(ids[-tokens:], device=predicted.device)
+            # row by row in float32, which of all rows at once would take much memory
+            predicted = predicted[len(ids) - 1 - tokens : len(ids) - 1].float()  # [tokens, vocabulary]
+            scores[b][c] = -torch.nn.functional.cross_entropy(predicted, targets, reduction="none").cpu()
+    return scores
+
+
+def _likelihood_record(example: Example, scores: list[torch.Tensor], split: bool) -> dict[str, Any]:
+    """Sums over an example's references, in nats and tokens, and the rank of the first among the distractors."""
+    references = [-each.double() for each in scores[: len(example.visual)]]
+    nll = torch.cat(references)
+    record = {
+        "nll": nll.sum().item(),
+        "tokens": len(nll),
+        "mean_nll": sum(each.mean().item() for each in references),
+        "examples": len(references),
+    }
+    if split:
+        visual = torch.tensor([token for each in example.visual for token in each])
+        record["visual_nll"], record["visual_tokens"] = nll[visual].sum().item(), int(visual.sum())
+        record["other_nll"], record["other_tokens"] = nll[~visual].sum().item(), int((~visual).sum())
+    if distractors := scores[len(example.visual) :]:
+        own = scores[0].double().mean()
+        # a tie counts against the model
+        record["rank"] = 1 + sum(not each.double().mean() < own for each in distractors)
+        record["hits_at_1"], record["mrr"] = float(record["rank"] == 1), 1 / record["rank"]
+    return record
+
+
+# ---- generation ----
+
+
+def generate_replies(
+    model: VikdfForConditionalGeneration,
+    processor: VikdfProcessor,
+    examples: list[Example],
+    knowledge: torch.Tensor | None,
+) -> list[str]:
+    """Replies by the paper's beam search (`DECODING`), given knowledge [B, n, h] or `None`."""
+    tokenizer, device = processor.tokenizer, model.get_input_embeddings().weight.device
+    theirs = model.generation_config
+    config = GenerationConfig(
+        **DECODING,
+        eos_token_id=theirs.eos_token_id,
+        bos_token_id=theirs.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    ids, mask = _pad([example.prompt for example in examples], tokenizer.pad_token_id, "left", device)  # [B, T]
+    written = model.generate(input_ids=ids, attention_mask=mask, knowledge=knowledge, generation_config=config)
+    replies = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+    return [reply.strip() for reply in replies]
+
+
+def load_word_vectors(path: str | Path, words: set[str]) -> dict[str, list[float]]:
+    """
+    The vectors of some words from a text file with `word v1 v2 ...` a line, as GloVe's and fastText's.
+
+    Raises:
+        OSError, ValueError: if it cannot be read, or a line is of another length or no numbers.
+    """
+    vectors, width = {}, None
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            fields = line.rstrip().split(" ")
+            if number == 1 and len(fields) == 2:  # fastText's first line has its numbers of words and dimensions
+                continue
+            width = width or len(fields) - 1
+            word = " ".join(fields[:-width])  # some of GloVe's words have spaces
+            if word in words:
+                try:
+                    vectors[word] = [float(value) for value in fields[-width:]]
+                except ValueError as error:
+                    raise ValueError(
+                        f"{path}, line {number}: expected a word and {width} numbers; {error}."
+                    ) from error
+    if not vectors:
+        raise ValueError(f"{path} has none of the words of the replies: expected lines such as 'word 0.1 0.2 ...'.")
+    return vectors
+
+
+# ---- records -> metrics ----
+
+
+def summarise(
+    records: list[dict[str, Any]], references: list[list[str]], settings: EvaluationSettings
+) -> dict[str, Any]:
+    """
+    Metrics over dialogues, and their 95 % intervals over resamples of dialogues. Each record gets the metrics of its
+    reply.
+
+    `nll` is in nats a token, end of turn included, and `perplexity` its exponential; `perplexity_per_example` is that
+    of the mean over replies of each one's mean, as the authors' code has it. `bleu_n` and `distinct_n` are of all
+    replies together. Resampling repeats replies, which lowers Distinct, so its interval is by the delete-a-group
+    jackknife.
+
+    Args:
+        records: of each dialogue, what the parts of the evaluation found [N].
+        references: of each dialogue [N].
+
+    Returns:
+        `{"metrics": {name: value}, "confidence_95": {name: [low, high]}}`.
+    """
+    metrics, intervals = {}, {}
+    if settings.generation:
+        metrics, intervals = _summarise_replies(records, references, settings)
+    sums = {name: _sums(records, *keys) for name, keys in RATIOS.items() if keys[0] in records[0]}
+    sums = {name: pair for name, pair in sums.items() if pair[1].sum() > 0}
+    values, weights = torch.stack([torch.stack(pair) for pair in sums.values()], dim=2)  # [N, k] each
+    ratios = dict(zip(sums, (values.sum(0) / weights.sum(0)).tolist(), strict=True))
+    ends = zip(*bootstrap_interval(values, weights, seed=settings.seed), strict=True)
+    ends = dict(zip(sums, map(list, ends), strict=True))
+    perplexities = {name: math.exp(ratios[nll]) for name, nll in PERPLEXITIES.items()}
+    perplexity_ends = {name: [math.exp(end) for end in ends[nll]] for name, nll in PERPLEXITIES.items()}
+    return {
+        "metrics": {**perplexities, **ratios, **metrics},
+        "confidence_95": {**perplexity_ends, **ends, **intervals},
+    }
+
+
+def _sums(records: list[dict[str, Any]], value: str, weight: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each dialogue the two sums whose ratio over all is a metric, [N] each."""
+    return (
+        torch.tensor([record[value] for record in records]).double(),
+        torch.tensor([1 if weight is None else record[weight] for record in records]).double(),
+    )
+
+
+def _summarise_replies(
+    records: list[dict[str, Any]], references: list[list[str]], settings: EvaluationSettings
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """BLEU and Distinct of all replies, and their intervals; what is a mean over replies goes into the records."""
+    replies = [" ".join(tokenize(record["reply"])) for record in records]
+    references = [[" ".join(tokenize(text)) for text in texts] for texts in references]
+    items = {"rouge_l": rouge_l_items(replies, references, tokenized=True)}
+    if settings.word_vectors is not None:
+        words = {word for texts in [replies, *references] for text in texts for word in text.split()}
+        vectors = load_word_vectors(settings.word_vectors, words)
+        similarities = embedding_similarity_items(replies, references, vectors, tokenized=True)
+        items |= {f"embedding_{name}": similarities[name] for name in ("average", "extrema", "greedy")}
+    for i, record in enumerate(records):
+        record |= {name: float(values[i]) for name, values in items.items()}
+        record["share_im_not_sure"] = float(NOT_SURE.match(record["reply"]) is not None)
+
+    statistics = bleu_statistics(replies, references, tokenized=True)  # [N, 9]
+    metrics = {name: float(value) for name, value in bleu_from_statistics(statistics.sum(0)).items()}
+    counts = bootstrap_counts(len(replies), seed=settings.seed)
+    resampled = bleu_from_statistics(np.concatenate([times.numpy() @ statistics for times in counts]))
+    intervals = {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in resampled.items()}
+
+    whole, groups = distinct(replies, tokenized=True), min(JACKKNIFE, len(replies))
+    without = [whole]
+    if groups > 1:
+        without = [distinct([text for i, text in enumerate(replies) if i % groups != g], True) for g in range(groups)]
+    for name, value in whole.items():
+        deviations = np.array([each[name] for each in without])
+        deviations -= deviations.mean()
+        error = math.sqrt((groups - 1) / groups * (deviations**2).sum())
+        metrics[name], intervals[name] = value, [value - 1.96 * error, value + 1.96 * error]
+    return metrics, intervals
+
+
+# ---- two reports -> differences ----
+
+
+def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> dict[str, Any]:
+    """
+    Pairs the dialogues of two systems, each evaluated on the same data, once or with several training seeds, over
+    which a dialogue's values are averaged first.
+
+    Args:
+        a, b: reports that [`evaluate_file`] wrote.
+
+    Returns:
+        `a`, `b`: what was evaluated; `num_dialogues`; `metrics`: for each that both have, a mean over dialogues or
+        tokens, its value in `a` and `b`, the `difference` a minus b, its paired bootstrap interval over dialogues
+        `confidence_95`, the `p_value` of approximate randomisation, and `p_value_holm`, corrected for all the metrics.
+
+    Raises:
+        OSError: if a report cannot be read.
+        ValueError: if one is none, or they are not of the same data.
+    """
+    sides = [[_read_report(path) for path in paths] for paths in (a, b)]
+    reports = [report for side in sides for report in side]
+    for name in (*SAME, *SAME_IF_ANY):
+        found = {path: report.get(name) for path, report in zip([*a, *b], reports, strict=True)}
+        if len({value for value in found.values() if value is not None or name in SAME}) > 1:
+            values = ", ".join(f"{path}: {value}" for path, value in found.items())
+            raise ValueError(f"The reports are not of the same data, for {name} differs: {values}.")
+    seeds = [sorted({report.get("seed") for report in side}) for side in sides]
+    if seeds[0] != seeds[1]:
+        raise ValueError(
+            f"A was evaluated with the seeds {seeds[0]} and B with {seeds[1]}, which draw other distractors."
+        )
+    dialogues = [[{record["key"]: record for record in report["dialogues"]} for report in side] for side in sides]
+    keys = [key for key in dialogues[0][0] if all(key in each for side in dialogues for each in side)]
+    if not keys:
+        raise ValueError("The reports have no dialogue in common.")
+    metrics = {}
+    for name, (value, weight) in RATIOS.items():
+        if not all(value in each[keys[0]] for side in dialogues for each in side):
+            continue
+        pairs = [[_sums([each[key] for key in keys], value, weight) for each in side] for side in dialogues]
+        weights = pairs[0][0][1]  # [N]
+        if any((other != weights).any() for side in pairs for _, other in side):
+            raise ValueError(
+                f"The reports count {weight} differently, so their models have different tokenizers, and likelihoods "
+                "of different tokens cannot be compared."
+            )
+        if weights.sum() == 0:
+            continue
+        ours, theirs = (torch.stack([values for values, _ in side]).mean(0) for side in pairs)  # [N]
+        metrics[name] = {
+            "a": (ours.sum() / weights.sum()).item(),
+            "b": (theirs.sum() / weights.sum()).item(),
+            "difference": ((ours - theirs).sum() / weights.sum()).item(),
+            "confidence_95": list(bootstrap_interval(ours - theirs, weights, seed=seed)),
+            "p_value": paired_randomisation(ours - theirs, seed=seed),
+        }
+    corrected = holm([figures["p_value"] for figures in metrics.values()])
+    for figures, p_value in zip(metrics.values(), corrected, strict=True):
+        figures["p_value_holm"] = p_value
+    described = [
+        [{name: report.get(name) for name in ("model", "weights_sha256", "knowledge", "seed")} for report in side]
+        for side in sides
+    ]
+    return {"a": described[0], "b": described[1], "num_dialogues": len(keys), "metrics": metrics}
+
+
+def _read_report(path: str | Path) -> dict[str, Any]:
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no report of an evaluation: {error}") from error
+    if not isinstance(report, dict) or not report.get("dialogues"):
+        raise ValueError(f"{path} is no report of an evaluation: expected a JSON object with dialogues.")
+    return report
+
+
+# ---- statistics ----
+
+
+def bootstrap_interval(
+    values: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float] | tuple[list[float], list[float]]:
+    """
+    95 % percentile bootstrap interval of sum(values) / sum(weights), of k such ratios over the same resamples at once.
+
+    Args:
+        values: [N] or [N, k].
+        weights: [N] or [N, k]; default 1, which makes it the interval of a mean.
+        clusters: N values; rows of the same cluster (a dialogue, a photograph) are drawn together. Default: each row
+            is a cluster.
+
+    Returns:
+        Lower and upper end: numbers, or for [N, k] lists of k. NaN where no resample has weight.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    if not len(values):
+        raise ValueError("There is nothing to resample.")
+    values = values.double().cpu()
+    weights = torch.ones(len(values)).double() if weights is None else weights.double().cpu()
+    weights = weights if weights.dim() == values.dim() else weights[:, None].expand_as(values)
+    cluster = _indices(range(len(values)) if clusters is None else clusters)  # [N]
+    count = int(cluster.max()) + 1
+    sums = torch.zeros(2, count, *values.shape[1:]).double()  # [2, C(, k)]
+    sums.index_add_(1, cluster, torch.stack([values, weights]))
+    sums = sums.transpose(0, 1).flatten(1)  # [C, 2(k)]
+    drawn = torch.cat([times @ sums for times in bootstrap_counts(count, resamples, seed)])  # [resamples, 2(k)]
+    totals, weight = drawn.unflatten(1, (2, *values.shape[1:])).unbind(1)
+    ratios = totals / weight.masked_fill(weight == 0, torch.nan)
+    low, high = ratios.nanquantile(ratios.new_tensor([0.025, 0.975]), dim=0)
+    return low.tolist(), high.tolist()
+
+
+def bootstrap_counts(clusters: int, resamples: int = 2000, seed: int = 0) -> Iterator[torch.Tensor]:
+    """How often each cluster is drawn in each resample: parts [at most CHUNK, clusters] of the resamples in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    for rows in torch.arange(resamples).split(CHUNK):
+        draws = torch.randint(clusters, (len(rows), clusters), generator=generator)
+        yield torch.zeros(draws.shape).double().scatter_add_(1, draws, torch.ones(draws.shape).double())
+
+
+def paired_randomisation(differences: torch.Tensor, R: int = 10_000, seed: int = 0) -> float:
+    """
+    Two-sided p-value of approximate randomisation (Noreen 1989): how often the sum of the differences would be at
+    least as large if it were chance which of the two systems a whole dialogue's difference is in favour of.
+
+    Args:
+        differences: system A minus system B, one for each cluster (dialogue), [C].
+        R: random assignments of signs.
+
+    Returns:
+        (1 + assignments at least as extreme) / (1 + R).
+
+    Raises:
+        ValueError: if there are no differences.
+    """
+    if not len(differences):
+        raise ValueError("There are no differences to test.")
+    differences = differences.double().cpu()
+    observed = differences.sum().abs() * (1 - 1e-9)  # a tie by another order of summation is a tie
+    generator = torch.Generator().manual_seed(seed)
+    extreme = 0
+    for rows in torch.arange(R).split(CHUNK):
+        signs = torch.randint(2, (len(rows), len(differences)), generator=generator).double() * 2 - 1
+        extreme += int(((signs @ differences).abs() >= observed).sum())
+    return (1 + extreme) / (1 + R)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979), in their order."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+# ---- helpers ----
+
+
+def _indices(labels: Iterable[Hashable]) -> torch.Tensor:
+    """Labels numbered in the order in which they appear, [N]."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
+
+
+def _pad(rows: list[list[int]], value: int, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths as one tensor [B, longest], and their mask [B, longest]."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], True, value, side)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
+    return ids.to(device), mask.to(device)
+
+
+def _hash_file(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_weights(model: VikdfForConditionalGeneration) -> str:
+    """Of what was trained, and the names of the backbones."""
+    digest = hashlib.sha256(json.dumps(model.config.backbones, sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+__all__ = [
+    "KNOWLEDGE_ARMS",
+    "EvaluationSettings",
+    "Journal",
+    "arm_knowledge",
+    "bootstrap_counts",
+    "bootstrap_interval",
+    "compare",
+    "compute_knowledge",
+    "evaluate_dialogues",
+    "evaluate_file",
+    "generate_replies",
+    "holm",
+    "paired_randomisation",
+    "score_candidates",
+    "summarise",
+]

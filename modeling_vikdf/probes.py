@@ -1,0 +1,593 @@
+"""Is the knowledge knowledge of what things look like? Asked by multiple choice: how likely is each choice as a reply?
+
+    JSONL, templates -> items: questions, the ways in which replies may begin, choices         `load_items`
+                     -> log P of every choice under every arm of knowledge                     `choice_log_likelihoods`
+                     -> scores `raw` and `pmi` -> accuracy and the like, one record an item    `probe`
+                     -> means, intervals, own minus other knowledge; or one model minus another `compare_probes`
+
+The user's turn holds the question, with the knowledge wherever the processor puts it; the assistant's reply begins
+with a cloze ("The color of the banana is") or with nothing, and a choice comes next. The question is the same in all
+arms, so nothing but the knowledge can make them differ.
+"""
+
+import copy
+import itertools
+import json
+import re
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import Cache
+
+from .evaluation import KNOWLEDGE_ARMS, arm_knowledge, bootstrap_interval, paired_randomisation
+from .modeling_vikdf import VikdfForConditionalGeneration
+from .processing_vikdf import VikdfProcessor
+
+
+# Relation -> questions, beginnings of the reply, and the text that evokes the knowledge (the first is used). X is the
+# subject with its article, CONTEXT a caption; a cloze marked "(action)" is for items of that category alone.
+TEMPLATES = {
+    "color": {
+        "chat": ["What color is X?"],
+        "cloze": ["The color of X is", "X is usually", "In most photos, X is"],
+        "k_text": ["X"],
+    },
+    "shape": {
+        "chat": ["What shape is X?"],
+        "cloze": ["The shape of X is", "Its outline is", "X is shaped like this:"],
+        "k_text": ["X"],
+    },
+    "material": {
+        "chat": ["What is X made of?"],
+        "cloze": ["X is made of", "The material of X is", "X is mostly"],
+        "k_text": ["X"],
+    },
+    "unsaid": {
+        "chat": ["I have a photo. CONTEXT What else can be seen in it?"],
+        "cloze": [
+            "In the photo there is also a",
+            "The photo also shows the",
+            "(action) Somebody in the photo is",
+            "(color) Something in the photo is",
+            "(clothing) Somebody in the photo wears a",
+        ],
+        "k_text": ["CONTEXT"],
+    },
+}
+CLOZE = re.compile(r"(?:CONTEXT )?(?:\((\w+)\) )?(.+)", re.DOTALL)  # the user has said the context already
+NOTHING = {"Most X": "it", "X": "it", "CONTEXT": "..."}  # what a question without subject asks about
+FIELDS = {  # task -> what its items must have besides an id
+    "pair": {"relation": str, "choices": list, "answer": int, "context": str},
+    "choice": {"relation": str, "choices": list, "answer": int, "subject": str},
+    "dist": {"relation": str, "choices": list, "answer": int, "subject": str, "dist": list},
+    "rank": {"context": list, "positives": list, "adversarial": list, "random": list},
+}
+NEGATIVES = ("random", "adversarial")
+MISSING_REPLY = "Repeated"  # what DailyDialog++ has in place of a reply that it lacks
+SCORES = ("raw", "pmi")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A chat, messages as (role, content), and the ways in which its reply may begin before a choice."""
+
+    chat: tuple[tuple[str, str], ...]
+    beginnings: tuple[str, ...] = ("",)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        return [{"role": role, "content": content} for role, content in self.chat]
+
+
+@dataclass
+class ProbeItem:
+    """
+    One line of a probe's file: `fields`, what it says; `task`; the `questions` to ask; `unconditional`, the same
+    without their subject; `evoking`, the chat whose words evoke the knowledge; the `choices` to score.
+    """
+
+    fields: dict[str, Any]
+    task: str
+    questions: list[Question]
+    unconditional: list[Question]
+    evoking: Question
+    choices: tuple[str, ...]
+
+    @property
+    def cluster(self) -> str:
+        """Items of the same photograph or subject are not independent."""
+        return str(next(self.fields[key] for key in ("image", "subject", "id") if key in self.fields))
+
+    @property
+    def subsets(self) -> list[str]:
+        """Names of the parts of the probe that the item belongs to, for breakdowns."""
+        keys = ("relation", "category", "group", "text_nb_correct")
+        names = ["all", *(f"{key}={str(self.fields[key]).lower()}" for key in keys if key in self.fields)]
+        if "flickr8k_subject" in self.fields:
+            stated, seen = self.fields.get("flickr8k_subject_and_gold"), self.fields["flickr8k_subject"]
+            names.append("stated" if stated else "seen, not stated" if seen else "unseen")
+        return names
+
+
+# ---- items ----
+
+
+def load_items(
+    path: str | Path, templates: dict[str, dict[str, list[str]]] | None = None, limit: int | None = None
+) -> list[ProbeItem]:
+    """
+    Reads a probe: JSON Lines, all of one task. Every item has an `id`; further fields by task:
+
+      * "pair": `relation`, `context` (a caption), `choices`, `answer` (index of the right choice);
+      * "choice": `relation`, `subject`, `choices`, `answer`;
+      * "dist": the same and `dist`, the share of people or pictures that go with each choice;
+      * "rank", for items without `task`: `context` (turns, the last one the user's), `positives`, `adversarial` and
+        `random` (replies).
+
+    Args:
+        templates: relation -> `chat`, `cloze` and `k_text`, lists of templates as in `TEMPLATES` (default). `chat`
+            has the questions; without it the first `k_text` is the question. The reply begins with each `cloze` that
+            fits the item's category (those marked with it if there are any, else the unmarked ones) and, if there is
+            a `chat`, with the choice itself.
+        limit: items to read; default all.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if an item is not as described above, or its relation has no templates; it names the line.
+    """
+    items, lines_of_ids = [], {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in itertools.islice(enumerate(lines, 1), limit):
+            try:
+                item = _read_item(json.loads(line), TEMPLATES if templates is None else templates)
+                if items and item.task != items[0].task:
+                    raise ValueError(f"task {item.task!r} after {items[0].task!r}; a file has items of one task.")
+                if (first := lines_of_ids.setdefault(item.fields["id"], number)) != number:
+                    raise ValueError(f"the id {item.fields['id']!r} is that of line {first}, too.")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            items.append(item)
+    if not items:
+        raise ValueError(f"{path} has no items.")
+    return items
+
+
+def _read_item(fields: Any, templates: dict[str, dict[str, list[str]]]) -> ProbeItem:
+    if not isinstance(fields, dict):
+        raise ValueError(f"expected a JSON object, not {fields!r}.")
+    task = fields.get("task", "rank" if "positives" in fields else None)
+    if task not in FIELDS:
+        raise ValueError(f"unknown task {task!r}; expected one of {', '.join(FIELDS)}.")
+    for key, kind in {"id": str, **FIELDS[task]}.items():
+        if not isinstance(fields.get(key), kind) or fields[key] in ("", []):
+            raise ValueError(f"{key!r} missing or not a {kind.__name__}: {fields.get(key)!r}.")
+    if task == "rank":
+        return _read_dialogue(fields)
+    choices, answer, relation = fields["choices"], fields["answer"], fields["relation"]
+    if len(choices) < 2 or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise ValueError(f"'choices' must be two or more words, not {choices!r}.")
+    if not 0 <= answer < len(choices):
+        raise ValueError(f"'answer' is {answer}, but there are {len(choices)} choices, counted from 0.")
+    if task == "dist" and not (len(fields["dist"]) == len(choices) and min(fields["dist"]) >= 0 < sum(fields["dist"])):
+        raise ValueError(
+            f"'dist' must have a share of 0 or more for each of {len(choices)} choices: {fields['dist']}."
+        )
+    if relation not in templates:
+        raise ValueError(f"no templates for the relation {relation!r}, only for {', '.join(templates)}.")
+    words = {}
+    if "subject" in fields:
+        # "the" goes with what can be counted and what cannot, "a" does not
+        noun = " ".join(filter(None, [fields.get("descriptor"), fields["subject"]]))
+        words = {"Most X": f"Most {fields.get('plural') or noun}", "X": f"the {noun}"}
+    if "context" in fields:
+        words["CONTEXT"] = fields["context"]
+    chat, cloze, k_text = (templates[relation].get(key, []) for key in ("chat", "cloze", "k_text"))
+    if not k_text or not (chat or cloze):
+        raise ValueError(f"the templates of the relation {relation!r} need 'k_text', and 'chat' or 'cloze'.")
+    marked = [CLOZE.fullmatch(template).groups() for template in cloze]
+    category = fields.get("category")
+    fitting = [text for mark, text in marked if mark == category] or [text for mark, text in marked if mark is None]
+
+    def questions(words: dict[str, str]) -> list[Question]:
+        beginnings = tuple(_fill(text, words) for text in fitting) + (("",) if chat else ())
+        return [Question((("user", _fill(text, words)),), beginnings) for text in chat or k_text[:1]]
+
+    evoking = Question((("user", _fill(k_text[0], words)),))
+    choices = tuple(choice.strip() for choice in choices)
+    return ProbeItem(fields, task, questions(words), questions(NOTHING), evoking, choices)
+
+
+def _read_dialogue(fields: dict[str, Any]) -> ProbeItem:
+    """Replies to rank in a dialogue: the choices are all replies, and the reply begins with nothing else."""
+    for key in FIELDS["rank"]:
+        if not all(isinstance(text, str) and text.strip() for text in fields[key]):
+            raise ValueError(f"{key!r} must be a list of texts, not {fields[key]!r}.")
+    turns, roles = fields["context"], itertools.cycle(("user", "assistant"))
+    question = Question(tuple(zip(roles, reversed(turns), strict=False))[::-1])
+    fields = fields | {key: [text for text in fields[key] if text != MISSING_REPLY] for key in NEGATIVES}
+    choices = tuple(text.strip() for key in ("positives", *NEGATIVES) for text in fields[key])
+    return ProbeItem(fields, "rank", [question], [Question((("user", NOTHING["CONTEXT"]),))], question, choices)
+
+
+def _fill(template: str, words: dict[str, str]) -> str:
+    """A template as a sentence. Raises ValueError if it speaks of something that the item lacks."""
+
+    def word(match: re.Match) -> str:
+        if match[0] not in words:
+            raise ValueError(f"the template {template!r} speaks of {match[0]}, which the item lacks.")
+        return words[match[0]]
+
+    text = re.sub(r"\b(Most X|X|CONTEXT)\b", word, template)
+    return text[0].upper() + text[1:]
+
+
+# ---- likelihoods ----
+
+
+@torch.no_grad()
+def choice_log_likelihoods(
+    model: VikdfForConditionalGeneration,
+    processor: VikdfProcessor,
+    questions: Sequence[Question],
+    choices: Sequence[tuple[str, ...]],
+    knowledge: Sequence[torch.Tensor | None],
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    log P(choice | question, knowledge, beginning of the reply), summed over the choice's tokens; what comes after it,
+    the end of the turn for instance, is not scored.
+
+    Args:
+        questions: N questions, of b beginnings each.
+        choices: c choices of each question, c may differ.
+        knowledge: knowledge of each question [n, h]; `None` for the bare LLM.
+        batch_size: prompts, and then replies, at a time.
+
+    Returns:
+        For each question the log-likelihoods in nats and the numbers of tokens of the choices, both [b, c].
+
+    Raises:
+        ValueError: if a question does not fit the processor, or its chat template begins a reply differently from how
+            it asks for one.
+    """
+    encode = cache(lambda question, choices: _encode_replies(processor, question, choices))  # once for all arms
+
+    @cache
+    def prompt(chat: tuple[tuple[str, str], ...], use_knowledge: bool) -> torch.Tensor:
+        return processor(Question(chat).messages, use_knowledge=use_knowledge)["input_ids"][0]  # [P]
+
+    # Prompts of one length need no padding, and those of one kind begin alike.
+    prompts = [prompt(question.chat, each is not None) for question, each in zip(questions, knowledge, strict=True)]
+    alike = defaultdict(list)
+    for index, ids in enumerate(prompts):
+        alike[len(ids), knowledge[index] is None].append(index)
+    batches = [
+        indices[i : i + batch_size] for _, indices in sorted(alike.items()) for i in range(0, len(indices), batch_size)
+    ]
+    results: list[Any] = [None] * len(prompts)
+    training = model.training
+    model.eval()  # without dropout
+    with tqdm(total=len(prompts), unit=" prompts", desc="Scoring", disable=not progress) as bar:
+        for batch in batches:
+            replies = [encode(questions[index], tuple(choices[index])) for index in batch]
+            vectors = None
+            if knowledge[batch[0]] is not None:
+                vectors = torch.stack([knowledge[index] for index in batch])  # [B, n, h]
+            sums = _score(model, torch.stack([prompts[index] for index in batch]), vectors, replies, batch_size)
+            for index, log_p, each in zip(batch, sums.split([len(each) for each in replies]), replies, strict=True):
+                shape = len(questions[index].beginnings), len(choices[index])
+                results[index] = log_p.view(shape), torch.tensor([count for _, count in each]).view(shape)
+            bar.update(len(batch))
+    model.train(training)
+    return results
+
+
+def _encode_replies(
+    processor: VikdfProcessor, question: Question, choices: tuple[str, ...]
+) -> list[tuple[tuple[int, ...], int]]:
+    """Of each beginning with each choice the reply's ids, as in training, and how many at its end are the choice's."""
+    asked = processor(question.messages, use_knowledge=False)["input_ids"][0].tolist()
+    pairs = itertools.product(question.beginnings, choices)
+    endings = [(beginning, f" {choice}" if beginning else choice) for beginning, choice in pairs]
+    chats = [
+        [*question.messages, {"role": "assistant", "content": beginning + choice}] for beginning, choice in endings
+    ]
+    texts = processor.apply_chat_template(chats, continue_final_message=True)
+    encoded = processor.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    replies = []
+    for text, (beginning, choice), ids, offsets in zip(
+        texts, endings, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        if ids[: len(asked)] != asked or not text.endswith(choice):
+            raise ValueError(
+                f"The chat template renders the reply {choice!r} otherwise than after the prompt that asks for it, "
+                "so its tokens cannot be told. Pass the processor another chat_template=."
+            )
+        start = len(text) - len(choice) if beginning else 0
+        count = sum(end > start for _, end in offsets[len(asked) :])
+        replies.append((tuple(ids[len(asked) :]), count))
+    return replies
+
+
+def _score(
+    model: VikdfForConditionalGeneration,
+    prompts: torch.Tensor,
+    knowledge: torch.Tensor | None,
+    replies: list[list[tuple[tuple[int, ...], int]]],
+    batch_size: int,
+) -> torch.Tensor:
+    """
+    Log-likelihoods, one after the other, of all replies to each prompt [B, P]. Each prompt is read once. A reply's
+    last token is predicted but never read, so the replies that differ in it alone, or begin another, are one row.
+    """
+    embed = model.get_input_embeddings()
+    device = embed.weight.device
+    embeds = model.embed_prompt(prompts.to(device), knowledge)  # [B, P, d]
+    past = model._read_prefix(embeds[:, :-1], torch.ones_like(prompts, device=device), None)
+    rows: list[tuple[int, tuple[int, ...]]] = []  # prompt, tokens that are read after it
+    targets = defaultdict(list)  # row -> (column, token that the column predicts, reply)
+    number = itertools.count()
+    for index, each in enumerate(replies):
+        read = sorted({ids[:-1] for ids, _ in each})
+        read = [ids for i, ids in enumerate(read) if i + 1 == len(read) or read[i + 1][: len(ids)] != ids]
+        for ids, count in each:
+            row, reply = len(rows) + bisect_left(read, ids[:-1]), next(number)
+            # column 0 is the prompt's last token, so column t predicts the reply's token t
+            targets[row] += [(t, ids[t], reply) for t in range(len(ids) - count, len(ids))]
+        rows += [(index, ids) for ids in read]
+    sums = torch.zeros(next(number), device=device)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        wanted = [(i, *target) for i, row in enumerate(batch) for target in targets[row]]
+        i, column, token, reply = torch.tensor(wanted, device=device).T
+        columns, column = column.unique(return_inverse=True)
+        owner = torch.tensor([rows[row][0] for row in batch], device=device)
+        read = pad_sequence([torch.tensor(rows[row][1], dtype=torch.long) for row in batch], batch_first=True)
+        logits = model.language_model(
+            # padding on the right is seen by nothing that is scored
+            inputs_embeds=torch.cat([embeds[owner, -1:], embed(read.to(device))], dim=1),  # [R, 1 + T, d]
+            past_key_values=_select(past, owner),
+            use_cache=True,
+            logits_to_keep=columns,
+        ).logits.float()  # [R, k, vocabulary]
+        sums.index_add_(0, reply, logits[i, column, token] - logits.logsumexp(-1)[i, column])
+    return sums.cpu()
+
+
+def _select(past: Cache, rows: torch.Tensor) -> Cache:
+    """A cache of its own of some rows; selecting replaces each layer's tensors and leaves the old ones as they are."""
+    selected = copy.copy(past)
+    selected.layers = [copy.copy(layer) for layer in past.layers]
+    selected.batch_select_indices(rows)
+    return selected
+
+
+# ---- the probe ----
+
+
+@torch.no_grad()
+def probe(
+    model: VikdfForConditionalGeneration,
+    processor: VikdfProcessor,
+    items: list[ProbeItem],
+    arms: Sequence[str] = KNOWLEDGE_ARMS,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Asks all items under each arm of knowledge.
+
+    Scores of a choice, each the mean over questions and beginnings:
+      * `raw`: log P(choice | question) [nats]; of whole replies, which differ in length, its mean a token;
+      * `pmi`: `raw` minus the same after the question without its subject ("it", or "..." for a caption or a
+        dialogue), the domain-conditional PMI of Holtzman et al. 2021 (Surface Form Competition). That question comes
+        with the mean knowledge, which is about no item in particular; in the arm "none" with none.
+
+    Measures, as shares unless noted; ties count against the model:
+      * `accuracy`: the right choice has the highest score;
+      * `spearman`, `kl` (tasks with `dist`): rank correlation of the scores with the given shares, and KL divergence
+        [nats] from them to the softmax of the scores;
+      * `hits_at_1_*`, `mrr_*` (task "rank"): each good reply is ranked among the random, or adversarial, ones.
+
+    Args:
+        arms: of `KNOWLEDGE_ARMS`; "shuffled" gives an item the knowledge of another photograph or subject.
+        seed: of the shuffled knowledge and of the statistics.
+
+    Returns:
+        `task`, `arms`; `subsets`: name -> `items`, `majority` (accuracy of always taking the choice that is right most
+        often in the subset) and `chance`, where there is an answer, `arms` (arm -> score -> measure -> `mean`,
+        `confidence_95`) and `own_minus` (other arm -> score -> measure -> `mean`, `confidence_95`, `p_value`);
+        intervals are bootstrapped and differences randomised over photographs, subjects or dialogues. `records`: of
+        each item `id`, `cluster`, `subsets`, `choices`, `answer`, `scores` and `measures`.
+
+    Raises:
+        ValueError: for an unknown arm, or if knowledge cannot be shuffled.
+    """
+    if not arms or not set(arms) <= set(KNOWLEDGE_ARMS):
+        raise ValueError(f"arms must be some of {', '.join(KNOWLEDGE_ARMS)}, not {list(arms)}.")
+    knowledge: dict[str, Any] = {"none": [None] * len(items)}  # arm -> [N, n, h]
+    if set(arms) != {"none"}:
+        own = _evoke(model, processor, [item.evoking.messages for item in items], batch_size)
+        groups = [item.cluster for item in items]
+        knowledge |= {arm: arm_knowledge(own, arm, seed, groups) for arm in (*arms, "mean") if arm != "none"}
+
+    asked: list[tuple[Question, tuple[str, ...], torch.Tensor | None]] = []
+    for arm in arms:
+        for item, evoked in zip(items, knowledge[arm], strict=True):
+            asked += [(question, item.choices, evoked) for question in item.questions]
+    # Questions without subject are few: each is asked once, with the choices of all items that share it.
+    shared: dict[tuple[bool, Question], dict[str, None]] = defaultdict(dict)
+    for arm, item in itertools.product(arms, items):
+        for question in item.unconditional:
+            shared[arm != "none", question] |= dict.fromkeys(item.choices)
+    for (has_knowledge, question), choices in shared.items():
+        asked.append((question, tuple(choices), knowledge["mean"][0] if has_knowledge else None))
+
+    scored = iter(choice_log_likelihoods(model, processor, *zip(*asked, strict=True), batch_size, progress))
+
+    def score() -> torch.Tensor:
+        """Of the next question, the mean over the beginnings of its reply [c]."""
+        log_p, tokens = next(scored)  # [b, c]
+        return (log_p / tokens if items[0].task == "rank" else log_p).mean(0)
+
+    raw = {arm: [torch.stack([score() for _ in item.questions]).mean(0) for item in items] for arm in arms}
+    base = {key: dict(zip(choices, score().tolist(), strict=True)) for key, choices in shared.items()}
+    records = []
+    for index, item in enumerate(items):
+        record = {"id": item.fields["id"], "cluster": item.cluster, "subsets": item.subsets}
+        if item.task != "rank":
+            record |= {"choices": list(item.choices), "answer": item.fields["answer"]}
+        record |= {"scores": {}, "measures": {}}
+        for arm in arms:
+            found = [base[arm != "none", question] for question in item.unconditional]
+            without = torch.tensor([[each[choice] for choice in item.choices] for each in found]).mean(0)  # [c]
+            scores = {"raw": raw[arm][index], "pmi": raw[arm][index] - without}
+            record["scores"][arm] = {name: each.tolist() for name, each in scores.items()}
+            record["measures"][arm] = {name: _measures(item, each) for name, each in scores.items()}
+        records.append(record)
+    return {"task": items[0].task, "arms": list(arms), "subsets": _summarise(records, arms, seed), "records": records}
+
+
+def _evoke(
+    model: VikdfForConditionalGeneration, processor: VikdfProcessor, chats: list[list[dict]], batch_size: int
+) -> torch.Tensor:
+    """The knowledge [N, n, h] that the words of each chat evoke."""
+    device, parts = model.iqformer.query_tokens.device, []
+    training = model.training
+    model.eval()
+    for start in range(0, len(chats), batch_size):
+        inputs = processor(chats[start : start + batch_size]).to(device)
+        parts.append(model.get_text_knowledge(inputs["context_input_ids"], inputs["context_attention_mask"]))
+    model.train(training)
+    return torch.cat(parts)
+
+
+def _measures(item: ProbeItem, scores: torch.Tensor) -> dict[str, float | None]:
+    """Measures of one item with scores [c]; `None` where one is not defined."""
+    if item.task == "rank":
+        measures = {}
+        positives, *negatives = scores.split([len(item.fields[key]) for key in ("positives", *NEGATIVES)])
+        for name, each in zip(NEGATIVES, negatives, strict=True):
+            ranks = 1 + (~(each < positives[:, None])).sum(1)  # [positives]
+            measures[f"hits_at_1_{name}"] = (ranks == 1).double().mean().item() if len(each) else None
+            measures[f"mrr_{name}"] = (1 / ranks).double().mean().item() if len(each) else None
+        return measures
+    measures = {"accuracy": float((~(scores < scores[item.fields["answer"]])).sum() == 1)}
+    if item.task == "dist":
+        shares = torch.tensor(item.fields["dist"], dtype=torch.double)
+        shares = shares / shares.sum()
+        measures["spearman"] = rank_correlation(scores.double(), shares)
+        measures["kl"] = (torch.xlogy(shares, shares) - shares * scores.double().log_softmax(0)).sum().item()
+    return measures
+
+
+def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float | None:
+    """Spearman's correlation of two [c], ties at their mean rank; `None` if one is constant."""
+    ranks = torch.stack([(each[:, None] > each).sum(1) - (each[:, None] < each).sum(1) for each in (x, y)]).double()
+    return torch.corrcoef(ranks)[0, 1].item() if ranks.any(1).all() else None
+
+
+# ---- summaries of records ----
+
+
+def compare_probes(a: dict[str, Any], b: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """
+    Two models on the same items, each with its own knowledge.
+
+    Args:
+        a, b: what `probe` returned for each.
+
+    Returns:
+        Subset -> score -> measure -> `mean` of a minus b, its `confidence_95` and `p_value`.
+
+    Raises:
+        ValueError: if the two have not the same items, choices included, or one has no records or no arm "own".
+    """
+    if not (a.get("records") and b.get("records")):
+        raise ValueError("There are no records to compare; `vikdf probe` writes them.")
+    others = {record["id"]: record for record in b["records"]}
+    if others.keys() != {record["id"] for record in a["records"]} or a["task"] != b["task"]:
+        raise ValueError("The two probes have not the same items.")
+    pairs = []
+    for record in a["records"]:
+        other = others[record["id"]]
+        if "own" not in record["measures"] or "own" not in other["measures"]:
+            raise ValueError("Two models are compared with their own knowledge: probe both with the arm 'own'.")
+        if any(record.get(key) != other.get(key) for key in ("choices", "answer")):
+            raise ValueError(f"The item {record['id']!r} has not the same choices and answer in both probes.")
+        pairs.append({**record, "measures": {"own": record["measures"]["own"], "b": other["measures"]["own"]}})
+    return {name: subset["own_minus"]["b"] for name, subset in _summarise(pairs, ("own", "b"), seed).items()}
+
+
+def _summarise(records: list[dict[str, Any]], arms: Sequence[str], seed: int) -> dict[str, Any]:
+    """Means, intervals and differences of each subset; subsets that are everything are left out."""
+    members = defaultdict(list)
+    for record in records:
+        for name in record["subsets"]:
+            members[name].append(record)
+    summary = {}
+    for name, some in sorted(members.items()):
+        if name != "all" and len(some) == len(records):
+            continue
+        summary[name] = {"items": len(some)}
+        if "answer" in some[0]:
+            right = Counter(record["choices"][record["answer"]] for record in some)
+            most = [max(record["choices"], key=right.__getitem__) for record in some]
+            hits = sum(each == record["choices"][record["answer"]] for each, record in zip(most, some, strict=True))
+            summary[name]["majority"] = hits / len(some)
+            summary[name]["chance"] = sum(1 / len(record["choices"]) for record in some) / len(some)
+        clusters = [record["cluster"] for record in some]
+        values = {arm: _table(some, arm) for arm in arms}  # arm -> [N, scores, measures]
+        measures = list(some[0]["measures"][arms[0]]["raw"])
+        summary[name]["arms"] = {arm: _estimate(each, clusters, measures, seed) for arm, each in values.items()}
+        if "own" in arms:
+            summary[name]["own_minus"] = {
+                arm: _estimate(values["own"] - values[arm], clusters, measures, seed, paired=True)
+                for arm in arms
+                if arm != "own"
+            }
+    return summary
+
+
+def _table(records: list[dict[str, Any]], arm: str) -> torch.Tensor:
+    """The measures of an arm [N, scores, measures], NaN where one is not defined."""
+    rows = [[list(record["measures"][arm][score].values()) for score in SCORES] for record in records]
+    return torch.tensor([[[torch.nan if v is None else v for v in s] for s in row] for row in rows]).double()
+
+
+def _estimate(
+    values: torch.Tensor, clusters: list[str], measures: list[str], seed: int, paired: bool = False
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """
+    Score -> measure -> mean of the values [N, scores, measures], interval and, if paired, p-value of mean 0; without
+    measures that no item has.
+    """
+    flat = values.flatten(1)  # [N, k]
+    low, high = bootstrap_interval(flat.nan_to_num(), ~flat.isnan(), clusters, seed=seed)
+    means = flat.nanmean(0).tolist()
+    estimates: dict[str, dict[str, dict[str, Any]]] = {score: {} for score in SCORES}
+    for column, (score, measure) in enumerate(itertools.product(SCORES, measures)):
+        if flat[:, column].isnan().all():
+            continue
+        estimate = {"mean": means[column], "confidence_95": [low[column], high[column]]}
+        if paired:
+            sums: dict[str, float] = defaultdict(float)
+            for cluster, difference in zip(clusters, flat[:, column].nan_to_num().tolist(), strict=True):
+                sums[cluster] += difference
+            estimate["p_value"] = paired_randomisation(torch.tensor(list(sums.values())), seed=seed)
+        estimates[score][measure] = estimate
+    return estimates
+
+
+__all__ = ["TEMPLATES", "ProbeItem", "Question", "choice_log_likelihoods", "compare_probes", "load_items", "probe"]

@@ -1,0 +1,695 @@
+"""Evaluation: exact likelihoods and ranks, arms, statistics against known values, work that survives a kill."""
+
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_from
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cli import PACKAGE_ROOT, fails, run
+from tiny_tokenizers import CHATML_WITH_GENERATION, LLAMA_WITH_GENERATION
+from tiny_training import WORDS, dialogue_model, processor
+
+from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor, evaluation
+from modeling_vikdf.collators import DialogueCollator
+from modeling_vikdf.data import SkipReport, load_dialogues
+from modeling_vikdf.evaluation import (
+    EvaluationSettings,
+    Journal,
+    arm_knowledge,
+    bootstrap_interval,
+    compare,
+    compute_knowledge,
+    evaluate_dialogues,
+    evaluate_file,
+    generate_replies,
+    holm,
+    load_word_vectors,
+    paired_randomisation,
+    prepare,
+    score_candidates,
+    summarise,
+)
+from modeling_vikdf.metrics import bleu, distinct, embedding_similarity, rouge_l
+
+
+COUNT = 14
+LIKELIHOOD = EvaluationSettings(generation=False, batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Dialogues of two to five turns; every third has further references."""
+    draw, path = random.Random(0), tmp_path_factory.mktemp("data") / "talk.jsonl"
+
+    def text() -> str:
+        return " ".join(draw.sample(WORDS, draw.randrange(2, 9)))
+
+    lines = []
+    for i in range(COUNT):
+        turns = [text() for _ in range(draw.randrange(2, 6))]
+        more = {} if i % 3 else {"references": [turns.pop(), text(), text()]}
+        lines.append(json.dumps({"turns": turns, **more}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def dialogues(data) -> list[dict]:
+    return list(load_dialogues(str(data)))
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[VikdfForConditionalGeneration, VikdfProcessor]:
+    return dialogue_model().eval(), processor(chat_template=CHATML_WITH_GENERATION)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(backbones, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model, reader = build_from(backbones, "qwen", "separate")
+    reader.chat_template = CHATML_WITH_GENERATION
+    model.save_pretrained(folder)
+    reader.save_pretrained(folder)
+    return folder
+
+
+def likelihood(model, reader, messages: list[dict], arm: str = "own", knowledge: torch.Tensor | None = None):
+    """Log-likelihoods of the tokens of a chat's last message by one plain pass over it alone, [tokens]."""
+    inputs = reader([messages], return_labels=True, use_knowledge=arm != "none")
+    asked = reader([messages[:-1]], use_knowledge=arm != "none")["input_ids"]
+    labels = inputs.pop("labels")[0]
+    labels[: asked.shape[1]] = -100  # earlier replies
+    with torch.no_grad():
+        predicted = model(**inputs, knowledge=knowledge).logits[0, :-1].log_softmax(-1)  # [T-1, vocabulary]
+    targets = labels[1:]
+    return predicted.gather(1, targets.clamp(min=0)[:, None])[targets != -100, 0]
+
+
+def chat(dialogue: dict, reply: str) -> list[dict]:
+    return [*dialogue["messages"][:-1], {"role": "assistant", "content": reply}]
+
+
+# ---- likelihood ----
+
+
+@pytest.mark.parametrize("arm", ["own", "none"])
+@pytest.mark.parametrize(
+    ("llm", "placing"),
+    [("qwen", {}), ("llama", {}), ("qwen", {"knowledge_message": "first_user", "knowledge_placement": "start"})],
+    ids=["qwen", "llama", "first-user"],
+)
+def test_likelihoods_are_those_of_one_chat_at_a_time(dialogues, llm, placing, arm):
+    template = {"qwen": CHATML_WITH_GENERATION, "llama": LLAMA_WITH_GENERATION}[llm]
+    reader = processor(llm, system_prompt="Answer.", chat_template=template, **placing)
+    model = dialogue_model(llm=llm, knowledge_token_id=reader.knowledge_token_id).eval()
+    choice = EvaluationSettings(arm, all_references=True)
+    # Llama's template refuses dialogues that begin with the assistant
+    examples, _ = prepare(model, reader, dialogues, choice, None, SkipReport())
+    assert len(examples) == COUNT if llm == "qwen" else 4 <= len(examples) < COUNT
+    examples = examples[:6]
+    knowledge = compute_knowledge(model, reader, [each.context for each in examples]) if arm == "own" else None
+    scores = score_candidates(model, reader, examples, knowledge, batch_size=7)
+    dialogues = {dialogue["key"]: dialogue for dialogue in dialogues}
+    for example, row in zip(examples, scores, strict=True):
+        dialogue = dialogues[example.key]
+        assert len(row) == len(dialogue["references"]) + evaluation.DISTRACTORS
+        for reference, score in zip(dialogue["references"], row, strict=False):
+            expected = likelihood(model, reader, chat(dialogue, reference), arm)
+            torch.testing.assert_close(score, expected, rtol=0, atol=1e-5)
+
+
+def test_perplexities(parts, dialogues):
+    model, reader = parts
+    report = evaluate_dialogues(model, reader, dialogues, LIKELIHOOD)
+    alone = [-likelihood(model, reader, each["messages"]).double() for each in dialogues]
+    assert [record["tokens"] for record in report["dialogues"]] == [len(each) for each in alone]
+    for record, each in zip(report["dialogues"], alone, strict=True):
+        assert record["nll"] == pytest.approx(each.sum().item(), abs=1e-4)
+    metrics = report["metrics"]
+    assert metrics["nll"] == pytest.approx(torch.cat(alone).mean().item(), abs=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["nll"]))
+    by_example = torch.stack([each.mean() for each in alone]).mean().exp().item()
+    assert metrics["perplexity_per_example"] == pytest.approx(by_example, rel=1e-4)
+    assert report["num_dialogues"] == COUNT and report["skipped"] == {}
+    for name, (low, high) in report["confidence_95"].items():
+        assert low <= metrics[name] <= high
+    assert not {"bleu_1", "nll_visual_words"} & set(metrics)
+    json.dumps(report, allow_nan=False)
+
+
+def test_likelihood_is_the_loss_of_training(parts, dialogues):
+    model, reader = parts
+    report = evaluate_dialogues(model, reader, dialogues, LIKELIHOOD)
+    with torch.no_grad():
+        loss = model(**DialogueCollator(reader)(dialogues)).loss.item()
+    assert report["metrics"]["nll"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_all_references_count(parts, dialogues):
+    model, reader = parts
+    report = evaluate_dialogues(
+        model, reader, dialogues, EvaluationSettings(generation=False, ranking=False, all_references=True)
+    )
+    for dialogue, record in zip(dialogues, report["dialogues"], strict=True):
+        alone = [-likelihood(model, reader, chat(dialogue, text)).double() for text in dialogue["references"]]
+        assert record["examples"] == len(alone) and record["tokens"] == sum(map(len, alone))
+        assert record["nll"] == pytest.approx(sum(each.sum().item() for each in alone), abs=1e-4)
+        assert record["mean_nll"] == pytest.approx(sum(each.mean().item() for each in alone), abs=1e-4)
+    assert "hits_at_1" not in report["metrics"]
+
+
+def test_visual_words_are_told_apart(parts, dialogues, tmp_path):
+    model, reader = parts
+    words = tmp_path / "words.txt"
+    words.write_text("Dog\nmountains\nblue\nzeppelin\n")
+    choice = EvaluationSettings(generation=False, ranking=False, visual_words=str(words))
+    report = evaluate_dialogues(model, reader, dialogues, choice)
+    for dialogue, record in zip(dialogues, report["dialogues"], strict=True):
+        pieces = {word: len(reader.tokenizer(" " + word)["input_ids"]) for word in ("dog", "mountains", "blue")}
+        reply = dialogue["references"][0].split()
+        first = len(reader.tokenizer(reply[0])["input_ids"]) if reply[0] in pieces else 0  # no space before it
+        assert record["visual_tokens"] == first + sum(pieces.get(word, 0) for word in reply[1:])
+        assert record["visual_tokens"] + record["other_tokens"] == record["tokens"]
+        assert record["visual_nll"] + record["other_nll"] == pytest.approx(record["nll"])
+    assert any(count > 1 for count in pieces.values())
+    metrics, records = report["metrics"], report["dialogues"]
+    visual = sum(record["visual_nll"] for record in records) / sum(record["visual_tokens"] for record in records)
+    assert metrics["nll_visual_words"] == pytest.approx(visual) != metrics["nll_other_words"]
+
+    words.write_text("zeppelin")
+    metrics = evaluate_dialogues(model, reader, dialogues, choice)["metrics"]
+    assert "nll_visual_words" not in metrics and metrics["nll_other_words"] == pytest.approx(metrics["nll"])
+
+
+def test_which_tokens_belong_to_a_word():
+    text, words = "A red, reddish dog's tail", {"red", "dog"}
+    offsets = [(0, 1), (1, 5), (5, 6), (6, 10), (10, 14), (14, 16), (16, 18), (18, 20), (20, 25)]
+    # "A", " red", ",", " red", "dish", " d", "og", "'s", " tail"
+    expected = [False, True, False, False, False, True, True, False, False]
+    assert evaluation._touches(offsets, text, words) == expected
+
+
+# ---- ranking ----
+
+
+def test_ranks_are_those_of_brute_force(parts, dialogues):
+    model, reader = parts
+    report = evaluate_dialogues(model, reader, dialogues, LIKELIHOOD)
+    pool, ranks = {each["references"][0] for each in dialogues}, []
+    for dialogue, record in zip(dialogues, report["dialogues"], strict=True):
+        others = evaluation._draw_distractors(dialogue, sorted(pool), seed=0)
+        assert len(set(others)) == 9 and set(others) <= pool - set(dialogue["references"])
+        own, *rest = (
+            likelihood(model, reader, chat(dialogue, text)).mean() for text in (dialogue["references"][0], *others)
+        )
+        ranks.append(1 + sum(bool(each > own) for each in rest))
+        assert record["rank"] == ranks[-1]
+    assert report["metrics"]["hits_at_1"] == pytest.approx(sum(rank == 1 for rank in ranks) / COUNT)
+    assert report["metrics"]["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / COUNT)
+    assert len(set(ranks)) > 2
+
+
+@pytest.mark.parametrize(("distractors", "rank"), [([-3.0, -3.0], 1), ([-2.0, -3.0], 2), ([-1.0, math.nan], 3)])
+def test_ties_and_what_is_no_number_count_against_the_model(distractors, rank):
+    scores = [torch.tensor([-1.0, -3.0]), *(torch.tensor([each]) for each in distractors)]
+    example = evaluation.Example("", [""], [], [], [], [], [], [[False, False]])
+    record = evaluation._likelihood_record(example, scores, False)
+    assert (record["rank"], record["hits_at_1"], record["mrr"]) == (rank, float(rank == 1), 1 / rank)
+
+
+def test_a_limit_leaves_the_others_as_they_are(parts, dialogues):
+    whole, few = (
+        evaluate_dialogues(*parts, dialogues, EvaluationSettings(generation=False, limit=limit)) for limit in (None, 3)
+    )
+    assert few["num_dialogues"] == 3
+    for record, other in zip(few["dialogues"], whole["dialogues"], strict=False):
+        assert record == pytest.approx(other, abs=1e-4)
+
+
+def test_another_seed_draws_other_distractors(parts, dialogues):
+    ranks = [
+        [
+            record["rank"]
+            for record in evaluate_dialogues(*parts, dialogues, EvaluationSettings(generation=False, seed=seed))[
+                "dialogues"
+            ]
+        ]
+        for seed in (0, 1)
+    ]
+    assert ranks[0] != ranks[1]
+
+
+def test_too_few_replies_to_rank_among(parts, dialogues):
+    with pytest.raises(ValueError, match="needs 9 different replies.*--no-ranking"):
+        evaluate_dialogues(*parts, dialogues[:9], LIKELIHOOD)
+
+
+# ---- arms ----
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=30), st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_shuffled_knowledge_is_that_of_another_group(groups, seed):
+    knowledge = torch.arange(len(groups)).float()[:, None, None].expand(-1, 2, 3)
+    if 2 * max(map(groups.count, groups)) > len(groups):
+        with pytest.raises(ValueError, match="same group"):
+            arm_knowledge(knowledge, "shuffled", seed, groups)
+        return
+    shuffled = arm_knowledge(knowledge, "shuffled", seed, groups)
+    source = shuffled[:, 0, 0].long().tolist()
+    assert sorted(source) == list(range(len(groups)))
+    assert all(groups[i] != groups[j] for i, j in enumerate(source))
+    assert torch.equal(shuffled, arm_knowledge(knowledge, "shuffled", seed, groups))
+
+
+def test_arms_of_knowledge():
+    knowledge = torch.randn(50, 2, 3)
+    assert torch.equal(arm_knowledge(knowledge, "own"), knowledge)
+    assert torch.equal(arm_knowledge(knowledge, "mean")[7], knowledge.mean(0))
+    assert arm_knowledge(knowledge, "mean").shape == knowledge.shape
+    one, other = (arm_knowledge(knowledge, "shuffled", seed) for seed in (0, 1))
+    assert not (one == knowledge).any() and not torch.equal(one, other)
+    with pytest.raises(ValueError, match="use_knowledge=False"):
+        arm_knowledge(knowledge, "none")
+    with pytest.raises(ValueError, match="'all' is unknown"):
+        arm_knowledge(knowledge, "all")
+    with pytest.raises(ValueError, match="Cannot shuffle 1"):
+        arm_knowledge(knowledge[:1], "shuffled")
+
+
+def test_arms_differ_in_the_knowledge_alone(parts, dialogues):
+    model, reader = parts
+    knowledge = torch.cat(
+        [model.get_text_knowledge(reader(each["messages"][:-1])["context_input_ids"]).detach() for each in dialogues]
+    )  # [N, n, h]
+    found = {}
+    for arm in evaluation.KNOWLEDGE_ARMS:
+        choice = EvaluationSettings(knowledge=arm, generation=False, ranking=False, seed=3)
+        found[arm] = [record["nll"] for record in evaluate_dialogues(model, reader, dialogues, choice)["dialogues"]]
+        for i, dialogue in enumerate(dialogues):
+            given = None if arm == "none" else arm_knowledge(knowledge, arm, seed=3)[i : i + 1]
+            alone = -likelihood(model, reader, dialogue["messages"], arm, given).sum().item()
+            assert found[arm][i] == pytest.approx(alone, abs=1e-4)
+    for one, other in itertools.combinations(found.values(), 2):
+        assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.01
+
+
+def test_dialogues_with_the_same_context_do_not_swap_knowledge(parts, dialogues):
+    twins = [{**dialogues[i % 2], "key": str(i)} for i in range(4)]
+    choice = EvaluationSettings(knowledge="shuffled", generation=False, ranking=False)
+    own, shuffled = (
+        [record["nll"] for record in evaluate_dialogues(*parts, twins, each)["dialogues"]]
+        for each in (EvaluationSettings(generation=False, ranking=False), choice)
+    )
+    assert all(abs(a - b) > 1e-3 for a, b in zip(own, shuffled, strict=True))
+
+
+def test_the_system_prompt_is_an_arm_too(parts, dialogues):
+    plain, told = (
+        evaluate_dialogues(
+            *parts, dialogues, EvaluationSettings("none", system_prompt=prompt, generation=False, ranking=False)
+        )["metrics"]["nll"]
+        for prompt in (None, "Answer in one short sentence.")
+    )
+    assert plain != pytest.approx(told, abs=1e-3)
+    assert parts[1].system_prompt is None
+
+
+# ---- dialogues that do not fit ----
+
+
+def test_too_long_dialogues_are_shortened_or_skipped(parts, dialogues):
+    model, reader = parts
+    long = [dict(dialogue) for dialogue in dialogues]
+    for i, (turns, words) in enumerate([(20, 9), (1, 300)]):
+        said = [{"role": role, "content": " ".join((WORDS * 50)[:words])} for role in ("user", "assistant")] * turns
+        long[i] = {**dialogues[i], "messages": [*said[:-1], dialogues[i]["messages"][-1]]}
+    long[2] = {**dialogues[2], "messages": [*dialogues[2]["messages"], dialogues[2]["messages"][-1]]}
+    report = SkipReport()
+    found = evaluate_dialogues(model, reader, long, EvaluationSettings(limit=4, batch_size=2), report=report)
+    assert found["num_dialogues"] == 2 and found["shortened_prompts"] == 1
+    assert [record["key"] for record in found["dialogues"]] == [long[0]["key"], long[3]["key"]]
+    assert found["skipped"] == {"unusable dialogue": 2}
+    reasons = report.skipped()["unusable dialogue"]
+    assert "tokens" in reasons[long[1]["key"]] and "not the user's" in reasons[long[2]["key"]]
+    examples, _ = prepare(model, reader, long[:1], EvaluationSettings(ranking=False), None, SkipReport())
+    window = model.config.text_config.max_position_embeddings
+    assert window - 120 < len(examples[0].prompt) <= window - 32
+    with pytest.raises(ValueError, match="None of 1 dialogues is usable"):
+        evaluate_dialogues(model, reader, long[1:2], EvaluationSettings(ranking=False))
+
+
+# ---- generation ----
+
+
+def test_replies_and_their_metrics(parts, dialogues, tmp_path):
+    model, reader = parts
+    table = tmp_path / "vectors.txt"
+    vectors = {word: [math.sin(i), math.cos(3 * i), 0.1] for i, word in enumerate(WORDS)}
+    table.write_text("".join(f"{word} {' '.join(map(str, values))}\n" for word, values in vectors.items()))
+    choice = EvaluationSettings(ranking=False, batch_size=5, word_vectors=str(table))
+    report = evaluate_dialogues(model, reader, dialogues, choice)
+    replies = [record["reply"] for record in report["dialogues"]]
+    for dialogue, reply in zip(dialogues[:4], replies, strict=False):
+        inputs = reader([dialogue["messages"][:-1]])
+        written = model.generate(**inputs, num_beams=3, no_repeat_ngram_size=3, max_new_tokens=32, do_sample=False)
+        new = written[0, inputs["input_ids"].shape[1] :]
+        assert reader.tokenizer.decode(new, skip_special_tokens=True).strip() == reply
+    references = [dialogue["references"] for dialogue in dialogues]
+    expected = bleu(replies, references) | rouge_l(replies, references) | distinct(replies)
+    similar = embedding_similarity(replies, references, vectors)
+    expected |= {f"embedding_{name}": similar[name] for name in ("average", "extrema", "greedy")}
+    metrics = report["metrics"]
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert metrics["share_im_not_sure"] == 0
+    for name, (low, high) in report["confidence_95"].items():
+        assert low <= metrics[name] <= high, name
+    assert set(report["confidence_95"]) == set(metrics)
+
+
+def test_replies_do_not_depend_on_the_batch(parts, dialogues):
+    model, reader = parts
+    examples, _ = prepare(model, reader, dialogues, EvaluationSettings(ranking=False), None, SkipReport())
+    knowledge = compute_knowledge(model, reader, [each.context for each in examples])
+    together = generate_replies(model, reader, examples, knowledge)
+    alone = [generate_replies(model, reader, [each], knowledge[i : i + 1])[0] for i, each in enumerate(examples)]
+    assert together == alone
+
+
+def test_bland_replies_are_counted():
+    replies = ["I'm not sure what that is.", "i’m NOT sure", "Well, I'm not sure.", "Sure."]
+    records = [{"nll": 1.0, "tokens": 1, "mean_nll": 1.0, "examples": 1, "reply": reply} for reply in replies]
+    found = summarise(records, [["Sure."]] * 4, EvaluationSettings(ranking=False))
+    assert found["metrics"]["share_im_not_sure"] == 0.5 and found["metrics"]["rouge_l"] > 0.25
+
+
+def test_interval_of_distinct_is_as_wide_as_corpora_differ():
+    draw = random.Random(0)
+
+    def corpus() -> list[str]:
+        return [" ".join(f"w{int(draw.paretovariate(0.7))}" for _ in range(8)) for _ in range(150)]
+
+    spread = torch.tensor([distinct(corpus(), tokenized=True)["distinct_1"] for _ in range(60)]).std().item()
+    widths = []
+    for _ in range(12):
+        replies = corpus()
+        records = [{"nll": 1.0, "tokens": 1, "mean_nll": 1.0, "examples": 1, "reply": each} for each in replies]
+        low, high = summarise(records, [["w1"]] * len(replies), EvaluationSettings())["confidence_95"]["distinct_1"]
+        widths.append(high - low)
+    assert sum(widths) / len(widths) == pytest.approx(2 * 1.96 * spread, rel=0.3)
+
+
+def test_word_vectors(tmp_path):
+    path = tmp_path / "vectors.txt"
+    path.write_text("3 2\ndog 1 2\n. . . 3 4\nsky 5 6\n", encoding="utf-8")  # as fastText; a word with spaces
+    assert load_word_vectors(path, {"dog", ". . .", "sea"}) == {"dog": [1, 2], ". . .": [3, 4]}
+    with pytest.raises(ValueError, match="none of the words"):
+        load_word_vectors(path, {"sea"})
+    path.write_text("dog 1 2\nsky 5 blue\n")
+    with pytest.raises(ValueError, match="line 2: expected a word and 2 numbers"):
+        load_word_vectors(path, {"sky"})
+
+
+# ---- interruptions ----
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
+    """Makes a function of the module fail when it is called once more than `calls` times."""
+    real, count = getattr(evaluation, name), 0
+
+    def failing(*args):
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise Interrupted
+        return real(*args)
+
+    monkeypatch.setattr(evaluation, name, failing)
+
+
+def test_an_interrupted_evaluation_goes_on(checkpoint, data, tmp_path, monkeypatch):
+    choice = EvaluationSettings(batch_size=4)
+    expected = evaluate_file(checkpoint, data, tmp_path / "whole.json", choice)
+    output, partial = tmp_path / "report.json", tmp_path / "report.json.partial.jsonl"
+    for name, calls in (("score_candidates", 2), ("score_candidates", 1), ("generate_replies", 2)):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            interrupt(patch, name, calls)
+            evaluate_file(checkpoint, data, output, choice)
+        assert not output.exists()
+    # three batches of four, one of two; of the replies eight
+    parts = [json.loads(line).get("part") for line in partial.read_text().splitlines()]
+    assert parts == [None] + ["likelihood"] * COUNT + ["generation"] * 8
+    with open(partial, "a") as file:
+        file.write('{"part": "generation", "ke')  # killed while it wrote
+    with monkeypatch.context() as patch:
+        interrupt(patch, "score_candidates", 0)
+        interrupt(patch, "generate_replies", 2)
+        assert evaluate_file(checkpoint, data, output, choice) == expected
+    assert output.read_text() == (tmp_path / "whole.json").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "whole.json"]
+
+
+def test_a_killed_evaluation_goes_on(checkpoint, data, tmp_path):
+    choice, output = EvaluationSettings(batch_size=4, ranking=False), tmp_path / "report.json"
+    script = f"""
+import os, signal
+from modeling_vikdf import evaluation
+
+write = evaluation.Journal._write
+def write_and_die(self, lines):
+    write(self, lines)
+    if "likelihood" in str(lines):
+        os.kill(os.getpid(), signal.SIGKILL)
+evaluation.Journal._write = write_and_die
+choice = evaluation.EvaluationSettings(batch_size=4, ranking=False)
+evaluation.evaluate_file({str(checkpoint)!r}, {str(data)!r}, {str(output)!r}, choice)
+"""
+    path = os.pathsep.join([str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+    assert len((tmp_path / "report.json.partial.jsonl").read_text().splitlines()) == 5
+    found = evaluate_file(checkpoint, data, output, choice)
+    assert found == evaluate_file(checkpoint, data, tmp_path / "whole.json", choice)
+
+
+def test_unfinished_work_of_another_evaluation_is_refused(tmp_path):
+    path = tmp_path / "report.json.partial.jsonl"
+    with Journal(path, {"seed": 0, "model": "a", "versions": {"torch": "2"}}):
+        pass
+    with Journal(path, {"seed": 0, "model": "a", "versions": {"torch": "2"}}):
+        pass
+    with pytest.raises(ValueError, match="differs in model, versions.*delete the file"):
+        Journal(path, {"seed": 0, "model": "b", "versions": {"torch": "3"}})
+    path.write_text('{"seed": 0')  # killed before it had written who it is
+    with Journal(path, {"seed": 1}):
+        pass
+    assert path.read_text() == '{"seed": 1}\n'
+
+
+# ---- statistics ----
+
+
+def test_interval_of_a_mean():
+    values = (torch.arange(900) % 3 == 0).float()  # a third
+    low, high = bootstrap_interval(values)
+    error = 1.96 * math.sqrt(2 / 9 / 900)
+    assert (low, high) == pytest.approx((1 / 3 - error, 1 / 3 + error), abs=0.004)
+    assert bootstrap_interval(values) == (low, high) != bootstrap_interval(values, seed=1)
+
+
+def test_rows_of_a_cluster_are_drawn_together():
+    values, names = torch.randn(100, generator=torch.Generator().manual_seed(0)), [f"d{i}" for i in range(100)]
+    alone = bootstrap_interval(values)
+    assert bootstrap_interval(values.repeat(4), clusters=names * 4) == pytest.approx(alone)
+    low, high = bootstrap_interval(values.repeat(4))
+    assert high - low == pytest.approx((alone[1] - alone[0]) / 2, rel=0.15)
+
+
+def test_intervals_of_ratios_cover_what_they_should():
+    """Tokens of dialogues with a mean of their own: 95 of 100 intervals should hold the true mean of all tokens."""
+    generator, covered, trials = torch.Generator().manual_seed(0), 0, 300
+    for trial in range(trials):
+        tokens = torch.randint(1, 20, (80,), generator=generator).double()
+        means = 3 + torch.randn(80, generator=generator).double()
+        low, high = bootstrap_interval(tokens * means, tokens, resamples=300, seed=trial)
+        covered += low <= 3 <= high
+    assert 0.91 <= covered / trials <= 0.98
+
+
+def test_several_ratios_at_once():
+    generator = torch.Generator().manual_seed(0)
+    values, weights = torch.rand(40, 3, generator=generator), torch.rand(40, 3, generator=generator)
+    weights[:, 2] = 0
+    low, high = bootstrap_interval(values, weights, list(range(20)) * 2)
+    for column in range(2):
+        alone = bootstrap_interval(values[:, column], weights[:, column], list(range(20)) * 2)
+        assert (low[column], high[column]) == pytest.approx(alone)
+    assert math.isnan(low[2]) and math.isnan(high[2])
+    assert bootstrap_interval(values, weights[:, 0])[0][1] == pytest.approx(
+        bootstrap_interval(values[:, 1], weights[:, 0])[0]
+    )
+
+
+def test_chunks_are_parts_of_the_same_resamples():
+    counts = list(evaluation.bootstrap_counts(7, resamples=600))
+    assert [len(each) for each in counts] == [250, 250, 100] and (torch.cat(counts).sum(1) == 7).all()
+    assert not torch.equal(counts[0], counts[1])
+
+
+def test_randomisation_worked_by_hand():
+    assert paired_randomisation(torch.tensor([1.0, 1, 1, 1])) == pytest.approx(2 / 16, abs=0.01)
+    # of the eight signs of (3, 1, 1), four reach |3 + 1 - 1|, two of these |5|
+    assert paired_randomisation(torch.tensor([3.0, 1, -1])) == pytest.approx(6 / 8, abs=0.015)
+    assert paired_randomisation(torch.zeros(5)) == 1
+    assert paired_randomisation(torch.ones(60)) == 1 / 10_001
+    with pytest.raises(ValueError, match="no differences"):
+        paired_randomisation(torch.zeros(0))
+    with pytest.raises(ValueError, match="nothing to resample"):
+        bootstrap_interval(torch.zeros(0))
+
+
+def test_randomisation_finds_nothing_where_nothing_is():
+    generator = torch.Generator().manual_seed(0)
+    found = [paired_randomisation(torch.randn(30, generator=generator), R=500, seed=i) < 0.1 for i in range(300)]
+    assert 0.06 <= sum(found) / len(found) <= 0.14
+
+
+def test_holm_worked_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1, 1] and holm([]) == []
+
+
+# ---- compare ----
+
+
+def write_report(path: Path, nlls: list[float], tokens: list[int], hits: list[int], **more) -> Path:
+    records = [
+        {"key": f"d{i}", "nll": nll, "tokens": count, "hits_at_1": hit}
+        for i, (nll, count, hit) in enumerate(zip(nlls, tokens, hits, strict=True))
+    ]
+    path.write_text(json.dumps({"model": path.stem, "data_sha256": "x", "seed": 0, "dialogues": records, **more}))
+    return path
+
+
+def test_comparison_worked_by_hand(tmp_path):
+    a = write_report(tmp_path / "a.json", [10, 20, 30], [5, 10, 10], [1, 1, 0])
+    b = write_report(tmp_path / "b.json", [11, 22, 33], [5, 10, 10], [0, 1, 0])
+    found = compare([a], [b])
+    nll, hits = found["metrics"]["nll"], found["metrics"]["hits_at_1"]
+    assert (nll["a"], nll["b"], nll["difference"]) == pytest.approx((60 / 25, 66 / 25, -6 / 25))
+    assert hits["difference"] == pytest.approx(1 / 3) and set(found["metrics"]) == {"nll", "hits_at_1"}
+    # resamples of one dialogue alone are the extremes: -1/5 and -3/10
+    assert nll["confidence_95"] == pytest.approx([-0.3, -0.2], abs=1e-6)
+    assert nll["p_value"] == pytest.approx(2 / 8, abs=0.02)  # |-1 -2 -3| only if all signs agree
+    assert hits["p_value"] == 1
+    assert nll["p_value_holm"] == pytest.approx(2 * nll["p_value"])
+    assert found["num_dialogues"] == 3 and found["a"][0]["model"] == "a"
+    assert compare([b], [a])["metrics"]["nll"]["difference"] == pytest.approx(6 / 25)
+
+
+def test_seeds_are_averaged_and_only_common_dialogues_compared(tmp_path):
+    a = [write_report(tmp_path / f"a{i}.json", [i, 3], [1, 1], [0, 1]) for i in (1, 3)]
+    b = [write_report(tmp_path / "b.json", [0, 0, 99], [1, 1, 1], [0, 0, 1])]
+    found = compare(a, b)
+    assert found["num_dialogues"] == 2 and len(found["a"]) == 2
+    nll = found["metrics"]["nll"]
+    assert (nll["a"], nll["b"], nll["difference"]) == pytest.approx((2.5, 0, 2.5))
+
+
+def test_reports_that_cannot_be_compared(tmp_path):
+    a = write_report(tmp_path / "a.json", [1, 2], [1, 1], [0, 1])
+    for name, value in (("data_sha256", "y"), ("limit", 2), ("all_references", True)):
+        b = write_report(tmp_path / "b.json", [1, 2], [1, 1], [0, 1], **{name: value})
+        with pytest.raises(ValueError, match=f"not of the same data, for {name} differs"):
+            compare([a], [b])
+    words = [write_report(tmp_path / f"{w}.json", [1, 2], [1, 1], [0, 1], visual_words_sha256=w) for w in "vw"]
+    with pytest.raises(ValueError, match="visual_words_sha256 differs"):
+        compare(words[:1], words[1:])
+    compare([a], words[:1])  # what only one has is not compared
+    b = write_report(tmp_path / "b.json", [1, 2], [1, 1], [0, 1], seed=1)
+    with pytest.raises(ValueError, match=r"the seeds \[0\] and B with \[1\]"):
+        compare([a], [b])
+    b = write_report(tmp_path / "b.json", [1, 2], [1, 2], [0, 1])
+    with pytest.raises(ValueError, match="different tokenizers"):
+        compare([a], [b])
+    records = [{"key": "other", "nll": 1.0, "tokens": 1}]
+    b = write_report(tmp_path / "b.json", [], [], [], dialogues=records)
+    with pytest.raises(ValueError, match="no dialogue in common"):
+        compare([a], [b])
+    for text in ("[]", '{"metrics": {}}', "nll: 3"):
+        b.write_text(text)
+        with pytest.raises(ValueError, match="b.json is no report"):
+            compare([a], [b])
+
+
+# ---- the commands ----
+
+
+def test_commands_end_to_end(checkpoint, data, capsys, tmp_path):
+    reports = {}
+    for arm in ("--knowledge=own", "--knowledge=shuffled", "--baseline=language-model"):
+        output = tmp_path / f"{arm.split('=')[1]}.json"
+        out, _ = run(
+            capsys, "evaluate", "--model", checkpoint, "--data", data, "--output", output, arm, "--limit", 5,
+            *([] if "own" in arm else ["--no-generation"]),
+        )  # fmt: skip
+        reports[arm] = json.loads(output.read_text())
+        printed = json.loads(out)
+        assert printed["metrics"] == reports[arm]["metrics"] and printed["num_dialogues"] == 5
+    own, _, bare = reports.values()
+    assert own["data"] == "talk.jsonl" and len(own["data_sha256"]) == 64 and own["seed"] == 0
+    assert own["knowledge"] == "own" and bare["knowledge"] == "none" and own["versions"]["torch"] == torch.__version__
+    assert own["command"].startswith("vikdf") and len(own["weights_sha256"]) == 64
+    assert {"nll", "tokens", "rank", "reply", "rouge_l"} <= set(own["dialogues"][0])
+    assert "reply" not in bare["dialogues"][0]
+
+    out, _ = run(capsys, "compare", tmp_path / "own.json", tmp_path / "language-model.json")
+    found = json.loads(out)["metrics"]
+    assert set(found) == {"nll", "nll_per_example", "hits_at_1", "mrr"}
+    assert found["nll"]["difference"] == pytest.approx(own["metrics"]["nll"] - bare["metrics"]["nll"])
+    written = tmp_path / "compared.json"
+    names = [tmp_path / "own.json", tmp_path / "shuffled.json"]
+    out, _ = run(capsys, "compare", "--a", *names, "--b", tmp_path / "language-model.json", "--output", written)
+    assert json.loads(out) == json.loads(written.read_text()) and len(json.loads(out)["a"]) == 2
+
+
+def test_errors_of_the_commands(checkpoint, data, capsys, tmp_path):
+    def error(data: Path = data, output: Path = tmp_path / "o.json", *more: object) -> str:
+        return fails(capsys, "evaluate", "--model", checkpoint, "--data", data, "--output", output, *more)
+
+    empty, alone, few = (tmp_path / name for name in ("empty.jsonl", "alone.jsonl", "few.jsonl"))
+    empty.write_text("")
+    alone.write_text('{"turns": ["nobody answers"]}\n')
+    few.write_text('{"turns": ["a dog", "on the beach"]}\n')
+    assert "Nothing is readable" in error(empty)
+    assert "no reply" in error(alone)
+    assert "nothing.jsonl" in error(tmp_path / "nothing.jsonl")
+    assert "limit must be at least 1" in error(data, tmp_path / "o.json", "--limit", 0)
+    assert "batch_size must be at least 1" in error(data, tmp_path / "o.json", "--batch-size", 0)
+    assert "--no-ranking" in error(few)
+    assert "no-folder" in error(data, tmp_path / "no-folder" / "o.json")
+    assert "is a folder" in error(data, tmp_path)
+    assert "no-words" in error(data, tmp_path / "o.json", "--visual-words", tmp_path / "no-words")
+    with pytest.raises(ValueError, match="knowledge must be one of own, shuffled, mean, none, not 'all'"):
+        EvaluationSettings(knowledge="all")
+    for wrong in (["--knowledge", "all"], ["--knowledge", "mean", "--baseline", "language-model"]):
+        with pytest.raises(SystemExit) as exit_:
+            run(capsys, "evaluate", "--data", data, "--output", tmp_path / "o.json", *wrong)
+        assert exit_.value.code == 2
+    assert "two reports" in fails(capsys, "compare", data)
+    assert "is no report" in fails(capsys, "compare", data, data)
