@@ -183,7 +183,8 @@ class VikdfProcessor(ProcessorMixin):
             max_length: Most tokens of a prompt; by default what the LLM's tokenizer says it reads.
             add_generation_prompt: Whether prompts end where the assistant speaks next; default `not return_labels`.
             return_labels: Whether to supervise the assistant's turns, each with its end-of-turn token. Knowledge that
-                stands before the last user turn has read the earlier replies, so these are then not supervised.
+                stands before the last user turn has read the earlier replies, so these are then not supervised. Nor
+                is a turn that opens the dialogue, unless the template marks it by a `{% generation %}` block.
 
         Returns:
             Tensors: `input_ids` and `attention_mask` [B, T], padded on the left; `labels` [B, T] if asked for; with
@@ -384,12 +385,12 @@ class VikdfProcessor(ProcessorMixin):
         return replies
 
     def _rendered_replies(self, turns: list[dict], text: str) -> list[tuple[int, int]]:
-        """What each assistant message adds to the text of the prompt that asks for it."""
+        """What each reply adds to the text of the prompt that asks for it; nothing asks for one that opens the dialogue."""
         replies = []
-        for index in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
-            asked = self._render(turns[:index], True) if index else None
+        for index in (i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"):
+            asked = self._render(turns[:index], True)
             answered = self._render(turns[: index + 1], False)
-            if asked is None or not (answered.startswith(asked) and text.startswith(answered)):
+            if not (answered.startswith(asked) and text.startswith(answered)):
                 raise ValueError(
                     f"the chat template renders the reply {turns[index]['content'][:40]!r} differently depending on "
                     "what is around it, so labels cannot tell its tokens. Pass chat_template= with {% generation %} "

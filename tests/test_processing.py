@@ -254,9 +254,13 @@ def test_labels_refuse_a_template_that_renders_replies_by_their_surroundings():
     chat = [user("one"), assistant("two"), user("three"), assistant("four")]
     with pytest.raises(ValueError, match=r"row 0: .*the reply 'two' differently .*\{% generation %\}"):
         build(qwen_tokenizer(thinking))(chat, return_labels=True)
-    with pytest.raises(ValueError, match=r"row 0: .*the reply 'two' differently"):
-        FAMILIES["chatml"](chat[1:], return_labels=True)
-    marked = FAMILIES["chatml-generation"](chat[1:], return_labels=True)
+
+
+def test_a_reply_that_opens_the_dialogue():
+    chat = [assistant("two"), user("three"), assistant("four")]
+    rendered = FAMILIES["chatml"](chat, return_labels=True)
+    assert supervised(FAMILIES["chatml"], rendered["labels"][0]) == ["four<|im_end|>"]
+    marked = FAMILIES["chatml-generation"](chat, return_labels=True)
     assert supervised(FAMILIES["chatml"], marked["labels"][0]) == ["two<|im_end|>", "four<|im_end|>"]
 
 
