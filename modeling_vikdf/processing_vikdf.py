@@ -385,7 +385,7 @@ class VikdfProcessor(ProcessorMixin):
         return replies
 
     def _rendered_replies(self, turns: list[dict], text: str) -> list[tuple[int, int]]:
-        """What each reply adds to the text of the prompt that asks for it; nothing asks for one that opens the dialogue."""
+        """What each reply adds to the text of the prompt that asks for it; nothing asks for one that opens a chat."""
         replies = []
         for index in (i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"):
             asked = self._render(turns[:index], True)
