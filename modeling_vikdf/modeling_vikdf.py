@@ -429,7 +429,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
         positions = kwargs.pop("position_ids", None)  # `None`: the LLM counts them its own way
         kwargs = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "use_cache")}
-        past = self._read_prefix(inputs_embeds[:, :prefix], attention_mask, positions)
+        past = self.read_prefix(inputs_embeds[:, :prefix], attention_mask, positions)
         after = {} if positions is None else {"position_ids": positions[:, prefix:]}
         return language_model(
             inputs_embeds=inputs_embeds[:, prefix:],
@@ -441,10 +441,16 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def _read_prefix(
+    def read_prefix(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None
     ) -> Cache:
-        """The LLM's cache of prefixes [B, P, d_llm]. What all rows begin with is read in one row and copied."""
+        """
+        The LLM's cache of the first columns of prompts. What all rows begin with is read in one row and copied.
+
+        Args:
+            embeds: [B, P, d_llm].
+            attention_mask: [B, T >= P]; position_ids [B, T >= P], or `None`: the LLM counts them its own way.
+        """
         rows, prefix = embeds.shape[:2]
         same = (embeds == embeds[:1]).all(-1).all(0) & attention_mask[:, :prefix].bool().all(0)  # [P]
         shared = int(same.cumprod(0).sum())

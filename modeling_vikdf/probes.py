@@ -332,7 +332,7 @@ def _score(
     embed = model.get_input_embeddings()
     device = embed.weight.device
     embeds = model.embed_prompt(prompts.to(device), knowledge)  # [B, P, d]
-    past = model._read_prefix(embeds[:, :-1], torch.ones_like(prompts, device=device), None)
+    past = model.read_prefix(embeds[:, :-1], torch.ones_like(prompts, device=device), None)
     rows: list[tuple[int, tuple[int, ...]]] = []  # prompt, tokens that are read after it
     targets = defaultdict(list)  # row -> (column, token that the column predicts, reply)
     number = itertools.count()
