@@ -1,4 +1,4 @@
-# make setup | chat | test; all run in .venv, which setup makes and remakes when its ingredients change.
+# make setup | chat | test | study | results; all run in .venv, which setup makes and remakes when its ingredients change.
 
 VENV := .venv
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
@@ -6,7 +6,7 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup chat test
+.PHONY: setup chat test study results
 
 setup: $(VENV)/.installed
 
@@ -32,3 +32,11 @@ chat: setup
 test: setup
 	$(VENV)/bin/ruff check .
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q
+
+# Trains and evaluates the arms of the study: make study STUDY_ARGS='--pairs ... --dialogues ... --steps vikdf soft_prompt'
+study: setup
+	$(VENV)/bin/python eval/study.py --config configs/study.yaml $(STUDY_ARGS)
+
+# Renders the tables and plots of eval/results/ anew.
+results: setup
+	$(VENV)/bin/python eval/collect.py render

