@@ -224,7 +224,8 @@ def new_model(
         language_model, context_encoder, vision_encoder: see `locate_backbone`.
         model_class: `VikdfForConditionalGeneration` (default) or `VikdfForPreTraining`.
         num_knowledge_tokens: n, the number of knowledge vectors.
-        image_size: side of the pictures that the vision encoder gets, in pixels; default its own.
+        image_size: whole pictures are resized to a square of this side, in pixels; default what the vision encoder's
+            own image processor does (CLIP's and DINOv2's cut off what is beyond a central square).
         system_prompt, knowledge_message, knowledge_placement: see `VikdfProcessor`.
         model_settings: for `from_backbones`: `iqformer_config`, `bert`, `base_text`, `revisions`, fields of
             `VikdfConfig`.
@@ -244,7 +245,7 @@ def new_model(
     if vision_encoder is not None:
         size = {}
         if image_size is not None:
-            size = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+            size = {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
         image_processor = AutoImageProcessor.from_pretrained(locate_backbone(vision_encoder), **size)
     processor = VikdfProcessor.from_backbones(
         AutoTokenizer.from_pretrained(llm),

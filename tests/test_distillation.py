@@ -5,6 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from PIL import Image
 from tiny_models import tiny_config
 from tiny_training import ALL, dialogue_model, dialogues, model_config, pairs, prepare, pretraining_model, processor
 from torch.nn import functional as F
@@ -530,6 +531,25 @@ def test_heads_of_new_objectives_start_fresh(tmp_path, recwarn):
     assert torch.equal(second.iqformer.query_tokens, first.iqformer.query_tokens)
     assert second.knowledge_predictor.weight.std() > 0 and not hasattr(second, "pixel_decoder")
     assert second.knowledge_predictor.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("encoder", ["dinov2", "clip"])
+def test_pictures_are_resized_whole(encoder, backbones):
+    """A wide picture, red at both ends, becomes a square that is still red there."""
+    from modeling_vikdf.backbones import new_model
+
+    folders = [str(backbones / name) for name in ("llama", "clip" if encoder == "clip" else "bert", encoder)]
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    _, processor = new_model(
+        *folders, num_knowledge_tokens=4, image_size=64, iqformer_config=sizes, project_inputs=True
+    )
+    wide = Image.new("RGB", (300, 100))
+    for left in (0, 250):
+        wide.paste((255, 0, 0), (left, 0, left + 50, 100))
+    pixels = processor.image_processor([wide], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 64, 64)
+    red = pixels[0, 0] > pixels[0, 0].mean()
+    assert red[:, :8].all() and red[:, -8:].all() and not red[:, 20:44].any()
 
 
 def test_heads_are_float32_beside_a_half_precision_llm(backbones, tmp_path):
