@@ -21,6 +21,7 @@ setup(
         "transformers>=5.17,<6",
         "huggingface_hub>=1.33",
         "safetensors>=0.8",
+        "jinja2",
         "pillow",
         "numpy",
     ],

@@ -424,15 +424,15 @@ def _stages(folder: Path) -> list[dict[str, Any]]:
     stages = [stage for stage in yaml.safe_load_all(path.read_text(encoding="utf-8")) if stage]
     if not all(isinstance(stage, dict) for stage in stages):
         raise ValueError(f"{path} is no recipe: expected YAML documents with sections such as model and data.")
-    return [_portable(stage) for stage in stages]
+    return [portable(stage) for stage in stages]
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """Settings with the last two parts of absolute paths, and without secrets."""
     if isinstance(value, dict):
-        return {key: _portable(each) for key, each in value.items() if key not in SECRETS}
+        return {key: portable(each) for key, each in value.items() if key not in SECRETS}
     if isinstance(value, list):
-        return [_portable(each) for each in value]
+        return [portable(each) for each in value]
     if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()):
         return "/".join(Path(value).parts[-2:])
     return value

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -201,6 +202,32 @@ def probe(args: argparse.Namespace) -> None:
     print(json.dumps(summary, indent=2))
 
 
+def export(args: argparse.Namespace) -> None:
+    """Writes a folder that is a whole Hub repository."""
+    from . import DEFAULT_CHECKPOINT
+    from .sharing import export
+
+    export(args.model or DEFAULT_CHECKPOINT, args.output, args.include_backbones, args.results)
+    print(f"Wrote {args.output}")
+
+
+def push(args: argparse.Namespace) -> None:
+    """Commits a model to the Hub, with the token of `hf auth login` or of the environment."""
+    from . import DEFAULT_CHECKPOINT
+    from .sharing import push_to_hub
+
+    commit = push_to_hub(
+        args.repo_id,
+        model=args.model or DEFAULT_CHECKPOINT,
+        include_backbones=args.include_backbones,
+        results=args.results,
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+    )
+    print(commit.pr_url or commit.commit_url)
+
+
 def benchmark(args: argparse.Namespace) -> None:
     """Measures, prints and writes figures of speed and memory, as ratios wherever machines differ."""
     from .benchmark import benchmark_generation, benchmark_training
@@ -213,6 +240,15 @@ def benchmark(args: argparse.Namespace) -> None:
     print(text)
     if args.output:
         Path(args.output).write_text(text + "\n")
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answers over HTTP, as OpenAI's chat API does, until it is told to end."""
+    from .server import serve
+
+    key = os.environ.get("VIKDF_API_KEY") if args.api_key is None else args.api_key
+    limits = {"max_batch": args.max_batch, "max_queue": args.max_queue, "timeout": args.timeout}
+    serve(args.model, args.host, args.port, key, **limits)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -320,12 +356,36 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--output", required=True, help="folder to write")
     sub.set_defaults(run=convert)
 
+    export_parser = commands.add_parser("export", help="write a folder that is a whole Hub repository")
+    export_parser.add_argument("--output", required=True, help="folder to write; must not exist, or be empty")
+    export_parser.set_defaults(run=export)
+    push_parser = commands.add_parser("push", help="commit a model to the Hub")
+    push_parser.add_argument("--repo-id", required=True, help="ORG/NAME; created if it does not exist")
+    push_parser.add_argument("--private", action="store_true", help="make a new repository private")
+    push_parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    push_parser.add_argument("--revision", help="branch to commit to (default: main)")
+    push_parser.set_defaults(run=push)
+    for sub in (export_parser, push_parser):
+        sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
+        sub.add_argument("--include-backbones", action="store_true", help="with the weights of the frozen backbones")
+        sub.add_argument("--results", nargs="+", default=[], help="reports of evaluate, retrieve, probe for the card")
+
     sub = commands.add_parser("benchmark", help="measure speed and memory")
     sub.add_argument("what", choices=["generation", "training"])
     sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
     sub.add_argument("--output", help="JSON file to write")
     sub.add_argument("--repeats", type=int, default=7, help="timed runs of each arm (default: 7)")
     sub.set_defaults(run=benchmark)
+
+    sub = commands.add_parser("serve", help="answer over HTTP, as OpenAI's chat API does; needs the extra [serve]")
+    sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    sub.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    sub.add_argument("--api-key", help="what clients must send (default: environment variable VIKDF_API_KEY)")
+    sub.add_argument("--max-batch", type=int, default=8, help="replies generated together (default: 8)")
+    sub.add_argument("--max-queue", type=int, default=64, help="requests that wait before more get 429 (default: 64)")
+    sub.add_argument("--timeout", type=float, default=60, help="seconds for an answer (default: 60)")
+    sub.set_defaults(run=serve)
 
     args = parser.parse_args(argv)
     try:

@@ -121,6 +121,9 @@ class VikdfConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any):
+        if not __name__.startswith("transformers_modules."):
+            # leads to the repository's code, which transformers would ask to trust even with this package at hand
+            kwargs.pop("custom_pipelines", None)
         self.text_config = _to_config(self.text_config, "text_config", "llama")
         self.context_config = _to_config(self.context_config, "context_config", "clip_text_model")
         if self.vision_config is not None:

@@ -7,6 +7,7 @@ It knows nothing of what the model computes.
 import contextlib
 import copy
 import fnmatch
+import json
 import os
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,6 +29,7 @@ from transformers import (
     SiglipTextModel,
 )
 from transformers import initialization as init
+from transformers.utils import cached_file, has_file
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_iqformer import CLIP_LOGIT_SCALE, VikdfIQFormer, VikdfMatchingHead
@@ -146,6 +150,10 @@ class VikdfPreTrainedModel(PreTrainedModel):
             )
             kwargs |= where
         config = copy.deepcopy(config)
+        if not os.path.isdir(pretrained_model_name_or_path):
+            _check_repository_ids(config, pretrained_model_name_or_path)
+        where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
+        _check_weight_files(pretrained_model_name_or_path, **where, **_hub_kwargs(kwargs))
         if dtype != "auto":
             config.backbone_dtypes = {}
         placement = {"device_map": device_map}
@@ -278,6 +286,7 @@ class VikdfPreTrainedModel(PreTrainedModel):
             load_kwargs["config"] = copy.deepcopy(sub_config)  # the right tower of a two-tower repository
             load_kwargs["config"].dtype = None  # "auto" is the dtype of the weights, not of this checkpoint
         load_kwargs = {key: value for key, value in load_kwargs.items() if value is not None}
+        _check_weight_files(path, load_kwargs.get("revision"), **_hub_kwargs(load_kwargs))
         with _clear_errors(source["repo_id"]):
             backbone, info = _backbone_class(role, sub_config).from_pretrained(
                 path, output_loading_info=True, **load_kwargs
@@ -333,6 +342,24 @@ class VikdfPreTrainedModel(PreTrainedModel):
                     os.remove(os.path.join(save_directory, name))
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+    def push_to_hub(self, repo_id: str, *, processor: Any = None, **kwargs: Any) -> Any:
+        """
+        Commits what was trained, and the code and card that go with it, to a repository of the Hub, in one step.
+
+        Args:
+            repo_id: "org/name"; created if it does not exist.
+            processor: the processor to commit with the model.
+            kwargs: `include_backbones`, `results`, `private`, `token`, `revision`, `create_pr`, `commit_message`; see
+                `sharing.push_to_hub`.
+
+        Raises:
+            OSError: if the Hub refuses or breaks off; the repository is then as it was.
+            ValueError: if the model would not load elsewhere.
+        """
+        from .sharing import push_to_hub  # here, for it imports this module
+
+        return push_to_hub(repo_id, model=self, processor=processor, **kwargs)
 
     @contextlib.contextmanager
     def _as_saved(self, include_backbones: bool) -> Iterator[None]:
@@ -391,6 +418,48 @@ def _clear_errors(source: str | os.PathLike) -> Iterator[None]:
         raise ValueError(
             f"The weights in {str(source)!r} do not have the sizes that config.json says: {error}"
         ) from error
+
+
+def _check_repository_ids(config: VikdfConfig, source: str) -> None:
+    """A repository has no say in which folders of this machine are read."""
+    for role, backbone in config.backbones.items():
+        try:
+            validate_repo_id(backbone["repo_id"])
+        except HFValidationError as error:
+            raise ValueError(
+                f"{source!r} names {backbone['repo_id']!r} as its {role}, which is no repository of the Hub. If you "
+                "know that folder, download the repository and load it from there."
+            ) from error
+
+
+def _check_weight_files(
+    source: str | os.PathLike, revision: str | None = None, subfolder: str = "", **hub_kwargs: Any
+) -> None:
+    """Refuses weights that are only there as pickles, and an index that leads out of its folder or repository."""
+    where = {"revision": revision, **hub_kwargs}
+
+    def find(name: str) -> str | None:
+        try:
+            return cached_file(source, name, subfolder=subfolder, **where)
+        except OSError:  # where nothing can be found for other reasons, loading says so
+            return None
+
+    if find("model.safetensors"):
+        return
+    pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+    if path := find("model.safetensors.index.json"):
+        with open(path, encoding="utf-8") as file:
+            names = set(json.load(file)["weight_map"].values())
+        if outside := sorted(name for name in names if os.path.basename(name) != name):
+            raise ValueError(
+                f"{os.path.basename(path)} of {str(source)!r} names {outside[0]!r}, which is not beside it."
+            )
+    elif pickled := [name for name in pickles if has_file(source, os.path.join(subfolder, name), **where)]:
+        raise OSError(
+            f"{str(source)!r} has its weights as {pickled[0]} only. That is a pickle, which can run code, so it is "
+            "not loaded. Ask its owner for model.safetensors, name a revision that has it, or, if you trust the file, "
+            "convert it: AutoModel.from_pretrained(...).save_pretrained(folder) writes safetensors."
+        )
 
 
 def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,9 @@ class VikdfDialoguePipeline(Pipeline):
                 f"vikdf-dialogue needs a VikdfForConditionalGeneration, got {type(self.model).__name__}. For a plain "
                 'language model use the "text-generation" pipeline.'
             )
+        for entry in getattr(self.model.config, "custom_pipelines", {}).values():
+            # transformers has put classes in place of their names, which could not be saved
+            entry["pt"] = [getattr(each, "__name__", each) for each in entry["pt"]]
 
     def __call__(self, inputs: Any, images: Any = None, **kwargs: Any) -> list:
         """
@@ -170,6 +173,19 @@ class VikdfDialoguePipeline(Pipeline):
         """Writes model and processor into one folder that `pipeline("vikdf-dialogue", model=folder)` loads."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """
+        Commits model and processor to a repository of the Hub, in one step.
+
+        Args:
+            repo_id, kwargs: as for the model's `push_to_hub`.
+
+        Raises:
+            OSError: if the Hub refuses or breaks off; the repository is then as it was.
+            ValueError: if the model would not load elsewhere.
+        """
+        return self.model.push_to_hub(repo_id, processor=self.processor, **kwargs)
 
 
 class _Stop(StoppingCriteria):

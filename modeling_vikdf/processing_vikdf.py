@@ -470,6 +470,20 @@ class VikdfProcessor(ProcessorMixin):
             image_processor = AutoImageProcessor.from_pretrained(path, subfolder=root, **where)
         return cls.from_args_and_dict([tokenizer, context_tokenizer, image_processor], settings, **overrides)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Commits the processor to a repository of the Hub, in one step; see `sharing.push_to_hub`.
+
+        Args:
+            repo_id: "org/name"; created if it does not exist.
+            kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message`.
+
+        Raises:
+            OSError: If the Hub refuses or breaks off; the repository is then as it was.
+        """
+        from .sharing import push_to_hub  # here, for it imports this module
+
+        return push_to_hub(repo_id, processor=self, **kwargs)
+
 
 # ---- helpers that need no processor ----
 

@@ -9,6 +9,7 @@ left unfinished is never resumed from. `run_stage` is what the commands `vikdf d
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -19,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -26,6 +28,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import save_fsdp_optimizer
 from datasets.distributed import split_dataset_by_node
+from huggingface_hub import run_as_future
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -44,6 +47,7 @@ from .features import FeatureDataset, cache_features
 from .modeling_distillation import VikdfForPreTraining, cells_to_pixels
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import VikdfProcessor
+from .sharing import push_to_hub
 
 
 logger = logging.get_logger(__name__)
@@ -422,7 +426,58 @@ class VikdfTrainer(Trainer):
         if state_dict is not None:
             scale = {key: value.view(()) for key, value in state_dict.items() if key.endswith(".logit_scale")}
             state_dict = {**state_dict, **scale}
-        super()._save(output_dir, state_dict=state_dict)
+        token, self.args.hub_token = self.args.hub_token, None  # the arguments are pickled beside the weights
+        try:
+            super()._save(output_dir, state_dict=state_dict)
+        finally:
+            self.args.hub_token = token
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Saves model and processor to `args.output_dir` and commits them to `args.hub_model_id`, in one step.
+
+        Args:
+            blocking: `False` uploads in the background and returns a future.
+            token, revision, private: default `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`.
+            kwargs: `results`, `include_backbones`, `create_pr`; see `sharing.push_to_hub`.
+
+        Returns:
+            What the Hub says of the commit; `None` in all processes but the first.
+
+        Raises:
+            OSError, ValueError: as `sharing.push_to_hub`.
+        """
+        self.save_model(_internal_call=True)  # else, with args.push_to_hub, it would push what it saves
+        if not self.is_world_process_zero():
+            return None
+        push = functools.partial(
+            push_to_hub,
+            self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+            model=self.args.output_dir,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=self.args.hub_private_repo if private is None else private,
+            **kwargs,
+        )
+        return push() if blocking else run_as_future(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer's own uploads all of output_dir, with the pickled arguments and in them the token.
+        if self.args.hub_strategy == "end":
+            return
+        try:
+            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
+        except OSError as error:  # the training goes on
+            logger.warning(str(error))
 
     @property
     def _saves_whole_tensors(self) -> bool:
@@ -504,13 +559,22 @@ SECTIONS = {
     }
     - {"model_class", "model_settings", "config_kwargs", "processor", "loss_weights", "cls"},
     "objectives": set(OBJECTIVES) - {"reply"},
-    "data": {"train", "validation", "probabilities", "seed", "shuffle_buffer", "feature_cache", "pool_grid"},
+    "data": {
+        "train",
+        "validation",
+        "sources",
+        "probabilities",
+        "seed",
+        "shuffle_buffer",
+        "feature_cache",
+        "pool_grid",
+    },
     "collator": {"masked_share", "image_knowledge_share", "other_caption", "caption_as_picture"},
     "training": {each.name for each in dataclasses.fields(VikdfTrainingArguments) if each.init},
 }
 # Of the stage "tune", on dialogues alone and with captioned pictures beside them.
 TUNE_SECTIONS = SECTIONS | {
-    "data": {"train", "validation"},
+    "data": {"train", "validation", "sources"},
     "collator": {"max_length", "earlier_replies", "hide_context", "posterior_share"},
 }
 JOINT_SECTIONS = SECTIONS | {
@@ -539,7 +603,8 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
 
     Returns:
         The metrics of the last evaluation, empty without validation data. The model, its processor, the Trainer's
-        state and `skipped.txt` (what was skipped of the data, and why) are in `training.output_dir`.
+        state, `recipe.yaml` (the recipes of all stages up to this one) and `skipped.txt` (what was skipped of the
+        data, and why) are in `training.output_dir`.
 
     Raises:
         ValueError: for an unknown stage, section or key, a missing one, or settings that do not fit together.
@@ -598,11 +663,28 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     trainer.save_model()
     metrics = trainer.evaluate() if validation is not None else {}
     if args.should_save:
+        _write_history(stage, recipe, args.output_dir)
         trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
         with open(os.path.join(args.output_dir, "skipped.txt"), "w", encoding="utf-8") as file:
             file.write(report.summary() + "\n")
     logger.info(report.summary())
     return metrics
+
+
+def _write_history(stage: str, recipe: dict[str, Any], folder: str) -> None:
+    """`recipe.yaml`: the recipes of the checkpoint it began with, then this one, as YAML documents."""
+    import yaml
+
+    from .cards import portable
+
+    history = []
+    checkpoint = recipe["model"].get("checkpoint")
+    if checkpoint and os.path.isfile(path := os.path.join(checkpoint, "recipe.yaml")):
+        with open(path, encoding="utf-8") as file:
+            history = list(yaml.safe_load_all(file))
+    sections = {section: portable(settings) for section, settings in recipe.items() if settings}
+    with open(os.path.join(folder, "recipe.yaml"), "w", encoding="utf-8") as file:
+        yaml.safe_dump_all([*history, {"stage": stage, **sections}], file, sort_keys=False, allow_unicode=True)
 
 
 def _check_recipe(stage: str, recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:

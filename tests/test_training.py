@@ -599,6 +599,24 @@ def test_pictures_beside_dialogues_need_data_and_objectives(sections, message, s
         run_stage("tune", recipe | sections)
 
 
+def test_the_recipes_of_all_stages_travel_with_a_checkpoint(stages, tmp_path):
+    """Of files the names alone, and nothing secret."""
+    history = list(yaml.safe_load_all((stages / "tune" / "recipe.yaml").read_text()))
+    assert [recipe["stage"] for recipe in history] == ["distill", "integrate", "tune"]
+    assert history[0]["data"]["train"].endswith("/pairs.tar")
+    assert history[2]["model"]["checkpoint"].endswith("/integrate")
+    text = (stages / "tune" / "recipe.yaml").read_text()
+    assert str(stages) not in text
+    recipe = {
+        "model": {"checkpoint": str(stages / "integrate")},
+        "data": {"train": str(stages / "dialogues.jsonl"), "sources": ["made up"]},
+        "training": training_section(tmp_path, max_steps=1, hub_token="hf_secret"),
+    }
+    run_stage("tune", recipe)
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert "hf_secret" not in text and "made up" in text
+
+
 def test_stages_build_on_each_other(stages):
     weights = {stage: load_file(stages / stage / "model.safetensors") for stage in ("distill", "integrate", "tune")}
     assert "pixel_decoder.weight" in weights["distill"] and "knowledge_predictor.weight" in weights["integrate"]
