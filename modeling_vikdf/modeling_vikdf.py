@@ -96,6 +96,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         iqformer_config: dict | None = None,
         bert: str | None = None,
         base_text: str | None = None,
+        initial_gate: float = 0.0,
         dtype: str | torch.dtype = "auto",
         **config_kwargs: Any,
     ) -> "VikdfForConditionalGeneration":
@@ -111,8 +112,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             iqformer_config: fields of `Blip2QFormerConfig` (layers, width, ...).
             bert: a BERT-like checkpoint whose layers, feed-forward included, initialise the IQ-Former; its sizes are
                 the IQ-Former's unless `iqformer_config` says otherwise.
-            base_text: start with the knowledge silent: gate 0 and as base vectors the embeddings of this sentence,
-                repeated or cut to n tokens. `None`: base 0 and gate 1 as in the paper.
+            base_text: start with a harmless sentence in the knowledge's place: as base vectors its embeddings, repeated
+                or cut to n tokens, and the gates at `initial_gate`, 0 for silent knowledge. `None`: base 0 and gate 1
+                as in the paper.
             config_kwargs: further fields of `VikdfConfig`.
 
         Raises:
@@ -163,7 +165,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
                 ids = processor.tokenizer(base_text, add_special_tokens=False, return_tensors="pt").input_ids[0]
                 ids = ids.repeat(-(-config.num_knowledge_tokens // len(ids)))[: config.num_knowledge_tokens]  # [n]
                 model.knowledge_base.copy_(embed(ids.to(device)))
-                model.knowledge_gate.zero_()
+                model.knowledge_gate.fill_(initial_gate)
         return model.eval()
 
     @torch.no_grad()

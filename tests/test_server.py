@@ -1,0 +1,856 @@
+"""`vikdf serve`: the answers are the pipeline's, alone or in batches; nothing that is sent breaks it or is logged."""
+
+import base64
+import io
+import json
+import logging
+import re
+import runpy
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import build_from
+from PIL import Image
+from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
+
+import modeling_vikdf
+from modeling_vikdf.cli import main
+
+
+pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+httpx = pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+
+from fastapi.testclient import TestClient  # noqa: E402
+
+from modeling_vikdf import server  # noqa: E402
+from modeling_vikdf.server import create_app, encode_prompt_embeddings, prompt_embeddings  # noqa: E402
+
+
+LOAD_SERVER = runpy.run_path(Path(modeling_vikdf.__file__).parents[1] / "eval" / "load_server.py")
+CHAT = "/v1/chat/completions"
+QUESTION = [{"role": "user", "content": "What is your dog doing?"}]
+LONGER = [
+    {"role": "system", "content": "Answer in one short sentence."},
+    {"role": "user", "content": "I went to the beach yesterday and the water was so blue!"},
+    {"role": "assistant", "content": "Look at the sky."},
+    {"role": "user", "content": "It is snowing outside."},
+]
+CHATS = [QUESTION, LONGER, QUESTION + LONGER[2:], LONGER[1:2], LONGER[3:]]
+SECRET = "a-secret-key"
+
+
+@pytest.fixture(scope="module", params=[("qwen", "separate"), ("llama", "clip")], ids="-".join)
+def parts(request, backbones):
+    model, processor = build_from(backbones, *request.param, dtype=torch.float32)
+    # every reply is as long as it may be, and no random bytes
+    never = [2, *(id_ for token, id_ in processor.tokenizer.get_vocab().items() if token.startswith("<0x"))]
+    model.generation_config = GenerationConfig(
+        eos_token_id=2, pad_token_id=0, do_sample=False, max_new_tokens=8, suppress_tokens=never
+    )
+    model.attach_vision_encoder()
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def pipe(parts):
+    model, processor = parts
+    return pipeline("vikdf-dialogue", model=model, processor=processor, return_full_text=False)
+
+
+@contextmanager
+def serving(parts, **settings):
+    with TestClient(create_app(*parts, **settings)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(parts):
+    with serving(parts) as client:
+        yield client
+
+
+@contextmanager
+def listening(parts, **settings):
+    """A real server on a port of its own; its address."""
+    config = uvicorn.Config(create_app(*parts, **settings), port=0, log_level="error", timeout_graceful_shutdown=1)
+    real = uvicorn.Server(config)
+    thread = threading.Thread(target=real.run)
+    thread.start()
+    while not real.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{real.servers[0].sockets[0].getsockname()[1]}"
+    real.should_exit = True
+    thread.join()
+
+
+@contextmanager
+def held(model):
+    """The model stops in front of each step while the event is not set; the list counts the steps."""
+    go, steps = threading.Event(), []
+
+    def wait(*_):
+        steps.append(time.monotonic())
+        assert go.wait(20)
+
+    handle = model.register_forward_pre_hook(wait)
+    try:
+        yield go, steps
+    finally:
+        go.set()
+        handle.remove()
+
+
+@contextmanager
+def slowed(model, seconds):
+    """Each step takes some time; the list counts the steps."""
+    steps = []
+
+    def wait(*_):
+        steps.append(time.monotonic())
+        time.sleep(seconds)
+
+    handle = model.register_forward_pre_hook(wait)
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
+def body(messages=QUESTION, **settings) -> dict:
+    return {"model": "vikdf", "messages": messages, **settings}
+
+
+def answer(client, messages=QUESTION, **settings) -> dict:
+    response = client.post(CHAT, json=body(messages, **settings))
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def text_of(answer: dict) -> str:
+    return answer["choices"][0]["message"]["content"]
+
+
+def events(response) -> list[dict]:
+    """The chunks of a streamed answer."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, done, end = response.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
+
+
+def streamed(client, messages=QUESTION, **settings) -> tuple[str, str, int]:
+    """Text, finish reason and number of pieces of a streamed reply."""
+    chunks = events(client.post(CHAT, json=body(messages, stream=True, **settings)))
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    pieces = [chunk["choices"][0]["delta"]["content"] for chunk in chunks[1:-1]]
+    assert all(pieces) and {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    return "".join(pieces), chunks[-1]["choices"][0]["finish_reason"], len(pieces)
+
+
+def metrics(client) -> dict[str, float]:
+    return read_metrics(client.get("/metrics").text)
+
+
+def read_metrics(page: str) -> dict[str, float]:
+    samples = (line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
+    return {name: float(value) for name, value in samples}
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def refused(response, status: int, message: str) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert re.search(message, error["message"]), error
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+
+
+# ---- the answers ----
+
+
+def test_broken_characters_are_the_pipelines_too(parts, pipe):
+    config = GenerationConfig(eos_token_id=2, pad_token_id=0, do_sample=False, max_new_tokens=30)
+    with patch.object(parts[0], "generation_config", config), serving(parts) as client:
+        for messages in CHATS:
+            assert text_of(answer(client, messages)) == pipe(messages, generation_config=config)[0]["generated_text"]
+            assert streamed(client, messages)[0]
+
+
+@pytest.mark.parametrize("messages", CHATS)
+def test_the_answer_is_the_pipelines(client, pipe, messages):
+    found = answer(client, messages, max_tokens=12)
+    assert text_of(found) == pipe(messages, max_new_tokens=12)[0]["generated_text"]
+    assert found["object"] == "chat.completion" and found["model"] == "vikdf"
+    assert found["choices"][0]["finish_reason"] == "length"
+    prompt = pipe.processor([messages])["input_ids"].shape[1]
+    assert found["usage"] == {"prompt_tokens": prompt, "completion_tokens": 12, "total_tokens": prompt + 12}
+
+
+@pytest.mark.parametrize(
+    "given, settings",
+    [
+        ({}, {}),
+        ({"max_completion_tokens": 5}, {"max_new_tokens": 5}),
+        ({"use_knowledge": False}, {"use_knowledge": False}),
+        ({"num_beams": 3, "max_tokens": 6}, {"num_beams": 3, "max_new_tokens": 6}),
+        ({"temperature": 0, "top_p": 0.5, "seed": 1}, {}),
+    ],
+)
+def test_settings_reach_the_model(client, pipe, given, settings):
+    expected = pipe(LONGER, **settings)[0]["generated_text"]
+    assert text_of(answer(client, LONGER, **given)) == expected
+    assert streamed(client, LONGER, **given)[0] == expected
+
+
+def test_contents_as_parts_and_the_developers_role(client):
+    parts = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in LONGER]
+    parts[0]["role"] = "developer"
+    assert text_of(answer(client, parts)) == text_of(answer(client, LONGER))
+
+
+def test_nulls_and_neutral_settings_count_as_absent(client):
+    neutral = {"n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0.0, "user": "a", "stop": []}
+    nothing = dict.fromkeys(("temperature", "tools", "max_tokens", "seed", "stream", "response_format"))
+    assert text_of(answer(client, **neutral, **nothing)) == text_of(answer(client))
+    appended = [{**QUESTION[0], "name": None, "tool_calls": None}]
+    assert text_of(answer(client, appended)) == text_of(answer(client))
+
+
+def test_a_seed_makes_draws_repeatable(client, pipe):
+    sampling = {"temperature": 1.3, "top_p": 0.9, "max_tokens": 10}
+    found = text_of(answer(client, seed=7, **sampling))
+    wait_until(lambda: metrics(client)["vikdf_running_requests"] == 0)  # then the generator is as it was before
+    torch.manual_seed(7)
+    drawn = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 0, "max_new_tokens": 10}
+    assert pipe(QUESTION, **drawn)[0]["generated_text"] == found == text_of(answer(client, seed=7, **sampling))
+    assert len({text_of(answer(client, seed=seed, **sampling)) for seed in range(4)}) > 1
+    assert len({text_of(answer(client, **sampling)) for _ in range(4)}) > 1
+
+
+def test_the_end_of_a_turn_ends_the_reply(parts, pipe):
+    model, _ = parts
+    whole = pipe.model.generate(**pipe.processor([QUESTION]))[0, -8:].tolist()
+    config = GenerationConfig(**{**model.generation_config.to_diff_dict(), "eos_token_id": [2, whole[4]]})
+    with patch.object(model, "generation_config", config), serving(parts) as client:
+        found = answer(client)
+    assert found["choices"][0]["finish_reason"] == "stop"
+    assert found["usage"]["completion_tokens"] == whole.index(whole[4]) + 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_stop_texts(client, size):
+    whole = text_of(answer(client, LONGER, max_tokens=30))
+    stop = whole[len(whole) // 2 :][:size]
+    expected = whole[: whole.index(stop)].strip()
+    for given in (stop, ["never in it", stop]):
+        found = answer(client, LONGER, max_tokens=30, stop=given)
+        assert (text_of(found), found["choices"][0]["finish_reason"]) == (expected, "stop")
+        assert found["usage"]["completion_tokens"] <= 30
+        assert streamed(client, LONGER, max_tokens=30, stop=given)[:2] == (expected, "stop")
+
+
+# ---- streaming ----
+
+
+@pytest.mark.parametrize("messages", CHATS[:3])
+def test_streamed_is_what_comes_at_once_otherwise(client, messages):
+    whole = text_of(answer(client, messages, max_tokens=20))
+    text, reason, pieces = streamed(client, messages, max_tokens=20)
+    assert (text, reason) == (whole, "length") and pieces > 3
+
+
+def test_the_usage_of_a_stream(client):
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last = events(client.post(CHAT, json=body(**options)))
+    assert last["choices"] == [] and last["usage"] == answer(client)["usage"]
+
+
+def test_text_comes_when_it_can_not_change_any_more():
+    told = []
+    job = server.Job(None, None, 100, ("END", "ENOUGH"), 0.0, None)
+    job.emit = told.append
+    steps = ["Hi", "Hi ", "Hi \ufffd", "Hi é", "Hi é E", "Hi é Et", "Hi é Et EN", "Hi é Et ENO", "Hi é Et ENOUGH x"]
+    for _ in steps:
+        job.append(0, False, lambda ids: steps[len(ids) - 1])
+    assert [update.text for update in told] == ["Hi", " é", " Et", ""]
+    assert told[-1].finish_reason == "stop" and job.text == "Hi é Et"
+
+
+# ---- batches ----
+
+
+def test_what_waits_is_answered_together_as_if_alone(parts, pipe):
+    requests = [
+        body(messages, max_tokens=tokens, stream=stream, stop=stop)
+        for messages, tokens, stream, stop in zip(
+            CHATS + CHATS[:3], (12, 3, 7, 1, 12, 5, 9, 12), [True, False] * 4, ["x"] + [[]] * 7, strict=True
+        )
+    ]
+    with serving(parts, max_batch=4) as client, ThreadPoolExecutor(9) as pool:
+        alone = [client.post(CHAT, json=request) for request in requests]
+        with held(parts[0]) as (go, steps):
+            first = pool.submit(client.post, CHAT, json=body())
+            wait_until(lambda: steps)
+            waiting = [pool.submit(client.post, CHAT, json=request) for request in requests]
+            wait_until(lambda: metrics(client)["vikdf_queue_length"] == 8)
+            go.set()
+            together = [future.result() for future in waiting]
+        assert text_of(first.result().json()) == text_of(answer(client))
+        figures = metrics(client)
+    for request, one, other in zip(requests, alone, together, strict=True):
+        if request["stream"]:
+            assert [chunk["choices"] for chunk in events(one)] == [chunk["choices"] for chunk in events(other)]
+        else:
+            assert one.json()["choices"] == other.json()["choices"] and one.json()["usage"] == other.json()["usage"]
+    assert figures["vikdf_batch_size_count"] == 8 + 1 + 2 + 1
+    assert figures["vikdf_batch_size_sum"] == 8 + 1 + 8 + 1
+    assert figures['vikdf_batch_size_bucket{le="2"}'] == 10
+
+
+def test_only_what_agrees_shares_a_batch(parts):
+    seeded = {"temperature": 1.0, "seed": 1}
+    kinds = [{}, {"use_knowledge": False}, {"num_beams": 2}, {"num_beams": 2, "max_tokens": 3}, {"temperature": 0.7}]
+    requests = [*kinds, *kinds, seeded, seeded]
+    with serving(parts) as client, ThreadPoolExecutor(20) as pool:
+        alone = [text_of(answer(client, **kind)) for kind in (*kinds[:4], seeded)]
+        spy = patch.object(type(parts[0]), "generate", autospec=True, side_effect=type(parts[0]).generate)
+        with held(parts[0]) as (go, steps), spy as generate:
+            pool.submit(answer, client)
+            wait_until(lambda: steps)
+            waiting = [pool.submit(answer, client, **kind) for kind in requests]
+            knowledge = [pool.submit(client.post, "/v1/knowledge", json=body()) for _ in range(2)]
+            wait_until(lambda: metrics(client)["vikdf_queue_length"] == 14)
+            go.set()
+            found = [text_of(future.result()) for future in waiting]
+            assert all(future.result().status_code == 200 for future in knowledge)
+            sizes = [len(call.kwargs["input_ids"]) for call in generate.call_args_list]
+    assert sorted(sizes) == [1, 1, 1, 2, 2, 2, 2, 2]  # the first, both seeded ones, and five pairs
+    assert found[:4] == found[5:9] == alone[:4] and found[10] == found[11] == alone[4]
+
+
+def test_rows_that_do_not_fit_into_the_window_together_are_not_put_together(parts):
+    long = [{"role": "user", "content": "the water was so blue! " * 12}]
+    with serving(parts) as client, ThreadPoolExecutor(3) as pool:
+        length = answer(client, long)["usage"]["prompt_tokens"]
+        tokens = 512 - length + 1
+        with held(parts[0]) as (go, steps):
+            waiting = [pool.submit(answer, client)]
+            wait_until(lambda: steps)
+            waiting += [pool.submit(answer, client, long), pool.submit(answer, client, max_tokens=tokens)]
+            wait_until(lambda: metrics(client)["vikdf_queue_length"] == 2)
+            go.set()
+            assert [each.result()["usage"]["completion_tokens"] for each in waiting] == [8, 8, tokens]
+        assert metrics(client)['vikdf_batch_size_bucket{le="1"}'] == 4
+
+
+def test_many_clients_at_once(parts):
+    contexts = [{"role": "user", "content": "the water was so blue! " * 6}, *LONGER[2:]]  # more than CLIP reads
+    chats = [*CHATS, contexts, QUESTION + contexts[1:]]
+    with serving(parts, max_batch=4) as client, ThreadPoolExecutor(12) as pool:
+        alone = [text_of(answer(client, chat, max_tokens=6)) for chat in chats]
+        order = [Random(seed).randrange(len(chats)) for seed in range(72)]
+        found = pool.map(lambda number: text_of(answer(client, chats[number], max_tokens=6)), order)
+        assert list(found) == [alone[number] for number in order]
+
+
+# ---- pictures and knowledge ----
+
+
+def picture(colour: str) -> Image.Image:
+    return Image.new("RGB", (40, 36), colour)
+
+
+def data_url(image: Image.Image, format: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def with_picture(url: str) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, *text_part("Look!")]}]
+
+
+def text_part(text: str) -> list[dict]:
+    return [{"type": "text", "text": text}]
+
+
+def test_pictures_alone_and_beside_chats_without(parts, pipe):
+    look = [{"role": "user", "content": "Look!"}]
+    expected = [pipe(look, images=picture("red")), pipe(QUESTION), pipe(look, images=picture("blue"))]
+    requests = [with_picture(data_url(picture("red"))), QUESTION, with_picture(data_url(picture("blue")))]
+    with serving(parts) as client, ThreadPoolExecutor(4) as pool:
+        assert [text_of(answer(client, request)) for request in requests] == [
+            each[0]["generated_text"] for each in expected
+        ]
+        with held(parts[0]) as (go, steps):
+            pool.submit(answer, client)
+            wait_until(lambda: steps)
+            waiting = [pool.submit(answer, client, request) for request in requests]
+            wait_until(lambda: metrics(client)["vikdf_queue_length"] == 3)
+            go.set()
+            assert [text_of(each.result()) for each in waiting] == [each[0]["generated_text"] for each in expected]
+        assert metrics(client)["vikdf_batch_size_sum"] == 7 and metrics(client)["vikdf_batch_size_count"] == 5
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("http://127.0.0.1:9/cat.png", "fetches nothing"),
+        ("https://example.org/cat.png", "fetches nothing"),
+        ("file:///etc/passwd", "fetches nothing"),
+        ("/etc/passwd", "fetches nothing"),
+        ("data:image/png,AAAA", "data: URL"),
+        ("data:image/png;base64,AAAA", "no whole PNG"),
+        (data_url(picture("red"))[:-40], "no whole PNG"),
+        (data_url(picture("red"), "BMP").replace("bmp", "png"), "no whole PNG"),
+        (data_url(Image.new("1", (6000, 5000))), "6000 x 5000 pixels"),
+    ],
+)
+def test_pictures_that_are_refused(client, url, message):
+    with patch.object(socket, "getaddrinfo", side_effect=AssertionError("fetched")):
+        refused(client.post(CHAT, json=body(with_picture(url))), 400, message)
+
+
+def test_two_pictures_or_no_eyes(parts, client):
+    two = with_picture(data_url(picture("red"))) * 2
+    refused(client.post(CHAT, json=body([two[0], LONGER[2], two[1]])), 400, "2 pictures")
+    with patch.object(parts[0], "vision_encoder", None):
+        refused(client.post(CHAT, json=body(two[:1])), 400, "takes no pictures")
+    with patch.object(parts[1], "image_processor", None):
+        refused(client.post(CHAT, json=body(two[:1])), 400, "without image_processor")
+
+
+@pytest.mark.parametrize("messages", [QUESTION, LONGER, with_picture(data_url(picture("red")))])
+def test_knowledge(parts, client, messages):
+    model, processor = parts
+    image = picture("red") if isinstance(messages[0]["content"], list) else None
+    inputs = processor(
+        [[{"role": "user", "content": "Look!"}]] if image else [messages], images=[image] if image else None
+    )
+    with torch.no_grad():
+        knowledge = model.get_knowledge(
+            inputs["context_input_ids"], inputs["context_attention_mask"], inputs.get("pixel_values")
+        )
+        projected = model.project_knowledge(knowledge)
+    for encoding in ("float", "base64"):
+        response = client.post("/v1/knowledge", json=body(messages, encoding_format=encoding))
+        assert response.status_code == 200, response.text
+        for name, expected in (("knowledge", knowledge[0]), ("projected", projected[0])):
+            found = response.json()[name]
+            data = found["data"]
+            if encoding == "base64":
+                data = torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.float32).reshape(found["shape"])
+            torch.testing.assert_close(torch.as_tensor(data), expected)
+            assert found["shape"] == list(expected.shape)
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    "wrong, status, message",
+    [
+        ({"model": "gpt-4"}, 404, "no such model"),
+        ({"messages": []}, 400, "messages: .*at least 1"),
+        ({"messages": "Hello"}, 400, "messages: .*list"),
+        ({"messages": None}, 400, "messages: .*required"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages.0.role: .*'system'"),
+        ({"messages": [{"role": "user", "content": ""}]}, 400, "message 0: the content is empty"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content: .*required"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": []}]}, 400, "tool_calls: not supported"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": "a"}]}, 400, "nothing to reply to"),
+        ({"messages": [{"role": "system", "content": "a"}]}, 400, "no user message"),
+        ({"messages": [{"role": "user", "content": "the water was so blue! " * 100}]}, 400, "tokens; at most"),
+        ({"messages": [{"role": "user", "content": "a" * 200_001}]}, 413, "200001 characters"),
+        ({"max_tokens": -1}, 400, "max_tokens: .*greater than or equal to 1"),
+        ({"max_tokens": 100_000}, 400, "max_tokens=100000 leaves no room"),
+        ({"temperature": 3}, 400, "temperature: "),
+        ({"n": 2}, 400, "n: .*1"),
+        ({"logprobs": True}, 400, "logprobs: "),
+        ({"tools": []}, 400, "tools: not supported by this server"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format: not supported"),
+        ({"stop": ["a"] * 5}, 400, "stop"),
+        ({"stream": "yes"}, 400, "stream: "),
+        ({"encoding_format": "float"}, 400, "encoding_format: not supported"),
+    ],
+)
+def test_clear_refusals(client, wrong, status, message):
+    refused(client.post(CHAT, json={**body(), **wrong}), status, message)
+
+
+def test_reserved_tokens_are_refused(parts, client):
+    chat = [{"role": "user", "content": f"a {parts[1].knowledge_token} b"}]
+    refused(client.post(CHAT, json=body(chat)), 400, "reserved for knowledge")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"model": "\\ud800"}', b"1" * 5000])
+def test_bodies_that_are_no_json(client, content):
+    refused(client.post(CHAT, content=content, headers={"Content-Type": "application/json"}), 400, "")
+
+
+def test_other_content_types_paths_and_methods(client):
+    # a page in a browser may send plain text to this machine without asking
+    refused(client.post(CHAT, content=json.dumps(body()), headers={"Content-Type": "text/plain"}), 400, "")
+    refused(client.get("/v1/nothing"), 404, "Not Found")
+    refused(client.get(CHAT), 405, "Method Not Allowed")
+
+
+def test_malformed_requests_never_break_it(client):
+    random, expected = Random(0), text_of(answer(client))
+    for number in range(300):
+        content = LOAD_SERVER["malformed_body"](random, "vikdf")
+        response = client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code in (400, 404, 413), (response.status_code, content[:300])
+        assert response.json()["error"]["message"]
+        if number % 50 == 0:
+            assert text_of(answer(client)) == expected
+    assert text_of(answer(client)) == expected
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/knowledge"])
+def test_bodies_that_are_too_large(client, path):
+    content = json.dumps(body([{"role": "user", "content": "a" * 9 * 2**20}])).encode()
+    refused(client.post(path, content=content, headers={"Content-Type": "application/json"}), 413, "bytes")
+    pieces = (content[start : start + 2**16] for start in range(0, len(content), 2**16))
+    refused(client.post(path, content=pieces, headers={"Content-Type": "application/json"}), 413, "bytes")
+
+
+@pytest.mark.parametrize("text", ["a" * 200_000, "é😀" * 100_000, "a " * 100_000, "\n" * 199_999 + "a"])
+def test_large_texts_cost_little_time(client, text):
+    start = time.monotonic()
+    response = client.post(CHAT, json=body([{"role": "user", "content": text}]))
+    assert response.status_code in (200, 400), response.text  # some templates strip
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, "", "Bearer", "Bearer ", "Bearer wrong", f"Basic {SECRET}", SECRET, f"Bearer {SECRET}x", "Bearer é"],
+)
+def test_the_key(parts, given):
+    with serving(parts, api_key=SECRET) as client:
+        headers = {} if given is None else {"Authorization": given.encode()}
+        for path in (CHAT, "/v1/knowledge", "/v1/models", "/v1/nothing"):
+            response = client.post(path, content=b"{", headers=headers)
+            refused(response, 401, "API key")
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert client.get("/health").status_code == client.get("/metrics").status_code == 200
+        right = {"Authorization": f"Bearer {SECRET}"}
+        assert client.post(CHAT, json=body(), headers=right).status_code == 200
+
+
+@pytest.mark.parametrize("wrong", [{"api_key": ""}, {"max_batch": 0}, {"max_queue": -1}, {"timeout": 0}])
+def test_settings_that_make_no_sense(parts, wrong):
+    with pytest.raises(ValueError, match="API key|positive"):
+        create_app(*parts, **wrong)
+
+
+# ---- too much, too late, gone ----
+
+
+def test_a_full_queue(parts):
+    with serving(parts, max_queue=2) as client, ThreadPoolExecutor(3) as pool:
+        with held(parts[0]) as (go, steps):
+            waiting = [pool.submit(answer, client)]
+            wait_until(lambda: steps)
+            waiting += [pool.submit(answer, client), pool.submit(answer, client, LONGER)]
+            wait_until(lambda: metrics(client)["vikdf_queue_length"] == 2)
+            for path in (CHAT, "/v1/knowledge"):
+                response = client.post(path, json=body())
+                refused(response, 429, "Too many")
+                assert int(response.headers["retry-after"]) >= 1
+            go.set()
+            assert all(text_of(future.result()) for future in waiting)
+        assert text_of(answer(client))
+
+
+def test_a_reply_that_is_not_done_in_time_ends_early(parts):
+    with serving(parts, timeout=1.0) as client, slowed(parts[0], 0.05) as steps:
+        whole = text_of(answer(client, max_tokens=8))
+        found = answer(client, max_tokens=400)
+        assert found["choices"][0]["finish_reason"] == "length" and 0 < found["usage"]["completion_tokens"] < 30
+        assert text_of(found)[:5] == whole[:5]
+        text, reason, _ = streamed(client, max_tokens=400)
+        assert text[:5] == whole[:5] and reason == "length"
+        assert len(steps) < 60
+        assert text_of(answer(client, max_tokens=8)) == whole
+
+
+def test_a_beam_search_that_is_not_done_in_time_is_given_up(parts):
+    with serving(parts, timeout=0.5) as client, slowed(parts[0], 0.02) as steps:
+        for stream in (False, True):
+            refused(client.post(CHAT, json=body(num_beams=3, max_tokens=300, stream=stream)), 504, "in time")
+        wait_until(lambda: metrics(client)["vikdf_running_requests"] == 0)
+        assert len(steps) < 100
+        assert text_of(answer(client, num_beams=3, max_tokens=3))
+
+
+def test_what_waits_too_long_is_told_so(parts):
+    with serving(parts, timeout=0.5) as client, held(parts[0]) as (go, steps), ThreadPoolExecutor(3) as pool:
+        requests = [(CHAT, body(stream=True)), (CHAT, body()), ("/v1/knowledge", body())]
+        first, *rest = [pool.submit(client.post, path, json=each) for path, each in requests]
+        for future in (first, *rest):
+            refused(future.result(), 504, "in time")
+        assert metrics(client)["vikdf_queue_length"] == 0
+        go.set()
+        assert text_of(answer(client))
+        assert len(steps) < 20  # nobody generated what nobody waits for
+
+
+def test_a_client_that_leaves_ends_its_row_and_no_other(parts):
+    model, _ = parts
+    with listening(parts) as url, httpx.Client(base_url=url, timeout=30) as client, ThreadPoolExecutor(2) as pool:
+        expected = text_of(answer(client, LONGER, max_tokens=40))
+        with held(model) as (go, begun):
+            pool.submit(answer, client)
+            wait_until(lambda: begun)
+            leaver = httpx.Client(base_url=url, timeout=30)
+            stream = leaver.stream("POST", CHAT, json=body(stream=True, max_tokens=300))
+            entering = pool.submit(stream.__enter__)
+            wait_until(lambda: metrics(client)["vikdf_queue_length"] == 1)
+            with ThreadPoolExecutor(1) as other:
+                stays = other.submit(answer, client, LONGER, max_tokens=40)
+                wait_until(lambda: metrics(client)["vikdf_queue_length"] == 2)
+                with slowed(model, 0.01) as steps:
+                    go.set()
+                    next(entering.result().iter_text())
+                    leaver.close()
+                    wait_until(lambda: 'vikdf_requests_total{status="499"}' in metrics(client))
+                    assert text_of(stays.result()) == expected
+                    wait_until(lambda: metrics(client)["vikdf_running_requests"] == 0)
+        assert len(steps) < 100 and metrics(client)["vikdf_batch_size_sum"] == 4
+
+
+def test_a_client_that_leaves_before_it_gets_anything(parts):
+    model, _ = parts
+    with listening(parts) as url, slowed(model, 0.01) as steps, httpx.Client(base_url=url) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(CHAT, json=body(max_tokens=400), timeout=0.3)
+        wait_until(lambda: metrics(client)["vikdf_running_requests"] == 0)
+        assert 0 < len(steps) < 200
+        with held(model) as (go, begun), ThreadPoolExecutor(1) as pool:
+            first = pool.submit(answer, client)
+            wait_until(lambda: begun)
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/knowledge", json=body(), timeout=0.3)
+            wait_until(lambda: metrics(client)["vikdf_queue_length"] == 0)  # nor does it wait any more
+            go.set()
+            assert first.result()
+        wait_until(lambda: metrics(client).get('vikdf_requests_total{status="499"}') == 2)
+
+
+def test_a_request_that_never_arrives_whole(parts):
+    with listening(parts, timeout=0.5) as url:
+        with socket.create_connection((httpx.URL(url).host, httpx.URL(url).port), timeout=10) as connection:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+            connection.sendall(head.encode() + b'{"model"')
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+
+
+def test_a_model_that_fails_fails_once(parts, client):
+    expected = text_of(answer(client))
+    with patch.object(type(parts[0]), "generate", side_effect=RuntimeError("out of memory")):
+        for stream in (False, True):
+            refused(client.post(CHAT, json=body(stream=stream)), 500, "failed")
+    with patch.object(type(parts[0]), "get_knowledge", side_effect=RuntimeError("out of memory")):
+        refused(client.post("/v1/knowledge", json=body()), 500, "failed")
+    assert text_of(answer(client)) == expected
+
+
+def test_a_failure_in_the_middle_of_a_stream(parts, client):
+    def fail(*_):
+        calls.append(0)
+        if len(calls) == 6:
+            raise RuntimeError("out of memory")
+
+    calls, handle = [], parts[0].register_forward_pre_hook(fail)
+    try:
+        *chunks, last = events(client.post(CHAT, json=body(stream=True, max_tokens=20)))
+    finally:
+        handle.remove()
+    assert len(chunks) > 1 and "failed" in last["error"]["message"]
+
+
+def test_an_error_nobody_expected(parts, client):
+    with patch.object(type(parts[1]), "__call__", side_effect=RuntimeError("?")):
+        refused(client.post(CHAT, json=body()), 500, "Internal")
+    assert text_of(answer(client))
+
+
+def test_shutting_down_ends_what_runs(parts):
+    with ThreadPoolExecutor(1) as pool, slowed(parts[0], 0.02) as steps:
+        with listening(parts) as url:
+            future = pool.submit(httpx.post, url + CHAT, json=body(max_tokens=450), timeout=30)
+            wait_until(lambda: steps)
+        with pytest.raises(httpx.HTTPError):
+            future.result().raise_for_status()
+    assert len(steps) < 200
+
+
+# ---- what is written down ----
+
+
+def test_logs_hold_no_text_and_no_key(parts, caplog, capsys):
+    caplog.set_level(logging.DEBUG)
+    word = "tomatoes"
+    chat = [{"role": "user", "content": word}]
+    headers = {"Authorization": f"Bearer {SECRET}"}
+    with serving(parts, api_key=SECRET) as client:
+        client.headers.update(headers)
+        reply = text_of(answer(client, chat))
+        streamed(client, chat)
+        for wrong in (
+            body([{"role": word, "content": word}]),
+            body(chat, stop=[word, ""]),
+            body(chat, max_tokens=word),
+        ):
+            refused(client.post(CHAT, json=wrong), 400, "")
+        client.post(CHAT, json=body([{"role": "user", "content": f"{word} {parts[1].knowledge_token}"}]))
+        client.get(f"/{word}?key={SECRET}&text={word}")
+        client.post(CHAT, json=body(chat), headers={"Authorization": f"Bearer {word}"})
+        client.post(CHAT, json=body([{"role": "user", "content": word + " the water was so blue!" * 100}]))
+        with patch.object(type(parts[0]), "generate", side_effect=RuntimeError(word)):
+            client.post(CHAT, json=body(chat))
+        with patch.object(type(parts[1]), "__call__", side_effect=RuntimeError(word)):
+            client.post(CHAT, json=body(chat))
+        page = client.get("/metrics").text
+    # what the test's own client logs is not the server's
+    log = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith("httpx"))
+    written = log + page + "".join(capsys.readouterr())
+    assert "POST /v1/chat/completions 200" in log and "GET - 404" in log and "RuntimeError" in log
+    for private in (word, SECRET, reply):
+        assert private not in written
+
+
+def test_metrics_add_up(parts):
+    with serving(parts) as client:
+        usages = [answer(client, chat, max_tokens=3 + i)["usage"] for i, chat in enumerate(CHATS)]
+        streamed(client)
+        for wrong in ({"n": 2}, {"model": "a"}, {"messages": []}):
+            client.post(CHAT, json={**body(), **wrong})
+        client.post("/v1/knowledge", json=body())
+        pages = [client.get("/metrics").text]
+        while "vikdf_running_requests 0" not in pages[-1]:
+            pages.append(client.get("/metrics").text)
+    found = read_metrics(pages[-1])
+    assert found['vikdf_requests_total{status="200"}'] == 5 + 1 + 1 + len(pages) - 1  # a page does not count itself
+    assert found['vikdf_requests_total{status="400"}'] == 2 and found['vikdf_requests_total{status="404"}'] == 1
+    assert found["vikdf_completion_tokens_total"] == sum(each["completion_tokens"] for each in usages) + 8
+    assert found["vikdf_prompt_tokens_total"] == sum(each["prompt_tokens"] for each in (*usages, usages[0]))
+    assert found["vikdf_time_to_first_token_seconds_count"] == 6
+    assert found['vikdf_time_to_first_token_seconds_bucket{le="+Inf"}'] == 6
+    buckets = [value for name, value in found.items() if name.startswith("vikdf_time_to_first_token_seconds_bucket")]
+    assert buckets == sorted(buckets)
+    assert found["vikdf_batch_size_count"] == found["vikdf_batch_size_sum"] == 7
+    assert found["vikdf_queue_length"] == found["vikdf_running_requests"] == 0
+    for line in pages[-1].splitlines():
+        assert re.fullmatch(r'# (HELP|TYPE) \w+ .+|\w+(\{\w+="[^"]+"\})? [0-9.e+-]+', line), line
+
+
+def test_health_and_models(client):
+    assert CHAT in client.get("/openapi.json").json()["paths"]
+    assert client.get("/health").json() == {"status": "ok"}
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "vikdf" and model["object"] == "model"
+
+
+def test_a_dead_worker_is_unhealthy(parts):
+    client = TestClient(create_app(*parts))  # its lifespan has not begun
+    assert client.get("/health").status_code == 503
+
+
+# ---- the official client, the command ----
+
+
+def test_the_openai_client(parts, pipe):
+    openai = pytest.importorskip("openai")
+    with listening(parts, api_key=SECRET) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=SECRET, max_retries=0)
+        assert [model.id for model in client.models.list()] == ["vikdf"]
+        ask = client.chat.completions.create
+        expected = pipe(LONGER, max_new_tokens=20)[0]["generated_text"]
+        reply = ask(model="vikdf", messages=LONGER, max_tokens=20)
+        assert reply.choices[0].message.content == expected and reply.usage.completion_tokens == 20
+        with ask(model="vikdf", messages=LONGER, max_tokens=20, stream=True) as stream:
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
+        further = [*LONGER, reply.choices[0].message, {"role": "user", "content": "Why?"}]
+        assert ask(model="vikdf", messages=further, temperature=0, extra_body={"use_knowledge": False}).choices
+        with pytest.raises(openai.BadRequestError, match="tools: not supported"):
+            ask(model="vikdf", messages=QUESTION, tools=[])
+        with pytest.raises(openai.NotFoundError):
+            ask(model="gpt-4", messages=QUESTION)
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="wrong").models.list()
+
+
+def test_the_command(parts, tmp_path, monkeypatch, capsys):
+    for part in parts:
+        part.save_pretrained(tmp_path / "mine")
+    monkeypatch.setenv("VIKDF_API_KEY", SECRET)
+    with patch.object(uvicorn, "run") as run:
+        main(["serve", "--model", str(tmp_path / "mine"), "--port", "8123", "--max-batch", "2", "--timeout", "5"])
+    (app,), settings = run.call_args
+    assert (settings["host"], settings["port"], settings["access_log"]) == ("127.0.0.1", 8123, False)
+    with TestClient(app) as client:
+        refused(client.get("/v1/models"), 401, "API key")
+        client.headers.update({"Authorization": f"Bearer {SECRET}"})
+        assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+        assert client.post(CHAT, json={**body(), "model": "mine"}).status_code == 200
+    with pytest.raises(SystemExit, match="vikdf: .*positive"):
+        main(["serve", "--model", str(tmp_path / "mine"), "--max-batch", "0"])
+
+
+# ---- prompts for a language model elsewhere ----
+
+
+@pytest.mark.parametrize("messages", CHATS)
+def test_prompt_embeddings_make_the_llm_reply_as_ours_does(parts, messages):
+    model, processor = parts
+    embeddings = prompt_embeddings(model, processor, messages)
+    inputs = processor([messages])
+    assert embeddings.shape == (inputs["input_ids"].shape[1], model.config.text_config.hidden_size)
+    settings = {"max_new_tokens": 16, "suppress_tokens": [2, processor.knowledge_token_id]}
+    expected = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+    llm = AutoModelForCausalLM.from_pretrained(
+        model.config.backbones["language_model"]["repo_id"], dtype=torch.float32
+    )
+    greedy = {"do_sample": False, "eos_token_id": 2, "pad_token_id": 0, "temperature": None, "top_p": None}
+    assert torch.equal(llm.generate(inputs_embeds=embeddings[None], **greedy, **settings), expected)
+    silent = llm.generate(inputs_embeds=llm.get_input_embeddings()(inputs["input_ids"]), **greedy, **settings)
+    assert not torch.equal(silent, expected)
+
+
+def test_prompt_embeddings_with_a_picture(parts):
+    model, processor = parts
+    red, blue = (
+        prompt_embeddings(
+            model,
+            processor,
+            [{"role": "user", "content": [{"type": "image", "image": picture(colour)}, *text_part("Look!")]}],
+        )
+        for colour in ("red", "blue")
+    )
+    assert red.shape == blue.shape and not torch.equal(red, blue)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoded_prompt_embeddings_come_back(dtype):
+    rows = torch.randn(9, 5).to(dtype)
+    payload = encode_prompt_embeddings(rows[2:4])
+    assert torch.equal(torch.load(io.BytesIO(base64.b64decode(payload)), weights_only=True), rows[2:4])
+    assert len(payload) < len(encode_prompt_embeddings(torch.randn(1000, 5)))
