@@ -292,6 +292,10 @@ def test_base_text_starts_with_silent_knowledge(backbones, name, request):
     spoken[spoken == processor.knowledge_token_id] = words
     assert torch.equal(model(**inputs).logits, model.language_model(input_ids=spoken).logits)
     assert (model.knowledge_gate == 0).all()
+    # or with gates that are open
+    model, processor = around(llm, backbones, base_text="the dog", initial_gate=0.5)
+    assert (model.knowledge_gate == 0.5).all()
+    assert not torch.allclose(model(**inputs).logits, model.language_model(input_ids=spoken).logits, atol=1e-4)
 
 
 @torch.no_grad()
