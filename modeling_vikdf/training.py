@@ -94,6 +94,8 @@ class VikdfTrainingArguments(TrainingArguments):
             value = getattr(self, each.name)
             if isinstance(value, str) and each.type in (float, float | None, "float"):
                 setattr(self, each.name, float(value))
+            if each.name.endswith("_strategy") and value is False:
+                setattr(self, each.name, "no")  # which YAML reads as false
         super().__post_init__()
 
     def rate_of(self, name: str) -> float:

@@ -823,6 +823,9 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
         output_dir=str(tmp_path), learning_rate="1e-4", weight_decay="5e-2", learning_rates='{"iqformer": "1e-3"}'
     )
     assert (args.learning_rate, args.weight_decay, args.learning_rates) == (1e-4, 0.05, {"iqformer": 1e-3})
+    # and `no` as false
+    off = VikdfTrainingArguments(output_dir=str(tmp_path), **yaml.safe_load("{eval_strategy: no, save_strategy: no}"))
+    assert off.eval_strategy == off.save_strategy == "no"
 
 
 @pytest.mark.parametrize("objectives", [ALL, None], ids=["pairs", "dialogues"])

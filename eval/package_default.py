@@ -1,0 +1,42 @@
+"""Makes a trained model the packaged default: what was trained, its processor, how it was trained, and its card.
+
+Example run:
+    python eval/package_default.py outputs/study/seed0/vikdf --results eval/results/image_chat_validation.json
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
+from modeling_vikdf.cards import render_model_card
+
+
+def main() -> None:
+    """Replaces modeling_vikdf/default_checkpoint."""
+    parser = argparse.ArgumentParser(description="Make a trained model the packaged default.")
+    parser.add_argument("model", type=Path, help="folder of the trained model")
+    parser.add_argument("--results", type=Path, nargs="*", default=[], help="reports for the card")
+    args = parser.parse_args()
+
+    model, processor = (each.from_pretrained(args.model) for each in (VikdfForConditionalGeneration, VikdfProcessor))
+    # how it speaks is not learnt: greedy, short, without loops
+    tokens = {name: getattr(model.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    tokens = {f"{name}_token_id": value for name, value in tokens.items()}
+    model.generation_config = GenerationConfig(**tokens, max_new_tokens=64, do_sample=False, no_repeat_ngram_size=3)
+    for path in DEFAULT_CHECKPOINT.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    model.save_pretrained(DEFAULT_CHECKPOINT)
+    processor.save_pretrained(DEFAULT_CHECKPOINT)
+    for name in ("recipe.yaml", "trainer_state.json"):
+        shutil.copy(args.model / name, DEFAULT_CHECKPOINT)
+    card = render_model_card(DEFAULT_CHECKPOINT, results=args.results)
+    (DEFAULT_CHECKPOINT / "README.md").write_text(card, encoding="utf-8")
+    size = sum(path.stat().st_size for path in DEFAULT_CHECKPOINT.rglob("*") if path.is_file())
+    print(f"{DEFAULT_CHECKPOINT}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
