@@ -112,8 +112,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             iqformer_config: fields of `Blip2QFormerConfig` (layers, width, ...).
             bert: a BERT-like checkpoint whose layers, feed-forward included, initialise the IQ-Former; its sizes are
                 the IQ-Former's unless `iqformer_config` says otherwise.
-            base_text: start with a harmless sentence in the knowledge's place: as base vectors its embeddings, repeated
-                or cut to n tokens, and the gates at `initial_gate`, 0 for silent knowledge. `None`: base 0 and gate 1
+            base_text: start with a harmless sentence in the place of knowledge: its embeddings, repeated or cut to n
+                tokens, as base vectors, and gates at `initial_gate`, 0 for silent knowledge. `None`: base 0 and gate 1
                 as in the paper.
             config_kwargs: further fields of `VikdfConfig`.
 
