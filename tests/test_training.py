@@ -946,15 +946,47 @@ def test_recipes_of_the_repository_are_understood():
     from modeling_vikdf.training import _check_recipe
 
     recipes = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
-    recipes = [path for path in recipes if path.parent.name != "accelerate"]
+    recipes = [path for path in recipes if path.parent.name != "accelerate" and path.name != "study.yaml"]
     assert len(recipes) >= 5
     for path in recipes:
         stage = re.search(r"vikdf (\w+) --config|cli (\w+) --config", path.read_text())
         stage = next(group for group in stage.groups() if group)
         recipe = yaml.safe_load(path.read_text())
-        recipe.setdefault("data", {}).setdefault("train", "given on the command line")
-        _check_recipe(stage, recipe)
+        given = {"train": "given on the command line"}
+        if stage == "tune" and "objectives" in recipe:
+            given |= {"pairs": "given", "validation": "given", "pairs_validation": "given"}
+        _check_recipe(stage, recipe | {"data": given | recipe.get("data", {})})
         VikdfTrainingArguments(**recipe["training"] | {"use_cpu": True, "bf16": False, "report_to": "none"})
+
+
+def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
+    """Every step trains, after its parents, from a recipe that its stage understands, and once."""
+    import argparse
+    import importlib.util
+
+    from modeling_vikdf.training import _check_recipe
+
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("study", root / "eval" / "study.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    steps = yaml.safe_load((root / "configs" / "study.yaml").read_text())["steps"]
+    ran = []
+
+    def check(stage, recipe):
+        checked = _check_recipe(stage, recipe)
+        parent = checked["model"].get("checkpoint")
+        assert parent is None or parent in ran
+        ran.append(recipe["training"]["output_dir"])
+
+    monkeypatch.setattr(study, "run_stage", check)
+    args = argparse.Namespace(
+        config=root / "configs" / "study.yaml", output=tmp_path, pairs="p.tar", dialogues="d.jsonl", features="cache"
+    )
+    for name in steps:
+        study.train(name, 0, steps, args)
+    assert sorted(ran) == sorted(str(tmp_path / "seed0" / name) for name in steps)
+    assert all((Path(folder) / "finished.json").is_file() for folder in ran)
 
 
 def test_corrupt_images_and_a_truncated_shard_are_skipped_and_told(backbones, tmp_path):
