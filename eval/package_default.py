@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
-from modeling_vikdf.cards import render_model_card
+from modeling_vikdf.cards import FIGURE, render_model_card
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
     processor.save_pretrained(DEFAULT_CHECKPOINT)
     for name in ("recipe.yaml", "trainer_state.json"):
         shutil.copy(args.model / name, DEFAULT_CHECKPOINT)
+    shutil.copy(FIGURE, DEFAULT_CHECKPOINT)
     card = render_model_card(DEFAULT_CHECKPOINT, results=args.results)
     (DEFAULT_CHECKPOINT / "README.md").write_text(card, encoding="utf-8")
     size = sum(path.stat().st_size for path in DEFAULT_CHECKPOINT.rglob("*") if path.is_file())
