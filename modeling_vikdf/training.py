@@ -643,16 +643,18 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     dialogues = collate(DialogueCollator, report=report) if tuning else None
     if pairs is not None and pairs.uses_pictures:
         model.attach_vision_encoder()  # now, to be placed and perhaps cut into shards with the rest
-    load = _load_dialogues if tuning else _load_pairs
+    splits = ("train", "validation")
     with args.main_process_first(desc="reading the data"):
-        train = load(model, processor, data, "train", args, report)
-        validation = load(model, processor, data, "validation", args, report)
+        if tuning:  # all in memory
+            loaded = (load_dialogues(data[each], report=report) if data.get(each) else None for each in splits)
+        else:
+            loaded = (_load_pairs(model, processor, data, each, args, report) for each in splits)
+        train, validation = loaded
+        collator = dialogues if tuning else pairs
         if joint:
             beside = data | {"train": data["pairs"], "validation": data.get("pairs_validation")}
-            pictures = (_load_pairs(model, processor, beside, each, args, report) for each in ("train", "validation"))
+            pictures = (_load_pairs(model, processor, beside, each, args, report) for each in splits)
             collator = JointCollator(dialogues, pairs, *pictures)
-        else:
-            collator = dialogues if tuning else pairs
     trainer = VikdfTrainer(
         model=model,
         args=args,
@@ -763,18 +765,6 @@ def _load_pairs(
     return load_image_text_pairs(data[split], num_shards=readers, **settings)
 
 
-def _load_dialogues(
-    model: nn.Module,
-    processor: VikdfProcessor,
-    data: dict,
-    split: str,
-    args: VikdfTrainingArguments,
-    report: SkipReport,
-) -> Any:
-    """Dialogues that end in a reply, all in memory."""
-    return load_dialogues(data[split], report=report) if data.get(split) else None
-
-
 def _base(model: nn.Module) -> nn.Module:
     """The VIKDF model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -789,7 +779,7 @@ def freeze_unused(model: nn.Module, *, pictures: bool = True) -> None:
     if isinstance(model, VikdfForPreTraining):
         weights = model.config.loss_weights
         matching = bool(weights["text_image_matching"])
-        language = bool(weights["knowledge_to_text"] or weights["text_to_knowledge"])
+        language = bool(weights["knowledge_to_text"] or weights["text_to_knowledge"] or weights["reply"])
     else:
         matching, language = False, True
     model.matching_head.requires_grad_(matching)

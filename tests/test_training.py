@@ -959,6 +959,12 @@ def test_recipes_of_the_repository_are_understood():
         VikdfTrainingArguments(**recipe["training"] | {"use_cpu": True, "bf16": False, "report_to": "none"})
 
 
+def test_the_way_into_the_llm_is_trained_where_replies_are_the_only_objective_that_goes_there():
+    model = pretraining_model({"text_image_matching": 1.0, "reply": 1.0})
+    freeze_unused(model)
+    assert model.language_projection.weight.requires_grad and model.knowledge_gate.requires_grad
+
+
 def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     """Every step trains, after its parents, from a recipe that its stage understands, and once."""
     import argparse
