@@ -8,9 +8,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from transformers import GenerationConfig
-
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
+from modeling_vikdf.backbones import short_greedy_replies
 from modeling_vikdf.cards import FIGURE, render_model_card
 
 
@@ -22,10 +21,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model, processor = (each.from_pretrained(args.model) for each in (VikdfForConditionalGeneration, VikdfProcessor))
-    # how it speaks is not learnt: greedy, short, without loops
-    tokens = {name: getattr(model.generation_config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    tokens = {f"{name}_token_id": value for name, value in tokens.items()}
-    model.generation_config = GenerationConfig(**tokens, max_new_tokens=64, do_sample=False, no_repeat_ngram_size=3)
+    model.generation_config = short_greedy_replies(model.generation_config)  # how it speaks is not learnt
     for path in DEFAULT_CHECKPOINT.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     model.save_pretrained(DEFAULT_CHECKPOINT)

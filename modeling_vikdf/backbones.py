@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils import logging
 
 
@@ -202,6 +202,12 @@ def _convert_gguf(gguf_file: Path, target: Path) -> None:
         os.replace(incomplete, target)
     finally:
         shutil.rmtree(incomplete, ignore_errors=True)
+
+
+def short_greedy_replies(theirs: GenerationConfig) -> GenerationConfig:
+    """How a chat checkpoint speaks: greedily, briefly, without loops, and with the special tokens of `theirs`."""
+    tokens = {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**tokens, max_new_tokens=64, do_sample=False, no_repeat_ngram_size=3)
 
 
 def new_model(

@@ -65,9 +65,7 @@ def chat(args: argparse.Namespace) -> None:
 
 def new(args: argparse.Namespace) -> None:
     """Builds an untrained model around pretrained backbones and writes model and processor to a folder."""
-    from transformers import GenerationConfig
-
-    from .backbones import new_model
+    from .backbones import new_model, short_greedy_replies
 
     model, processor = new_model(
         args.language_model,
@@ -85,10 +83,7 @@ def new(args: argparse.Namespace) -> None:
         base_text=args.base_text,
         project_inputs=True,
     )
-    # the LLM's special tokens; how it draws tokens at random goes with its other defaults
-    theirs = model.generation_config
-    tokens = {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**tokens, max_new_tokens=64, do_sample=False, no_repeat_ngram_size=3)
+    model.generation_config = short_greedy_replies(model.generation_config)
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

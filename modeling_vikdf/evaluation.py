@@ -31,7 +31,7 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from . import __version__
 from .data import SkipReport, load_dialogues
@@ -553,8 +553,7 @@ def score_candidates(
         # the last token is predicted and need not be read
         ids, ids_mask = _pad([ids[:-1] for ids in candidates], padding, "right", device)  # [R, S]
         owners = torch.tensor([b for b, _ in some], device=device)
-        past, past_mask = copy.deepcopy(cache), mask[owners]  # [R, P]
-        past.batch_select_indices(owners)
+        past, past_mask = select_rows(cache, owners), mask[owners]  # [R, P]
         logits = model(
             input_ids=ids,
             attention_mask=torch.cat([past_mask, ids_mask], dim=1),
@@ -568,6 +567,14 @@ def score_candidates(
             predicted = predicted[len(ids) - 1 - tokens : len(ids) - 1].float()  # [tokens, vocabulary]
             scores[b][c] = -torch.nn.functional.cross_entropy(predicted, targets, reduction="none").cpu()
     return scores
+
+
+def select_rows(past: Cache, rows: torch.Tensor) -> Cache:
+    """A cache of its own of some rows; selecting replaces each layer's tensors and leaves the old ones as they are."""
+    selected = copy.copy(past)
+    selected.layers = [copy.copy(layer) for layer in past.layers]
+    selected.batch_select_indices(rows)
+    return selected
 
 
 def _likelihood_record(example: Example, scores: list[torch.Tensor], split: bool) -> dict[str, Any]:

@@ -10,7 +10,6 @@ with a cloze ("The color of the banana is") or with nothing, and a choice comes 
 arms, so nothing but the knowledge can make them differ.
 """
 
-import copy
 import itertools
 import json
 import re
@@ -25,9 +24,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import Cache
 
-from .evaluation import KNOWLEDGE_ARMS, arm_knowledge, bootstrap_interval, paired_randomisation
+from .evaluation import KNOWLEDGE_ARMS, arm_knowledge, bootstrap_interval, paired_randomisation, select_rows
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import VikdfProcessor
 
@@ -356,20 +354,12 @@ def _score(
         logits = model.language_model(
             # padding on the right is seen by nothing that is scored
             inputs_embeds=torch.cat([embeds[owner, -1:], embed(read.to(device))], dim=1),  # [R, 1 + T, d]
-            past_key_values=_select(past, owner),
+            past_key_values=select_rows(past, owner),
             use_cache=True,
             logits_to_keep=columns,
         ).logits.float()  # [R, k, vocabulary]
         sums.index_add_(0, reply, logits[i, column, token] - logits.logsumexp(-1)[i, column])
     return sums.cpu()
-
-
-def _select(past: Cache, rows: torch.Tensor) -> Cache:
-    """A cache of its own of some rows; selecting replaces each layer's tensors and leaves the old ones as they are."""
-    selected = copy.copy(past)
-    selected.layers = [copy.copy(layer) for layer in past.layers]
-    selected.batch_select_indices(rows)
-    return selected
 
 
 # ---- the probe ----

@@ -19,6 +19,8 @@ CITATION = """\
 
 
 class DialogueBleu(evaluate.Metric):
+    """Corpus BLEU-1 to BLEU-4, see `modeling_vikdf.metrics.bleu`."""
+
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(

@@ -19,6 +19,8 @@ CITATION = """\
 
 
 class DialogueRouge(evaluate.Metric):
+    """ROUGE-L, see `modeling_vikdf.metrics.rouge_l`."""
+
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(

@@ -20,6 +20,8 @@ CITATION = """\
 
 
 class DistinctN(evaluate.Metric):
+    """Distinct-1 and Distinct-2, see `modeling_vikdf.metrics.distinct`."""
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="Distinct-1 and Distinct-2: how many of the unigrams and bigrams of replies are different.",

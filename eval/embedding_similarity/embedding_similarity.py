@@ -26,6 +26,8 @@ CITATION = """\
 
 
 class EmbeddingSimilarity(evaluate.Metric):
+    """Average, Extrema and Greedy, see `modeling_vikdf.metrics.embedding_similarity`."""
+
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
