@@ -1,4 +1,4 @@
-# make setup | chat | test | study | results; all run in .venv, which setup makes and remakes when its ingredients change.
+# make setup | chat | test | test-lowest | study | results; all run in .venv, which setup makes and remakes when its ingredients change.
 
 VENV := .venv
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
@@ -6,7 +6,7 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup chat test study results
+.PHONY: setup chat test test-lowest study results
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,19 @@ chat: setup
 test: setup
 	$(VENV)/bin/ruff check .
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q
+
+# What leans on transformers and the Hub, with the lowest versions of these: an environment over that of .venv.
+LOWEST := $(VENV)/lowest
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+$(LOWEST)/.installed: $(VENV)/.installed requirements-lowest.txt
+	$(VENV)/bin/python -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --no-deps -r requirements-lowest.txt
+	$(VENV)/bin/python -c '$(PACKAGES)' > $$($(LOWEST)/bin/python -c '$(PACKAGES)')/newest.pth
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest -q $(foreach name,backbones checkpoints configuration \
+		generation golden modeling pipeline processing sharing training,tests/test_$(name).py)
 
 # Trains and evaluates the arms of the study: make study STUDY_ARGS='--pairs ... --dialogues ... --steps vikdf soft_prompt'
 study: setup

@@ -15,7 +15,7 @@ from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-from transformers.utils import logging
+from transformers.utils import has_file, logging
 
 
 logger = logging.get_logger(__name__)
@@ -149,7 +149,10 @@ def _find_on_hub(
         return None
     # Offline, a snapshot of which only the configuration was ever fetched is returned like a whole one.
     if not any(Path(snapshot).glob("model*.safetensors")):
-        looked_in.append(f"{place}: {snapshot} has no safetensors weights (pickled ones are not loaded)")
+        where = {"revision": revision, "local_files_only": local_files_only, **hub_kwargs}
+        pickled = has_file(name, "pytorch_model.bin", **where)
+        why = ", only pytorch_model.bin: a pickle, which can run code, so it is not loaded" if pickled else ""
+        looked_in.append(f"{place}: {snapshot} has no safetensors weights{why}")
         return None
     return snapshot
 

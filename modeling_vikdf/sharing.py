@@ -94,12 +94,18 @@ def push_to_hub(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             paths = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
             operations = [CommitOperationAdd(name, path) for name, path in sorted(paths.items())]
+            there = api.model_info(repo_id, revision=revision)
             if model is not None:
-                there = set(api.list_repo_files(repo_id, revision=revision))
-                stale = {name for pattern in WEIGHTS for name in fnmatch.filter(there - set(paths), pattern)}
+                names = {file.rfilename for file in there.siblings} - set(paths)
+                stale = {name for pattern in WEIGHTS for name in fnmatch.filter(names, pattern)}
                 operations += [CommitOperationDelete(name) for name in sorted(stale)]
             return api.create_commit(
-                repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+                repo_id,
+                operations,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=there.sha,  # refused if somebody else commits meanwhile: two models would be mixed
             )
         except Exception as error:  # uploads fail in many ways, and under classes of several libraries
             # of an upload, huggingface_hub's own error only says which file it was

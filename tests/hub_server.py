@@ -398,6 +398,8 @@ class Handler(BaseHTTPRequestHandler):
             value = entry["value"]
             if entry["key"] == "header":
                 message = value["summary"]
+                if value.get("parentCommit", parent) != parent:
+                    raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":

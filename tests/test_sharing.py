@@ -50,7 +50,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer, Repository
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -663,6 +663,24 @@ def test_an_interrupted_push_can_be_repeated(hub, saved, tmp_path, monkeypatch, 
     push_to_hub(repo_id, model=saved)
 
 
+def test_two_pushes_at_once_are_not_mixed(hub, saved, tmp_path, monkeypatch):
+    """Between the look at what is there and the commit, somebody else commits."""
+    commit, others = HfApi.create_commit, [changed(saved, tmp_path / "first", 200)]
+
+    def late(self, *args, **kwargs):
+        while others:
+            push_to_hub("org/busy", model=others.pop())
+        return commit(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", late)
+    theirs, ours = files_of(others[0]), changed(saved, tmp_path / "second", 300)
+    with pytest.raises(OSError, match="412(.|\\n)*A commit has happened since(.|\\n)*push again"):
+        push_to_hub("org/busy", model=ours)
+    assert hub.repositories["org/busy"].files["model.safetensors"] == theirs["model.safetensors"]
+    push_to_hub("org/busy", model=ours)
+    assert hub.repositories["org/busy"].files["model.safetensors"] == files_of(ours)["model.safetensors"]
+
+
 def test_a_passing_fault_is_not_noticed(hub, saved, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.fail("POST", "/preupload/", 500)
@@ -779,7 +797,7 @@ def test_a_backbone_with_pickled_weights_is_refused(hub, saved, backbones, tmp_p
     (local / "model.safetensors").unlink()
     (local / "pytorch_model.bin").write_bytes(pickled)
     for name, error, message in (
-        ("org/pickled-llama", BackboneNotFoundError, "pickled ones are not loaded"),
+        ("org/pickled-llama", BackboneNotFoundError, "pytorch_model.bin.*pickle"),
         (str(local), OSError, "pytorch_model.bin only"),
     ):
         set_backbone(folder, "language_model", repo_id=name)
