@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     sub.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     sub.add_argument("--api-key", help="what clients must send (default: environment variable VIKDF_API_KEY)")
-    sub.add_argument("--max-batch", type=int, default=8, help="replies generated together (default: 8)")
+    sub.add_argument("--max-batch", type=int, default=16, help="replies generated together (default: 16)")
     sub.add_argument("--max-queue", type=int, default=64, help="requests that wait before more get 429 (default: 64)")
     sub.add_argument("--timeout", type=float, default=60, help="seconds for an answer (default: 60)")
     sub.set_defaults(run=serve)

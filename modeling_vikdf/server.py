@@ -705,7 +705,7 @@ def create_app(
     name: str = "vikdf",
     *,
     api_key: str | None = None,
-    max_batch: int = 8,
+    max_batch: int = 16,
     max_queue: int = 64,
     timeout: float = 60.0,
 ) -> FastAPI:
