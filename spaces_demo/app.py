@@ -14,7 +14,7 @@ import base64
 import html
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class Demo:
         try:
             pipe.model.attach_vision_encoder()  # now, not when the first visitor waits for it
         except (OSError, ValueError) as error:
-            self.no_pictures = str(error).splitlines()[0]
+            self.no_pictures = str(error).partition(" Looked in:")[0]
         # on ZeroGPU this is what runs where the GPU is, so everything that needs the model is in it
         self.answer: Callable[..., Iterator[tuple[str, str, str]]] = self._answer
         if spaces is not None:
@@ -155,10 +155,8 @@ class Demo:
         if not text and not files:
             yield gr.skip(), chat, bare
             return
-        content: list[Any] = [{"type": "file", "file": {"path": path}} for path in files[-1:]]
-        content.append(text or "What do you see?")
-        asked = {"role": "user", "content": content}
-        steps = self.respond([*chat, asked], [*bare, {"role": "user", "content": content[-1]}], *controls)
+        text = text or "What do you see?"
+        steps = self.respond([*chat, user_message(text, files[-1:])], [*bare, user_message(text)], *controls)
         _, *dialogues = next(steps)
         yield gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True), *dialogues
         yield from steps
@@ -178,13 +176,9 @@ class Demo:
         """Replies to a message in another wording, and forgets what followed."""
         turn = turn_at(chat, edited.index)
         chat, bare = until(chat, turn), until(bare, turn)
-        _, pictures = read_content(chat[-1]["content"])
-        files = [{"type": "file", "file": {"path": path}} for path in pictures]
-        text = edited.value if isinstance(edited.value, str) else read_content([edited.value])[0]
-        chat[-1] = {"role": "user", "content": [*files, text]}
-        if bare:
-            bare[-1] = {"role": "user", "content": text}
-        yield from self.respond(chat, bare, *controls)
+        text, (_, files) = edited.value, read_content(chat[-1]["content"])
+        bare = [*bare[:-1], user_message(text)] if bare else []
+        yield from self.respond([*chat[:-1], user_message(text, files)], bare, *controls)
 
     def respond(
         self, chat: list[dict], bare: list[dict], compare: bool, length: int, temperature: float, beams: int
@@ -208,12 +202,18 @@ class Demo:
         if settings["do_sample"]:
             settings |= {"temperature": temperature, "top_p": 0.9}
         bare = bare if compare else []
-        yield gr.MultimodalTextbox(submit_btn=False, stop_btn=True), chat, bare
-        for pictured, reply, bare_reply in self.answer(messages, to_messages(bare)[0], picture, settings):
-            thought = {"role": "assistant", "content": pictured, "metadata": {"title": PICTURED}}
-            said = {"role": "assistant", "content": reply.strip() or PENDING}
-            bare_said = {"role": "assistant", "content": bare_reply.strip() or PENDING}
-            yield gr.skip(), [*chat, thought, said], [*bare, bare_said] if bare else []
+
+        def say(reply: str) -> dict:
+            return {"role": "assistant", "content": reply.strip() or PENDING}
+
+        # from the first moment there is a reply, so that the roles take turns whenever a visitor stops it
+        yield gr.MultimodalTextbox(submit_btn=False, stop_btn=True), [*chat, say("")], [*bare, say("")] if bare else []
+        try:
+            for pictured, reply, bare_reply in self.answer(messages, to_messages(bare)[0], picture, settings):
+                thought = {"role": "assistant", "content": pictured, "metadata": {"title": PICTURED}}
+                yield gr.skip(), [*chat, thought, say(reply)], [*bare, say(bare_reply)] if bare else []
+        except ValueError as error:  # a message that is too long, say
+            raise gr.Error(str(error)) from error
 
     # ---- the page ----
 
@@ -301,17 +301,18 @@ class Demo:
 # ---- dialogues as the page holds them ----
 
 
-def read_content(content: Any) -> tuple[str, list[str]]:
-    """Text and files of a message's content: a string, or a list of strings and parts."""
-    texts, files = [], []
-    for part in [content] if isinstance(content, str) else content:
-        if isinstance(part, str):
-            texts.append(part)
-        elif part["type"] == "text":
-            texts.append(part["text"])
-        else:
-            files.append(part["file"]["path"])
-    return "\n".join(texts), files
+def user_message(text: str, files: Sequence[str] = ()) -> dict[str, Any]:
+    """What a visitor said, under the pictures that were shown with it."""
+    pictures = [{"type": "file", "file": {"path": path}} for path in files]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+
+
+def read_content(content: str | list[dict]) -> tuple[str, list[str]]:
+    """Text and files of a message's content: a string, as programs send it, or a list of parts, as pages do."""
+    if isinstance(content, str):
+        return content, []
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    return "\n".join(texts), [part["file"]["path"] for part in content if part["type"] == "file"]
 
 
 def without_knowledge(chat: list[dict]) -> list[dict]:
