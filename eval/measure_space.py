@@ -31,6 +31,13 @@ SENTENCES = (
 NOTHING_YET = "…"
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start(port: int) -> tuple[subprocess.Popen, Client]:
     """The running Space and a client of it."""
     environment = os.environ | {"GRADIO_SERVER_PORT": str(port)}
@@ -71,10 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--messages", type=int, default=20, help="messages sent one after another (default: 20)")
     parser.add_argument("--users", type=int, default=8, help="visitors at once (default: 8)")
     args = parser.parse_args(argv)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    begin = time.perf_counter()
+    port, begin = free_port(), time.perf_counter()
     process, client = start(port)
     try:
         started = time.perf_counter() - begin

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,25 @@ CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
 .chat .example { border: 1px solid var(--border-color-primary); }
 .chat .thought-group { border: 0; padding: 0; margin: 0; background: none; }
-.chat .thought-group .message-content { opacity: 1 !important; }
+.chat .prose { opacity: 1 !important; }
 .chat [aria-label="Clear"] { display: none; }
 .pictured-words { line-height: 1.7; }
 .pictured-words mark { color: inherit; border-radius: .25rem; padding: .05rem .1rem; }
+.pictured-title { margin-top: .75rem; }
 .pictured-row { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: .5rem; }
 .pictured-card { width: 68px; text-align: center; font-size: .7rem; line-height: 1.2; overflow-wrap: anywhere; }
 .pictured-card img { width: 68px !important; height: 68px; object-fit: contain; background: white;
     border-radius: .5rem; margin: 0 0 .2rem !important; border: 1px solid var(--border-color-primary); }
 .pictured-score { display: block; opacity: .75; }
 """
+
+LAUNCH = {
+    "css": CSS,
+    "theme": gr.themes.Default(primary_hue="amber", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    "footer_links": [],
+    "max_file_size": "10mb",
+    "ssr_mode": False,
+}
 
 
 class Demo:
@@ -140,7 +150,7 @@ class Demo:
             lines.append(render_pictures(self.index.nearest(model.get_text_embeddings(*context), SHOWN_PICTURES)[0]))
             if picture is not None:
                 embeddings = model.get_image_embeddings(inputs["pixel_values"])  # [1, d]
-                lines.append('<div class="pictured-words">Nearest to your picture:</div>')
+                lines.append('<div class="pictured-title">Nearest to your picture:</div>')
                 lines.append(render_pictures(self.index.nearest(embeddings, SHOWN_PICTURES)[0]))
         return "".join(lines)
 
@@ -168,13 +178,13 @@ class Demo:
     def retry(self, retried: gr.RetryData, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
         """Replies once more to a message, and forgets what followed."""
         compare, length, temperature, beams = controls
-        turn = turn_at(chat, retried.index)
+        turn = count_turns(chat[: retried.index + 1])
         controls = compare, length, max(temperature, RETRY_TEMPERATURE), 1
         yield from self.respond(until(chat, turn), until(bare, turn), *controls)
 
     def edit(self, edited: gr.EditData, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
         """Replies to a message in another wording, and forgets what followed."""
-        turn = turn_at(chat, edited.index)
+        turn = count_turns(chat[: edited.index + 1])
         chat, bare = until(chat, turn), until(bare, turn)
         text, (_, files) = edited.value, read_content(chat[-1]["content"])
         bare = [*bare[:-1], user_message(text)] if bare else []
@@ -201,7 +211,10 @@ class Demo:
         }
         if settings["do_sample"]:
             settings |= {"temperature": temperature, "top_p": 0.9}
-        bare = bare if compare else []
+        if not compare:
+            bare = []
+        elif count_turns(bare) != count_turns(chat):  # side by side from here on
+            bare = without_knowledge(chat)
 
         def say(reply: str) -> dict:
             return {"role": "assistant", "content": reply.strip() or PENDING}
@@ -279,12 +292,8 @@ class Demo:
             for event in running:
                 event.then(**ready, **quick)
             box.stop(**ready, cancels=running, **quick)
-            new.click(
-                lambda: ([], [], gr.MultimodalTextbox(value=None, submit_btn=True, stop_btn=False)),
-                outputs=[chat, bare, box],
-                cancels=running,
-                **quick,
-            )
+            # Emptied by an event, the page could still get the last words of a reply that is being cancelled.
+            new.click(None, js="() => window.location.reload()", api_visibility="private")
             compare.change(
                 lambda compare, chat: (
                     gr.Markdown(visible=compare),
@@ -303,7 +312,7 @@ class Demo:
 
 def user_message(text: str, files: Sequence[str] = ()) -> dict[str, Any]:
     """What a visitor said, under the pictures that were shown with it."""
-    pictures = [{"type": "file", "file": {"path": path}} for path in files]
+    pictures = [{"type": "file", "file": {"path": path, "mime_type": guess_type(path)[0]}} for path in files]
     return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
 
 
@@ -333,9 +342,9 @@ def to_messages(chat: list[dict]) -> tuple[list[dict], str | None]:
     return without_knowledge(chat), files[-1] if files else None
 
 
-def turn_at(chat: list[dict], index: int) -> int:
-    """How many messages of the user there are up to the one at `index`."""
-    return sum(each["role"] == "user" for each in chat[: index + 1])
+def count_turns(chat: list[dict]) -> int:
+    """How many messages of the user there are."""
+    return sum(each["role"] == "user" for each in chat)
 
 
 def until(chat: list[dict], turn: int) -> list[dict]:
@@ -417,10 +426,4 @@ def load(source: str) -> Demo:
 
 
 if __name__ == "__main__":
-    load(os.environ.get("VIKDF_MODEL", str(DEFAULT_CHECKPOINT))).page().launch(
-        css=CSS,
-        theme=gr.themes.Default(primary_hue="amber", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        footer_links=[],
-        max_file_size="10mb",
-        ssr_mode=False,
-    )
+    load(os.environ.get("VIKDF_MODEL", str(DEFAULT_CHECKPOINT))).page().launch(**LAUNCH)

@@ -39,10 +39,12 @@ QUESTION, OTHER = "What is your dog doing?", "It is snowing outside."
 PLAIN = False, 8, 0, 1  # the controls: compare, length, temperature, beams
 
 
-def build_demo(backbones: Path, index: bool = True, **changes) -> app.Demo:
-    model, processor = build_from(backbones, "qwen", "separate", dtype=torch.float32, **changes)
-    # every reply is as long as it may be
-    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, suppress_tokens=[2], max_new_tokens=8)
+def build_demo(backbones: Path, index: bool = True) -> app.Demo:
+    """A tiny model whose every reply is as long as it may be, of plain words, which look everywhere the same."""
+    model, processor = build_from(backbones, "llama", "separate", dtype=torch.float32)
+    vocabulary = processor.tokenizer.get_vocab()
+    never = [id_ for token, id_ in vocabulary.items() if not re.fullmatch("▁?[a-z]+", token)]
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, suppress_tokens=never, max_new_tokens=8)
     pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
     return app.Demo(pipe, PictureIndex.build(model, processor, colours(9)) if index else None)
 
@@ -55,7 +57,7 @@ def demo(backbones):
 @contextmanager
 def launched(demo: app.Demo):
     page = demo.page()
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
     try:
         yield url
     finally:
@@ -117,7 +119,7 @@ def test_dialogues_without_what_is_shown_beside_them():
 
 def test_dialogues_are_cut_at_a_turn():
     chat = [user("1"), assistant("a"), assistant("b"), user("2"), assistant("c"), user("3")]
-    assert [app.turn_at(chat, index) for index in range(6)] == [1, 1, 1, 2, 2, 3]
+    assert app.count_turns(chat) == 3 and app.count_turns([]) == 0
     assert app.until(chat, 2) == chat[:4]
     assert app.until(chat, 9) == chat and app.until([], 1) == []
 
@@ -132,7 +134,8 @@ def test_dialogues_are_cut_at_a_turn():
 def test_every_token_counts_for_its_word(demo, texts):
     """Together the words have what the special tokens leave; whatever does not fit the text encoder is left out."""
     processor = demo.pipe.processor
-    chat = [{"role": ("user", "assistant")[(len(texts) - 1 - i) % 2], "content": text} for i, text in enumerate(texts)]
+    texts = texts[: len(texts) - (len(texts) + 1) % 2]  # the user's first and last
+    chat = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(texts)]
     processor.max_context_length = 24
     try:
         inputs = processor(chat)
@@ -199,6 +202,16 @@ def test_side_by_side(demo):
     own = [user(QUESTION), assistant(expected(demo, QUESTION, use_knowledge=False)), user(OTHER)]
     assert text_of(bare[-1]) == expected(demo, own, use_knowledge=False)
     assert app.without_knowledge(chat)[:3] != own
+
+
+def test_side_by_side_from_the_middle_of_a_dialogue(demo):
+    """What was said so far is taken over, as text, and stays out where nobody asks for it any more."""
+    chat, bare = last(demo.send({"text": QUESTION, "files": []}, [], [], *PLAIN))
+    assert bare == []
+    chat, bare = last(demo.send({"text": OTHER, "files": []}, chat, [], True, 8, 0, 1))
+    dialogue = [user(QUESTION), assistant(expected(demo, QUESTION)), user(OTHER)]
+    assert bare == [*dialogue, assistant(expected(demo, dialogue, use_knowledge=False))]
+    assert last(demo.send({"text": QUESTION, "files": []}, chat, bare, *PLAIN))[1] == []
 
 
 def test_beams(demo):
@@ -287,7 +300,7 @@ def test_a_model_without_eyes_says_so(demo, picture, monkeypatch):
     warnings = []
     monkeypatch.setattr(gr, "Warning", warnings.append)
     processor = demo.pipe.processor
-    model = tiny_model("qwen", vision_config=None, knowledge_token_id=processor.knowledge_token_id)
+    model = tiny_model("llama", vision_config=None, knowledge_token_id=processor.knowledge_token_id)
     pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
     blind = app.Demo(pipe, None)
     assert "no vision encoder" in blind.no_pictures
