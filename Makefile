@@ -31,7 +31,18 @@ chat: setup
 
 test: setup
 	$(VENV)/bin/ruff check .
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q --ignore=tests/test_browser.py
+
+# The Space in Debian's chromium, installed if it is missing; where it can't be had the tests are skipped and say so.
+test-browser: setup
+	@command -v chromium >/dev/null || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core \
+			>/dev/null; } || echo "chromium is missing and cannot be installed here."
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -rs tests/test_browser.py
+
+# The Space on this machine, with the packaged checkpoint.
+demo: setup
+	$(VENV)/bin/python spaces_demo/app.py
 
 # What leans on transformers and the Hub, with the lowest versions of these: an environment over that of .venv.
 LOWEST := $(VENV)/lowest

@@ -31,9 +31,9 @@ setup(
         "default": ["gguf>=0.19", "accelerate>=1.1"],
         "train": ["datasets>=4", "accelerate>=1.1", "peft>=0.18", "pyyaml"],
         "eval": ["evaluate>=0.4.6", "datasets>=4", "nltk>=3.6", "matplotlib"],
-        "demo": ["gradio>=6"],
+        "demo": ["gradio>=6", "datasets>=4"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-        "dev": ["pytest", "hypothesis", "ruff"],
+        "dev": ["pytest", "hypothesis", "ruff", "playwright"],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )

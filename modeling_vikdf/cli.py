@@ -137,6 +137,26 @@ def retrieve(args: argparse.Namespace) -> None:
         Path(args.output).write_text(text + "\n", encoding="utf-8")
 
 
+def index(args: argparse.Namespace) -> None:
+    """Embeds pictures, or the thumbnails of an index anew, and writes them as a picture index."""
+    from . import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
+    from .data import SkipReport
+    from .picture_index import INDEX_NAME, PictureIndex, load_pictures
+
+    source, report = args.model or DEFAULT_CHECKPOINT, SkipReport()
+    Path(args.output).mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    old = PictureIndex.load(args.source) if Path(args.source, INDEX_NAME).exists() else None
+    pictures, total = load_pictures(args.source, report) if old is None else (None, None)
+    model, processor = VikdfForConditionalGeneration.from_pretrained(source), VikdfProcessor.from_pretrained(source)
+    if old is None:
+        new = PictureIndex.build(model, processor, pictures, total=total)
+    else:
+        new = old.rebuild(model, processor)
+    path = new.save(args.output)
+    print(f"Wrote {len(new)} pictures to {path}")
+    print(report.summary(), file=sys.stderr)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Measures the replies to dialogues: their likelihood, their rank among others, and what the model says itself."""
     from . import DEFAULT_CHECKPOINT
@@ -294,6 +314,12 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the bootstrap intervals (default: 0)")
     sub.set_defaults(run=retrieve)
+
+    sub = commands.add_parser("index", help="embed pictures for the Space to compare knowledge with")
+    sub.add_argument("source", help="folder of pictures, webdataset shards, Hub dataset; or an index, to embed anew")
+    sub.add_argument("--output", required=True, help="folder to write index.safetensors to")
+    sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
+    sub.set_defaults(run=index)
 
     sub = commands.add_parser("evaluate", help="measure replies to dialogues: likelihood, ranking, generation")
     sub.add_argument("--data", required=True, help="dialogues, JSON Lines: turns, messages, or turns and references")

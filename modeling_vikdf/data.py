@@ -195,7 +195,7 @@ def load_image_text_pairs(
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decodes an image file: upright, RGB.
+    """Decodes an image file: upright, RGB, what is transparent on white.
 
     Raises:
         ValueError: If it is damaged, truncated, larger than `MAX_PIXELS` or in none of `IMAGE_FORMATS`.
@@ -207,6 +207,9 @@ def decode_image(data: bytes) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, of which Pillow would make white
             image = image.point(lambda value: value / 256).convert("L")
+        if image.has_transparency_data:  # under which there may be anything, often black
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # damaged files make decoders raise nearly anything
         raise ValueError(str(error) or type(error).__name__) from error

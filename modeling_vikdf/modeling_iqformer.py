@@ -4,9 +4,12 @@ It knows nothing of the encoders before it nor of the LLM behind it. One set of 
 modalities: K^T = IQ(Q; H^T), K^I = IQ(Q; H^I) (paper, section "Implicit Query Transformer").
 """
 
+import copy
+
 import torch
 from torch import nn
 from transformers import Blip2QFormerModel, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .configuration_vikdf import VikdfConfig
 
@@ -66,6 +69,11 @@ class VikdfIQFormer(nn.Module):
         Returns:
             Knowledge vectors [B, n, h].
         """
+        return self._run(self.qformer, states, mask).last_hidden_state  # [B, n, h]
+
+    def _run(
+        self, qformer: Blip2QFormerModel, states: torch.Tensor, mask: torch.Tensor | None, **kwargs: bool
+    ) -> ModelOutput:
         queries = self.query_tokens.expand(states.shape[0], -1, -1)  # [B, n, h]
         if self.training and self.state_dropout:
             seen = torch.rand(states.shape[:2], device=states.device) >= self.state_dropout  # [B, S]
@@ -76,13 +84,23 @@ class VikdfIQFormer(nn.Module):
             mean = (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)  # [B, d]
             pooled = torch.cat([states[:, 0], mean], dim=-1)  # [B, 2d]: in most encoders the first sums up as well
             queries = queries + self.pooled_projection(pooled)[:, None]
-        return self.qformer(
-            query_embeds=queries, encoder_hidden_states=states, encoder_attention_mask=mask
-        ).last_hidden_state  # [B, n, h]
+        return qformer(query_embeds=queries, encoder_hidden_states=states, encoder_attention_mask=mask, **kwargs)
 
     def text_knowledge(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """K^T [B, n, h] from token states H^T [B, T, d] and their padding mask [B, T]."""
         return self(self.context_projection(states.to(self.query_tokens.dtype)), mask)
+
+    @torch.no_grad()
+    def text_attention(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """How much each query attends to each of the token states H^T [B, T, d]: [B, n, T]; rows sum to 1."""
+        tensors = {id(each): each for each in (*self.qformer.parameters(), *self.qformer.buffers())}
+        # Only "eager" tells its weights. A copy (with the same tensors) is set to it, because another thread may be
+        # using the original.
+        qformer = copy.deepcopy(self.qformer, tensors)
+        qformer.set_attn_implementation("eager")
+        states = self.context_projection(states.to(self.query_tokens.dtype))
+        layers = self._run(qformer, states, mask, output_attentions=True).cross_attentions  # each [B, heads, n, T]
+        return torch.stack(layers).mean(dim=(0, 2))  # [B, n, T]
 
     def image_knowledge(self, states: torch.Tensor) -> torch.Tensor:
         """K^I [B, n, h] from patch states H^I [B, P+1, d]."""

@@ -212,6 +212,23 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         states = self.encode_context(context_input_ids, context_attention_mask)
         return self.iqformer.text_knowledge(states, context_attention_mask)
 
+    def get_text_attention(
+        self, context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Which tokens the queries read: the IQ-Former's cross-attention, averaged over its layers and heads.
+
+        Args:
+            context_input_ids, context_attention_mask: as for `get_text_knowledge`, [B, T].
+
+        Returns:
+            [B, n, T], float32; the weights of each query sum to 1, those of padding are 0.
+        """
+        if context_attention_mask is None:
+            context_attention_mask = torch.ones_like(context_input_ids)
+        states = self.encode_context(context_input_ids, context_attention_mask)
+        return self.iqformer.text_attention(states, context_attention_mask)
+
     def get_image_knowledge(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         K^I [B, n, h], float32: the knowledge that a picture shows.

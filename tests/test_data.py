@@ -215,6 +215,13 @@ def test_images_come_as_rgb(mode):
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize(("mode", "color"), [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0))])
+def test_what_is_transparent_is_white(mode, color):
+    file = io.BytesIO()
+    Image.new(mode, (2, 2), color).save(file, "PNG")
+    assert decode_image(file.getvalue()).getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_sixteen_bits_become_eight():
     for mode, format in (("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF")):
         file = io.BytesIO()

@@ -91,6 +91,11 @@ def test_one_layer_by_hand(conditioned):
         queries = queries + linear(dict(iqformer.named_parameters()), "pooled_projection", pooled)
     x = norm(weights, "layernorm", queries)  # [n, h]
     x = attend(weights, "encoder.layer.0.attention", x, x, heads=4)
+    query = linear(weights, "encoder.layer.0.crossattention.attention.query", x).view(4, 4, 8)  # [n, heads, h / heads]
+    key = linear(weights, "encoder.layer.0.crossattention.attention.key", states[0, :4]).view(4, 4, 8)
+    attention = (torch.einsum("qhd,thd->hqt", query, key) / 8**0.5).softmax(-1).mean(0)  # [n, T]
+    torch.testing.assert_close(iqformer.text_attention(states, mask)[0, :, :4], attention, atol=1e-5, rtol=1e-5)
+    assert iqformer.text_attention(states, mask)[0, :, 4:].count_nonzero() == 0
     x = attend(weights, "encoder.layer.0.crossattention", x, states[0, :4], heads=4)
     inner = F.gelu(linear(weights, "encoder.layer.0.intermediate_query.dense", x))
     x = norm(
@@ -120,6 +125,25 @@ def test_state_dropout_hides_states_in_training_alone():
     assert any(not torch.allclose(iqformer(states), iqformer(states), atol=1e-6) for _ in range(10))
     with pytest.raises(ValueError, match="state_dropout must be at least 0 and below 1, got 1"):
         tiny_config(state_dropout=1.0)
+
+
+def test_attention_to_the_words_of_a_context(model):
+    """Through the encoder and the input projection; rows sum to 1 and the model stays as it was."""
+    batch = prompt([9, 5])
+    context = {
+        "context_input_ids": batch["context_input_ids"],
+        "context_attention_mask": batch["context_attention_mask"],
+    }
+    knowledge = model.get_text_knowledge(**context)
+    attention = model.get_text_attention(**context)  # [B, n, T]
+    assert attention.shape == (2, 4, context["context_input_ids"].shape[1])
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4))
+    assert attention[~context["context_attention_mask"].bool()[:, None].expand_as(attention)].count_nonzero() == 0
+    for index in range(2):
+        alone = row(batch, index)["context_input_ids"]
+        torch.testing.assert_close(model.get_text_attention(alone)[0], attention[index, :, : alone.shape[1]])
+    assert model.iqformer.qformer.config._attn_implementation == "sdpa"
+    assert torch.equal(model.get_text_knowledge(**context), knowledge)
 
 
 @torch.no_grad()

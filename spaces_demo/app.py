@@ -1,0 +1,429 @@
+"""A Space to chat with a frozen LLM that pictures what is said, and to look at what it pictures.
+
+    message -> Demo.take -> Demo.respond -> Demo.answer: what was pictured, then the reply, word by word
+                                            (beside it, when asked, the same LLM's without knowledge)
+
+Example run:
+    python spaces_demo/app.py                          # the packaged checkpoint, on this machine alone
+    VIKDF_MODEL=outputs/my-model python spaces_demo/app.py
+
+The page holds all there is of a dialogue and sends it along with each message, so no visitor meets another's.
+"""
+
+import base64
+import html
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from mimetypes import guess_type
+from pathlib import Path
+from typing import Any
+
+
+try:
+    import spaces  # on ZeroGPU, and there before torch
+except ImportError:
+    spaces = None
+import gradio as gr
+import torch
+from PIL import Image
+from transformers import BatchFeature, pipeline
+
+from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfDialoguePipeline, VikdfForConditionalGeneration, VikdfProcessor
+from modeling_vikdf.data import decode_image
+from modeling_vikdf.picture_index import Match, PictureIndex
+
+
+PICTURES = Path(__file__).parent / "pictures"
+PICTURED = "What the model pictured"
+PENDING = "…"  # in the place of a reply of which there is nothing yet
+SHOWN_PICTURES, SHOWN_WORDS = 5, 60
+RETRY_TEMPERATURE = 0.7  # the likeliest words would be the same again
+EXAMPLES = (
+    "I spent the whole day at the beach with my dog.",
+    "We watched the fireworks over the city last night.",
+    "My brother rides his bike through the woods every weekend.",
+)
+
+HEADER = """
+# VIKDF
+A small language model that never sees a picture reads, beside your message, vectors of **visual knowledge** that the
+message evokes ([how](https://arxiv.org/abs/2405.10121)). Below each message: the words that this knowledge attends to,
+and the pictures that lie nearest to it.
+"""
+FOOTER = """
+Replies come from a small language model and can be wrong, bland or unfit. The model has no such pictures in mind: of
+{count} that it is asked about these lie nearest, and the scores are cosines of matching embeddings. The packaged
+checkpoint learnt from a few thousand photographs and from no drawing, so expect odd ones among them.
+"""
+CSS = """
+.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+.chat .example { border: 1px solid var(--border-color-primary); }
+.chat .thought-group { border: 0; padding: 0; margin: 0; background: none; }
+.chat .prose { opacity: 1 !important; }
+.chat [aria-label="Clear"] { display: none; }
+.pictured-words { line-height: 1.7; }
+.pictured-words mark { color: inherit; border-radius: .25rem; padding: .05rem .1rem; }
+.pictured-title { margin-top: .75rem; }
+.pictured-row { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: .5rem; }
+.pictured-card { width: 68px; text-align: center; font-size: .7rem; line-height: 1.2; overflow-wrap: anywhere; }
+.pictured-card img { width: 68px !important; height: 68px; object-fit: contain; background: white;
+    border-radius: .5rem; margin: 0 0 .2rem !important; border: 1px solid var(--border-color-primary); }
+.pictured-score { display: block; opacity: .75; }
+"""
+
+LAUNCH = {
+    "css": CSS,
+    "theme": gr.themes.Default(primary_hue="amber", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    "footer_links": [],
+    "max_file_size": "10mb",
+    "ssr_mode": False,
+}
+
+
+class Demo:
+    """
+    The page and what happens on it.
+
+    Args:
+        pipe: answers chats; its model's pictures are refused, with a note, where the vision encoder cannot be had.
+        index: the pictures to compare knowledge with; `None` shows the words alone.
+    """
+
+    def __init__(self, pipe: VikdfDialoguePipeline, index: PictureIndex | None):
+        self.pipe, self.index = pipe, index
+        self.no_pictures = ""  # why the model takes none
+        try:
+            pipe.model.attach_vision_encoder()  # now, not when the first visitor waits for it
+        except (OSError, ValueError) as error:
+            self.no_pictures = str(error).partition(" Looked in:")[0]
+        # on ZeroGPU this is what runs where the GPU is, so everything that needs the model is in it
+        self.answer: Callable[..., Iterator[tuple[str, str, str]]] = self._answer
+        if spaces is not None:
+            self.answer = spaces.GPU(self._answer)
+
+    def _answer(
+        self, chat: list[dict], bare: list[dict], picture: Image.Image | None, settings: dict[str, Any]
+    ) -> Iterator[tuple[str, str, str]]:
+        """
+        Yields (what was pictured, as HTML; the reply so far; the reply without knowledge so far).
+
+        Args:
+            chat: messages up to the one to reply to; `bare` those of the dialogue without knowledge, or none.
+            picture: what the visitor showed last.
+            settings: for `generate`.
+        """
+        pipe, texts = self.pipe, ["", ""]
+        pictured = self.show_knowledge(chat, picture)
+        yield pictured, *texts
+        asked = [(chat, picture, {})] + ([(bare, None, {"use_knowledge": False})] if bare else [])
+        if settings["num_beams"] > 1:  # which end before anything can be shown
+            for side, (messages, image, how) in enumerate(asked):
+                texts[side] = pipe(messages, image, return_full_text=False, **settings, **how)[0]["generated_text"]
+                yield pictured, *texts
+            return
+        with ExitStack() as stack:  # a visitor who stops or leaves ends both
+            streams = [
+                stack.enter_context(closing(pipe.stream(messages, image, **settings, **how)))
+                for messages, image, how in asked
+            ]
+            running = dict(enumerate(streams))
+            while running:
+                for side, stream in list(running.items()):
+                    piece = next(stream, None)
+                    if piece is None:
+                        del running[side]
+                    else:
+                        texts[side] += piece
+                        yield pictured, *texts
+
+    @torch.no_grad()
+    def show_knowledge(self, chat: list[dict], picture: Image.Image | None) -> str:
+        """The words of the context that the queries attended to, and the pictures nearest to the knowledge: HTML."""
+        model, processor = self.pipe.model, self.pipe.processor
+        inputs = processor(chat, images=picture).to(self.pipe.device)
+        context = inputs["context_input_ids"], inputs["context_attention_mask"]
+        attention = model.get_text_attention(*context)[0].mean(0)  # [T]: of all queries
+        lines = [render_words(attended_words(processor, chat, inputs, attention.tolist()))]
+        if self.index is not None:
+            lines.append(render_pictures(self.index.nearest(model.get_text_embeddings(*context), SHOWN_PICTURES)[0]))
+            if picture is not None:
+                embeddings = model.get_image_embeddings(inputs["pixel_values"])  # [1, d]
+                lines.append('<div class="pictured-title">Nearest to your picture:</div>')
+                lines.append(render_pictures(self.index.nearest(embeddings, SHOWN_PICTURES)[0]))
+        return "".join(lines)
+
+    # ---- what visitors do ----
+
+    def send(self, message: dict, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
+        """Takes a message from the input box and replies to it."""
+        text, files = message["text"].strip(), message["files"]
+        if files and self.no_pictures:
+            gr.Warning(f"The picture was left out. {self.no_pictures}")
+            files = []
+        if not text and not files:
+            yield gr.skip(), chat, bare
+            return
+        text = text or "What do you see?"
+        steps = self.respond([*chat, user_message(text, files[-1:])], [*bare, user_message(text)], *controls)
+        _, *dialogues = next(steps)
+        yield gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True), *dialogues
+        yield from steps
+
+    def send_example(self, example: gr.SelectData, *state: Any) -> Iterator[tuple]:
+        """Sends one of the messages that an empty page offers."""
+        yield from self.send({"text": example.value["text"], "files": []}, *state)
+
+    def retry(self, retried: gr.RetryData, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
+        """Replies once more to a message, and forgets what followed."""
+        compare, length, temperature, beams = controls
+        turn = count_turns(chat[: retried.index + 1])
+        controls = compare, length, max(temperature, RETRY_TEMPERATURE), 1
+        yield from self.respond(until(chat, turn), until(bare, turn), *controls)
+
+    def edit(self, edited: gr.EditData, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
+        """Replies to a message in another wording, and forgets what followed."""
+        turn = count_turns(chat[: edited.index + 1])
+        chat, bare = until(chat, turn), until(bare, turn)
+        text, (_, files) = edited.value, read_content(chat[-1]["content"])
+        bare = [*bare[:-1], user_message(text)] if bare else []
+        yield from self.respond([*chat[:-1], user_message(text, files)], bare, *controls)
+
+    def respond(
+        self, chat: list[dict], bare: list[dict], compare: bool, length: int, temperature: float, beams: int
+    ) -> Iterator[tuple]:
+        """
+        Replies to the last message: yields what becomes of the input box, the dialogue with ever more of the reply,
+        and the dialogue without knowledge, which is empty unless it is asked for.
+        """
+        messages, path = to_messages(chat)
+        picture = None
+        if path is not None:
+            try:
+                picture = decode_image(Path(path).read_bytes())
+            except ValueError as error:
+                raise gr.Error(f"This picture cannot be read ({error}). PNG, JPEG and WebP can.") from error
+        settings = {
+            "max_new_tokens": int(length),
+            "num_beams": int(beams),
+            "do_sample": temperature > 0 and beams == 1,
+        }
+        if settings["do_sample"]:
+            settings |= {"temperature": temperature, "top_p": 0.9}
+        if not compare:
+            bare = []
+        elif count_turns(bare) != count_turns(chat):  # side by side from here on
+            bare = without_knowledge(chat)
+
+        def say(reply: str) -> dict:
+            return {"role": "assistant", "content": reply.strip() or PENDING}
+
+        # from the first moment there is a reply, so that the roles take turns whenever a visitor stops it
+        yield gr.MultimodalTextbox(submit_btn=False, stop_btn=True), [*chat, say("")], [*bare, say("")] if bare else []
+        try:
+            for pictured, reply, bare_reply in self.answer(messages, to_messages(bare)[0], picture, settings):
+                thought = {"role": "assistant", "content": pictured, "metadata": {"title": PICTURED}}
+                yield gr.skip(), [*chat, thought, say(reply)], [*bare, say(bare_reply)] if bare else []
+        except ValueError as error:  # a message that is too long, say
+            raise gr.Error(str(error)) from error
+
+    # ---- the page ----
+
+    def page(self) -> gr.Blocks:
+        """The page, to be launched."""
+        with gr.Blocks(title="VIKDF", analytics_enabled=False) as page:
+            gr.Markdown(HEADER)
+            look = {
+                "show_label": False,
+                "buttons": [],
+                "height": "min(60vh, 620px)",
+                "elem_classes": "chat",
+                "group_consecutive_messages": False,
+                "latex_delimiters": [],
+            }
+            with gr.Row():
+                with gr.Column(min_width=320):
+                    with_title = gr.Markdown("**With knowledge**", visible=False)
+                    chat = gr.Chatbot(
+                        label="With knowledge",
+                        editable="user",
+                        placeholder="<h3>Say something, see what it pictures</h3>",
+                        examples=[{"text": text} for text in EXAMPLES],
+                        **look,
+                    )
+                with gr.Column(min_width=320, visible=False) as beside:
+                    gr.Markdown("**The same language model without knowledge**")
+                    bare = gr.Chatbot(label="Without knowledge", **look)
+            box = gr.MultimodalTextbox(
+                placeholder="Message" if self.no_pictures else "Message or picture",
+                sources=[] if self.no_pictures else ["upload"],
+                file_types=["image"],
+                show_label=False,
+                max_plain_text_length=4000,
+            )
+            if self.no_pictures:
+                gr.Markdown(f"*This model takes no pictures: {self.no_pictures}*")
+            with gr.Row(equal_height=True):
+                compare = gr.Checkbox(label="Side by side with the same model without knowledge", min_width=280)
+                new = gr.Button("New chat", size="sm", scale=0, min_width=120)
+            with gr.Accordion("Settings", open=False), gr.Row():
+                length = gr.Slider(8, 200, 64, step=8, label="Longest reply", info="in tokens")
+                temperature = gr.Slider(
+                    0,
+                    1.5,
+                    0,
+                    step=0.1,
+                    label="Temperature",
+                    info="0 always takes the likeliest word; a retry never does",
+                )
+                beams = gr.Slider(1, 4, 1, step=1, label="Beams", info="more than one: no sampling, and no streaming")
+            gr.Markdown(FOOTER.format(count=0 if self.index is None else len(self.index)))
+
+            controls = [compare, length, temperature, beams]
+            state, busy = [chat, bare, *controls], {"concurrency_limit": 4, "concurrency_id": "model"}
+            sent = box.submit(self.send, [box, *state], [box, chat, bare], api_name="send", **busy)
+            chosen = chat.example_select(self.send_example, state, [box, chat, bare], api_visibility="private", **busy)
+            again = chat.retry(self.retry, state, [box, chat, bare], api_visibility="private", **busy)
+            other = chat.edit(self.edit, state, [box, chat, bare], api_visibility="private", **busy)
+            ready = {"fn": lambda: gr.MultimodalTextbox(submit_btn=True, stop_btn=False), "outputs": box}
+            quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+            running = [sent, chosen, again, other]
+            for event in running:
+                event.then(**ready, **quick)
+            box.stop(**ready, cancels=running, **quick)
+            # Emptied by an event, the page could still get the last words of a reply that is being cancelled.
+            new.click(None, js="() => window.location.reload()", api_visibility="private")
+            compare.change(
+                lambda compare, chat: (
+                    gr.Markdown(visible=compare),
+                    gr.Column(visible=compare),
+                    without_knowledge(chat) if compare else [],
+                ),
+                [compare, chat],
+                [with_title, beside, bare],
+                **quick,
+            )
+        return page
+
+
+# ---- dialogues as the page holds them ----
+
+
+def user_message(text: str, files: Sequence[str] = ()) -> dict[str, Any]:
+    """What a visitor said, under the pictures that were shown with it."""
+    pictures = [{"type": "file", "file": {"path": path, "mime_type": guess_type(path)[0]}} for path in files]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+
+
+def read_content(content: str | list[dict]) -> tuple[str, list[str]]:
+    """Text and files of a message's content: a string, as programs send it, or a list of parts, as pages do."""
+    if isinstance(content, str):
+        return content, []
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    return "\n".join(texts), [part["file"]["path"] for part in content if part["type"] == "file"]
+
+
+def without_knowledge(chat: list[dict]) -> list[dict]:
+    """The dialogue as text alone."""
+    return [
+        {"role": each["role"], "content": read_content(each["content"])[0]} for each in chat if not is_pictured(each)
+    ]
+
+
+def is_pictured(message: dict) -> bool:
+    """Whether a message is not the dialogue's but shows what was pictured."""
+    return (message.get("metadata") or {}).get("title") == PICTURED
+
+
+def to_messages(chat: list[dict]) -> tuple[list[dict], str | None]:
+    """The messages for the model, and the file of the picture that was shown last."""
+    files = [path for each in chat if not is_pictured(each) for path in read_content(each["content"])[1]]
+    return without_knowledge(chat), files[-1] if files else None
+
+
+def count_turns(chat: list[dict]) -> int:
+    """How many messages of the user there are."""
+    return sum(each["role"] == "user" for each in chat)
+
+
+def until(chat: list[dict], turn: int) -> list[dict]:
+    """The dialogue up to its `turn`-th message of the user, as far as there are so many."""
+    users = [index for index, each in enumerate(chat) if each["role"] == "user"]
+    return chat[: users[turn - 1] + 1] if turn <= len(users) else list(chat)
+
+
+# ---- what was pictured ----
+
+
+def attended_words(
+    processor: VikdfProcessor, chat: list[dict], inputs: BatchFeature, attention: list[float]
+) -> list[tuple[str, float]]:
+    """
+    The words of the context with the attention that their tokens get together.
+
+    Args:
+        inputs: what the processor made of the chat; attention: of each of its T context tokens.
+    """
+    turns = [each["content"] for each in chat if each["role"] != "system"]
+    text = "\n".join(turns[inputs.dropped_context_turns[0] :])
+    # the same tokens as in `inputs`, with their places in the text
+    offsets = processor.context_tokenizer(
+        text, truncation=True, max_length=len(attention), return_offsets_mapping=True
+    )["offset_mapping"]
+    words = []
+    for word in re.finditer(r"\S+", text):
+        parts = [
+            weight
+            for (start, stop), weight in zip(offsets, attention, strict=True)
+            if start < word.end() and stop > word.start()
+        ]
+        if parts:  # none of the words that the text encoder did not read
+            words.append((word[0], sum(parts)))
+    return words
+
+
+def render_words(words: list[tuple[str, float]]) -> str:
+    """HTML: the newest words; the more of the attention one got beyond an even share, the brighter."""
+    weights = [weight for _, weight in words]
+    even, most = sum(weights) / len(weights), max(weights)
+    marked = []
+    for word, weight in words[-SHOWN_WORDS:]:
+        strength = 0.65 * max(0.0, weight - even) / (most - even) if most > even else 0
+        escaped = html.escape(word)
+        marked.append(f'<mark style="background: rgba(245, 158, 11, {strength:.2f})">{escaped}</mark>')
+    cut = ["…"] if len(words) > SHOWN_WORDS else []
+    return f'<div class="pictured-words">{" ".join(cut + marked)}</div>'
+
+
+def render_pictures(matches: list[Match]) -> str:
+    """HTML: a row of pictures with titles and scores."""
+    cards = []
+    for match in matches:
+        title, data = html.escape(match.title), base64.b64encode(match.thumbnail).decode()
+        cards.append(
+            f'<div class="pictured-card"><img src="data:image/webp;base64,{data}" alt="{title}">{title} '
+            f'<span class="pictured-score">{match.score:.2f}</span></div>'
+        )
+    return f'<div class="pictured-row">{"".join(cards)}</div>'
+
+
+# ---- starting ----
+
+
+def load(source: str) -> Demo:
+    """The demo of a checkpoint, a folder or a Hub id; without pictures if those at hand are another model's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = VikdfForConditionalGeneration.from_pretrained(source).to(device)
+    pipe = pipeline("vikdf-dialogue", model=model, processor=VikdfProcessor.from_pretrained(source), device=device)
+    index = PictureIndex.load(PICTURES)
+    try:
+        index.check_model(model)
+    except ValueError as error:
+        print(f"Shown without pictures. {error}")
+        index = None
+    return Demo(pipe, index)
+
+
+if __name__ == "__main__":
+    load(os.environ.get("VIKDF_MODEL", str(DEFAULT_CHECKPOINT))).page().launch(**LAUNCH)

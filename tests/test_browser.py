@@ -1,0 +1,312 @@
+"""The Space in a real browser: Debian's chromium, driven by Playwright. Screenshots are left in outputs/browser/.
+
+`make test-browser` installs chromium where it can; without it, or without Playwright, these tests are skipped.
+"""
+
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+
+pytest.importorskip("gradio", reason="the extra [demo] is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+CHROMIUM = shutil.which("chromium")
+if CHROMIUM is None:
+    pytest.skip("chromium is not installed (apt-get install chromium)", allow_module_level=True)
+
+from test_picture_index import colours  # noqa: E402
+from test_space import MEASURE, OTHER, QUESTION, build_demo, expected, launched, user  # noqa: E402
+
+from spaces_demo import app  # noqa: E402
+
+
+ROOT = Path(__file__).parents[1]
+SHOTS = ROOT / "outputs" / "browser"
+FLAGS = [  # without them it looks for hosts of its maker's at every start
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+BEACH = "I spent the whole day at the beach with my dog."
+
+
+@pytest.fixture(scope="module")
+def browser():
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def demo(backbones):
+    """A tiny model that takes its time, so that there is something to stop."""
+    demo = build_demo(backbones)
+    stream = demo.pipe.stream
+
+    def wait(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.03)  # a token
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    demo.pipe.stream = lambda *args, **kwargs: stream(*args, **kwargs, stopping_criteria=[wait])
+    return demo
+
+
+@pytest.fixture(scope="module")
+def url(demo):
+    with launched(demo) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def real_url():
+    """The packaged checkpoint, started as its README says."""
+    process, client = MEASURE["start"](MEASURE["free_port"]())
+    yield client.src
+    process.terminate()
+    process.wait()
+
+
+class Visitor:
+    """A page of its own, and what a person does there. What goes wrong in the page is noted in `errors`."""
+
+    def __init__(self, browser, url: str, **context):
+        self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **context})
+        self.page, self.errors = self.context.new_page(), []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.set_default_timeout(30_000)
+        dark = context.get("color_scheme") == "dark"
+        self.page.goto(url + ("?__theme=dark" if dark else ""))
+        self.box = self.page.get_by_placeholder("Message")
+        self.box.wait_for()
+
+    def say(self, text: str) -> None:
+        asked = self.page.get_by_test_id("user")
+        before = asked.count()
+        self.box.fill(text)
+        self.box.press("Enter")
+        asked.nth(before).wait_for()
+
+    def said(self):
+        """The model's replies, without what it pictured."""
+        return self.page.get_by_test_id("bot").filter(has_not=self.page.locator(".pictured-words"))
+
+    def replies(self) -> list[str]:
+        return [text.strip() for text in self.said().all_inner_texts()]
+
+    def wait(self) -> str:
+        """Until the reply is whole: the last one."""
+        self.page.locator(".submit-button").wait_for()
+        return self.replies()[-1]
+
+    def ask(self, text: str) -> str:
+        self.say(text)
+        return self.wait()
+
+    def shoot(self, name: str) -> None:
+        self.page.wait_for_timeout(300)  # until it has scrolled to the end
+        self.page.screenshot(path=SHOTS / f"{name}.png")
+
+    def open_settings(self) -> None:
+        self.page.get_by_role("button", name="Settings").click()
+
+    def set_length(self, tokens: int) -> None:
+        field = self.page.get_by_label("number input for Longest reply")
+        field.fill(str(tokens))
+        field.press("Enter")
+
+
+@pytest.fixture
+def visit(browser):
+    visitors = []
+
+    def start(url: str, **context) -> Visitor:
+        visitors.append(Visitor(browser, url, **context))
+        return visitors[-1]
+
+    yield start
+    for visitor in visitors:
+        visitor.context.close()
+        assert visitor.errors == []
+
+
+def generations() -> int:
+    """How many replies are being generated in this process: a thread each."""
+    return sum("(reply)" in thread.name for thread in threading.enumerate())
+
+
+# ---- the packaged checkpoint ----
+
+
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [
+        ("light", {}),
+        ("dark", {"color_scheme": "dark"}),
+        ("phone", {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_first_visit(visit, real_url, name, context):
+    visitor = visit(real_url, **context)
+    page = visitor.page
+    assert page.get_by_role("button", name=re.compile("^Select example")).count() == len(app.EXAMPLES)
+    visitor.shoot(f"{name}-empty")
+    begin = time.monotonic()
+    visitor.say(BEACH)
+    pictures = page.locator(".pictured-card img")
+    pictures.last.wait_for()
+    assert time.monotonic() - begin < 10
+    reply = visitor.wait()
+    assert len(reply.split()) > 2
+    assert page.locator(".pictured-words mark").all_inner_texts() == BEACH.split()
+    assert pictures.count() == app.SHOWN_PICTURES
+    assert all(pictures.evaluate_all("images => images.map(image => image.naturalWidth > 0)"))
+    scores = [float(score) for score in page.locator(".pictured-score").all_inner_texts()]
+    assert scores == sorted(scores, reverse=True)
+    # nothing is wider than the screen, and nobody has to scroll to write
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert visitor.box.bounding_box()["y"] < page.viewport_size["height"] - 20
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (name == "dark")
+    visitor.shoot(name)
+    page.get_by_label("Side by side").check()
+    visitor.ask("We watched the fireworks over the city last night.")
+    assert page.get_by_text("The same language model without knowledge").is_visible()
+    visitor.shoot(f"{name}-side-by-side")
+
+
+# ---- what visitors do, with a tiny model ----
+
+
+def test_a_reply_grows_word_by_word(visit, url, demo):
+    visitor = visit(url)
+    visitor.say(QUESTION)
+    seen = []
+    while visitor.page.locator(".stop-button").is_visible():
+        seen += [text for text in visitor.replies() if text not in seen]
+        visitor.page.wait_for_timeout(50)
+    assert len(seen) > 4  # the page shows the reply while it grows
+    assert visitor.wait() == expected(demo, QUESTION, max_new_tokens=64)
+    assert visitor.box.input_value() == ""
+
+
+def test_an_example_is_sent_by_a_click(visit, url, demo):
+    visitor = visit(url)
+    visitor.page.get_by_role("button", name=app.EXAMPLES[1]).click()
+    visitor.said().last.wait_for()
+    assert visitor.wait() == expected(demo, app.EXAMPLES[1], max_new_tokens=64)
+
+
+def test_a_picture_is_shown(visit, url, demo, tmp_path):
+    visitor = visit(url)
+    colours(9)[3][1].save(tmp_path / "mine.png")
+    visitor.page.locator("input[type=file]").set_input_files(tmp_path / "mine.png")
+    visitor.page.locator("[aria-label='Remove Image'], .thumbnail-item").first.wait_for()
+    reply = visitor.ask(QUESTION)
+    image = Image.open(tmp_path / "mine.png").convert("RGB")
+    assert reply == expected(demo, QUESTION, image, max_new_tokens=64)
+    shown = visitor.page.locator(".chat img:not(.pictured-card img)")
+    assert shown.count() == 1 and shown.evaluate("image => image.naturalWidth") == 300
+    assert visitor.page.locator(".pictured-row").count() == 2
+    nearest = visitor.page.locator(".pictured-row").last.locator(".pictured-card").first
+    assert nearest.inner_text().split() == ["picture", "3", "1.00"]
+    visitor.shoot("picture")
+
+
+def test_stop(visit, url):
+    visitor = visit(url)
+    visitor.open_settings()
+    visitor.set_length(200)
+    visitor.say(QUESTION)
+    visitor.page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length > 1")
+    visitor.page.wait_for_timeout(1000)
+    assert generations() == 1
+    visitor.page.locator(".stop-button").click()
+    stopped = visitor.wait()
+    visitor.page.wait_for_timeout(1000)
+    assert visitor.replies() == [stopped] and app.PENDING not in stopped
+    assert generations() == 0  # the model stopped as well
+    visitor.set_length(8)
+    assert visitor.ask(OTHER) and len(visitor.replies()) == 2
+
+
+def test_a_new_chat_forgets_and_ends_what_was_running(visit, url, demo):
+    visitor = visit(url)
+    for milliseconds in (0, 200, 1000, 2000):
+        visitor.say(QUESTION)
+        visitor.page.wait_for_timeout(milliseconds)
+        with visitor.page.expect_navigation():
+            visitor.page.get_by_role("button", name="New chat").click()
+        visitor.box.wait_for()
+        visitor.page.wait_for_timeout(500)
+        assert visitor.replies() == [] and visitor.page.get_by_test_id("user").count() == 0
+        assert generations() == 0
+    assert visitor.ask(OTHER) == expected(demo, OTHER, max_new_tokens=64)
+
+
+def test_two_visitors_at_once_keep_their_own_dialogues(visit, url, demo):
+    visitors = {QUESTION: visit(url), OTHER: visit(url)}
+    for text, visitor in visitors.items():
+        visitor.say(text)
+    for text, visitor in visitors.items():
+        assert visitor.wait() == expected(demo, text, max_new_tokens=64)
+    for visitor in visitors.values():
+        visitor.say("Look at the sky.")
+    for text, visitor in visitors.items():
+        visitor.wait()
+        first = {"role": "assistant", "content": expected(demo, text, max_new_tokens=64)}
+        second = expected(demo, [user(text), first, user("Look at the sky.")], max_new_tokens=64)
+        assert visitor.replies() == [first["content"], second]
+
+
+def test_retry_and_edit(visit, url, demo):
+    visitor = visit(url)
+    first = visitor.ask(QUESTION)
+    visitor.page.get_by_label("Retry").click()
+    visitor.page.locator(".stop-button").wait_for()
+    assert visitor.wait() != first and len(visitor.replies()) == 1
+    visitor.page.get_by_label("Edit").click()
+    visitor.page.locator(".edit-textarea").fill(OTHER)
+    visitor.page.get_by_test_id("user").get_by_label("Submit").or_(
+        visitor.page.get_by_role("button", name="Submit")
+    ).first.click()
+    visitor.page.locator(".stop-button").wait_for()
+    assert visitor.wait() == expected(demo, OTHER, max_new_tokens=64)
+    assert visitor.page.get_by_test_id("user").all_inner_texts() == [OTHER]
+
+
+def test_side_by_side_from_the_middle_of_a_dialogue(visit, url, demo):
+    visitor = visit(url)
+    first = visitor.ask(QUESTION)
+    visitor.page.get_by_label("Side by side").check()
+    visitor.page.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 2")
+    visitor.ask(OTHER)
+    said = {"role": "assistant", "content": expected(demo, QUESTION, max_new_tokens=64)}
+    dialogue = [user(QUESTION), said, user(OTHER)]
+    known = expected(demo, dialogue, max_new_tokens=64)
+    bare = expected(demo, dialogue, max_new_tokens=64, use_knowledge=False)
+    assert visitor.replies() == [first, known, first, bare]
+    visitor.page.get_by_label("Side by side").uncheck()
+    visitor.page.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 2")
+
+
+def test_the_settings_are_folded_away_and_hold(visit, url, demo):
+    visitor = visit(url)
+    assert not visitor.page.get_by_text("Longest reply").is_visible()
+    visitor.open_settings()
+    visitor.set_length(8)
+    assert visitor.ask(QUESTION) == expected(demo, QUESTION, max_new_tokens=8)
+
+
+def test_what_visitors_write_is_not_run(visit, url):
+    visitor = visit(url)
+    visitor.ask('a dog <img src="x" onerror="window.ran = 1"> <script>window.ran = 1</script>')
+    assert visitor.page.evaluate("window.ran") is None
+    assert "<script>window.ran" in visitor.page.locator(".pictured-words").inner_text()
