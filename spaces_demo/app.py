@@ -61,7 +61,7 @@ CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
 .chat .example { border: 1px solid var(--border-color-primary); }
 .chat .thought-group { border: 0; padding: 0; margin: 0; background: none; }
-.chat .prose { opacity: 1 !important; }
+.chat .prose, .chat .message-content { opacity: 1 !important; }
 .chat [aria-label="Clear"] { display: none; }
 .pictured-words { line-height: 1.7; }
 .pictured-words mark { color: inherit; border-radius: .25rem; padding: .05rem .1rem; }

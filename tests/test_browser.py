@@ -102,6 +102,7 @@ class Visitor:
 
     def wait(self) -> str:
         """Until the reply is whole: the last one."""
+        self.said().last.filter(has_not_text=app.PENDING).wait_for()
         self.page.locator(".submit-button").wait_for()
         return self.replies()[-1]
 
@@ -112,6 +113,12 @@ class Visitor:
     def shoot(self, name: str) -> None:
         self.page.wait_for_timeout(300)  # until it has scrolled to the end
         self.page.screenshot(path=SHOTS / f"{name}.png")
+
+    def compare(self) -> None:
+        """Asks for the same model without knowledge beside, and waits for what was said so far to be there, too."""
+        turns = self.page.get_by_test_id("user").count()
+        self.page.get_by_label("Side by side").check()
+        self.page.get_by_test_id("user").nth(2 * turns - 1).wait_for()
 
     def open_settings(self) -> None:
         self.page.get_by_role("button", name="Settings").click()
@@ -176,7 +183,7 @@ def test_a_first_visit(visit, real_url, name, context):
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (name == "dark")
     visitor.shoot(name)
-    page.get_by_label("Side by side").check()
+    visitor.compare()
     visitor.ask("We watched the fireworks over the city last night.")
     assert page.get_by_text("The same language model without knowledge").is_visible()
     visitor.shoot(f"{name}-side-by-side")
@@ -285,8 +292,7 @@ def test_retry_and_edit(visit, url, demo):
 def test_side_by_side_from_the_middle_of_a_dialogue(visit, url, demo):
     visitor = visit(url)
     first = visitor.ask(QUESTION)
-    visitor.page.get_by_label("Side by side").check()
-    visitor.page.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 2")
+    visitor.compare()
     visitor.ask(OTHER)
     said = {"role": "assistant", "content": expected(demo, QUESTION, max_new_tokens=64)}
     dialogue = [user(QUESTION), said, user(OTHER)]
