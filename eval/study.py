@@ -43,8 +43,9 @@ def train(name: str, seed: int, steps: dict[str, dict], args: argparse.Namespace
     recipe = edit(recipe, step.get("set", {}), step.get("drop", []))
     if "parent" in step:
         recipe["model"] = {"checkpoint": str(train(step["parent"], seed, steps, args))}
-    elif step.get("new"):
-        recipe["model"] = yaml.safe_load((configs / "smollm2/distill.yaml").read_text(encoding="utf-8"))["model"]
+    elif "new" in step:
+        model = yaml.safe_load((configs / "smollm2/distill.yaml").read_text(encoding="utf-8"))["model"]
+        recipe["model"] = model | step["new"]
     data = recipe["data"]
     if stage == "tune":
         data["train"] = args.dialogues

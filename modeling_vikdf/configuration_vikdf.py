@@ -67,15 +67,17 @@ class VikdfConfig(PreTrainedConfig):
         iqformer_config (`dict` or `Blip2QFormerConfig`): the IQ-Former; default BERT-base-sized as in the paper.
         num_knowledge_tokens (`int`): n, the number of queries and so of knowledge vectors (paper: 32).
         knowledge_token_id (`int`, *optional*): id of the placeholder in the LLM's vocabulary that knowledge replaces.
-        knowledge_pooling (`"first"` or `"mean"`): which of a text's or picture's n knowledge vectors stand for it when
-            texts and pictures are matched; the first query as in the paper, or the mean.
-        matching_dim (`int`): width of the space in which they are matched (paper: 256).
+        knowledge_pooling (`"first"`, `"mean"` or `"each"`): which of a text's or picture's n knowledge vectors stand
+            for it when texts and pictures are matched: the first query as in the paper, the mean, or each, compared
+            with its counterpart through one projection for both. Not in the paper; "each" alone makes K^T and K^I of
+            a pair alike, so that an LLM that has learnt to read one can read the other.
+        matching_dim (`int`): width of the space in which they are matched (paper: 256); with "each" that of a vector.
         project_inputs (`bool`): whether each encoder's states pass through a trained LayerNorm-Linear-LayerNorm to the
             IQ-Former's width. Needed for towers that were not trained together; `False` as in the paper, where CLIP's
             own projections put both towers into one space.
         condition_queries (`bool`): whether the first of an encoder's states and their mean, linearly projected, are
             added to the queries. Not in the paper; the IQ-Former then learns from few pairs as fast as a plain
-            projection of these would.
+            projection of these would. The queries then start as large as what is added, or they would stay alike.
         state_dropout (`float`): share of an encoder's states, the first excepted, that a row's queries do not see in
             training. Not in the paper; a few thousand pictures are learnt by heart without it.
         vision_post_layernorm (`bool`): for CLIP's vision tower, whether patch states pass the post-layernorm before
@@ -106,7 +108,7 @@ class VikdfConfig(PreTrainedConfig):
     iqformer_config: dict | PreTrainedConfig | None = None
     num_knowledge_tokens: int = 32
     knowledge_token_id: int | None = None
-    knowledge_pooling: Literal["first", "mean"] = "first"
+    knowledge_pooling: Literal["first", "mean", "each"] = "first"
     matching_dim: int = 256
     project_inputs: bool = False
     condition_queries: bool = False

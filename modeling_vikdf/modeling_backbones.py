@@ -75,7 +75,9 @@ class VikdfPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, VikdfIQFormer):
-            init.normal_(module.query_tokens, std=self.config.initializer_range)
+            # beside what conditions them, which is as large as a normed state, small queries would be all the same
+            std = 1.0 if self.config.condition_queries else self.config.initializer_range
+            init.normal_(module.query_tokens, std=std)
         if isinstance(module, VikdfMatchingHead):
             init.constant_(module.logit_scale, CLIP_LOGIT_SCALE)
         if hasattr(module, "knowledge_base"):

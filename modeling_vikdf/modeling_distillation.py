@@ -152,7 +152,7 @@ class VikdfPreTrainingOutput(ModelOutput):
     loss: weighted sum of the objectives, scalar.
     losses: name of each objective -> its own value, unweighted and without gradient.
     text_knowledge, image_knowledge: K^T, K^I [B, n, h].
-    text_embeddings, image_embeddings: what matching compares, unit vectors [B, matching_dim].
+    text_embeddings, image_embeddings: what matching compares, unit vectors [B, d].
     context_states, vision_states: what the frozen encoders say [B, T, d], [B, S, d]; with `embed_only` alone.
 
     What the objectives do not need is not computed and `None`.
@@ -181,6 +181,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         "pixel_decoder",
         "token_decoder",
         "knowledge_predictor",
+        "caption_shift",
     ]
 
     # a checkpoint that was trained with other objectives has other heads: new ones start fresh, old ones are left
@@ -201,10 +202,16 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             self.token_decoder = nn.Linear(width, config.context_config.vocab_size)
         if config.loss_weights["text_to_knowledge"]:
             self.knowledge_predictor = nn.Linear(config.text_config.hidden_size, h)
+        if config.loss_weights["knowledge_to_text"] and config.loss_weights["reply"]:
+            # What makes the LLM write captions is of no use in a dialogue. Learnt beside the base vectors, which then
+            # are the replies' alone, it stays behind with the other heads. Frozen, it leaves the base to both.
+            self.caption_shift = nn.Parameter(torch.zeros(config.num_knowledge_tokens, config.text_config.hidden_size))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if hasattr(module, "caption_shift"):
+            init.zeros_(module.caption_shift)
         if isinstance(module, nn.MultiheadAttention):
             for name, parameter in module.named_parameters(recurse=False):
                 init.zeros_(parameter) if "bias" in name else init.xavier_uniform_(parameter)
@@ -297,6 +304,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             knowledge = self._choose_knowledge(text, image, use_image_knowledge)
         if "knowledge_to_text" in weights:
             _require("knowledge_to_text", input_ids=input_ids, labels=labels)
+            base = self._caption_base() if "reply" in weights else None
             losses["knowledge_to_text"] = (
                 super()
                 .forward(
@@ -304,6 +312,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
                     attention_mask=attention_mask,
                     position_ids=position_ids,
                     knowledge=knowledge,
+                    base=base,
                     labels=labels,
                     num_items_in_batch=counts.get("knowledge_to_text"),
                 )
@@ -329,6 +338,11 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: replies come from the dialogue model, which loads the same checkpoint."""
         raise NotImplementedError("Load the checkpoint with VikdfForConditionalGeneration to generate replies.")
+
+    def _caption_base(self) -> torch.Tensor:
+        """Base vectors [n, d_llm] of captions beside dialogues."""
+        alone = self.caption_shift.requires_grad
+        return (self.knowledge_base.detach() if alone else self.knowledge_base) + self.caption_shift
 
     def _choose_knowledge(
         self, text: torch.Tensor | None, image: torch.Tensor | None, use_image: torch.Tensor | None

@@ -112,26 +112,35 @@ class VikdfMatchingHead(nn.Module):
     Knowledge -> one normalised embedding in a space that texts and pictures share (paper, "Text-Image Matching").
 
     t = normalise(W_t pool(K^T)), v = normalise(W_v pool(K^I)), compared by exp(logit_scale) * t . v; `logit_scale` is
-    a learnt scalar that starts where CLIP's does, at ln(1 / 0.07).
+    a learnt scalar that starts where CLIP's does, at ln(1 / 0.07). With the pooling "each" nothing is pooled and
+    W_t = W_v: t . v is the mean over i of the cosine between W k^T_i and W k^I_i.
     """
 
     def __init__(self, config: VikdfConfig):
         super().__init__()
         self.pooling = config.knowledge_pooling
-        self.text_projection = nn.Linear(config.iqformer_config.hidden_size, config.matching_dim)
-        self.image_projection = nn.Linear(config.iqformer_config.hidden_size, config.matching_dim)
+        width = config.iqformer_config.hidden_size
+        if self.pooling == "each":
+            self.projection = nn.Linear(width, config.matching_dim)
+        else:
+            self.text_projection = nn.Linear(width, config.matching_dim)
+            self.image_projection = nn.Linear(width, config.matching_dim)
         self.logit_scale = nn.Parameter(torch.tensor(CLIP_LOGIT_SCALE))
 
-    def _pool(self, knowledge: torch.Tensor) -> torch.Tensor:
-        return knowledge[:, 0] if self.pooling == "first" else knowledge.mean(dim=1)  # [B, h]
+    def _embed(self, knowledge: torch.Tensor, projection: nn.Module) -> torch.Tensor:
+        if self.pooling == "each":
+            vectors = nn.functional.normalize(projection(knowledge), dim=-1)  # [B, n, matching_dim]
+            return vectors.flatten(1) / vectors.shape[1] ** 0.5  # [B, n * matching_dim]
+        pooled = knowledge[:, 0] if self.pooling == "first" else knowledge.mean(dim=1)  # [B, h]
+        return nn.functional.normalize(projection(pooled), dim=-1)  # [B, matching_dim]
 
     def text(self, knowledge: torch.Tensor) -> torch.Tensor:
-        """K^T [B, n, h] -> unit vectors [B, matching_dim]."""
-        return nn.functional.normalize(self.text_projection(self._pool(knowledge)), dim=-1)
+        """K^T [B, n, h] -> unit vectors [B, matching_dim]; [B, n * matching_dim] with the pooling "each"."""
+        return self._embed(knowledge, self.projection if self.pooling == "each" else self.text_projection)
 
     def image(self, knowledge: torch.Tensor) -> torch.Tensor:
-        """K^I [B, n, h] -> unit vectors [B, matching_dim]."""
-        return nn.functional.normalize(self.image_projection(self._pool(knowledge)), dim=-1)
+        """K^I [B, n, h] -> unit vectors, as `text`."""
+        return self._embed(knowledge, self.projection if self.pooling == "each" else self.image_projection)
 
 
 @torch.no_grad()

@@ -72,7 +72,10 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
     """
 
     # a pre-training checkpoint also holds the heads of its objectives
-    _keys_to_ignore_on_load_unexpected = [r"^(masked_\w+_block|pixel_decoder|token_decoder|knowledge_predictor)\."]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(masked_\w+_block|pixel_decoder|token_decoder|knowledge_predictor)\.",
+        r"^caption_shift$",
+    ]
 
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
@@ -245,11 +248,11 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
     def get_text_embeddings(
         self, context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Unit vectors [B, matching_dim] of texts, to be compared with those of pictures by their dot product."""
+        """Unit vectors [B, d] of texts, to be compared with those of pictures by their dot product."""
         return self.matching_head.text(self.get_text_knowledge(context_input_ids, context_attention_mask))
 
     def get_image_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Unit vectors [B, matching_dim] of pictures [B, 3, H, W]."""
+        """Unit vectors [B, d] of pictures [B, 3, H, W]; d is `matching_dim`, with the pooling "each" n times that."""
         return self.matching_head.image(self.get_image_knowledge(pixel_values))
 
     def get_knowledge(
@@ -266,9 +269,13 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             parts.append(self.get_image_knowledge(pixel_values))
         return torch.cat(parts, dim=1) if parts else None
 
-    def project_knowledge(self, knowledge: torch.Tensor) -> torch.Tensor:
+    def project_knowledge(self, knowledge: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """
         Knowledge [B, m, h] -> vectors for the LLM's prompt [B, m, d_llm]: base_i + gate_i * (W k_i + b).
+
+        Args:
+            knowledge: [B, m, h], m = n or 2n.
+            base: base vectors [n, d_llm]; default the model's.
 
         Raises:
             ValueError: unless m is n or 2n and the width is h, and every value is finite.
@@ -282,7 +289,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         if not torch.isfinite(knowledge).all():
             raise ValueError("knowledge holds NaN or infinite values; check what it was computed from.")
         sources = knowledge.shape[1] // n
-        base, gate = self.knowledge_base.repeat(sources, 1), self.knowledge_gate.repeat(sources)[:, None]
+        base = (self.knowledge_base if base is None else base).repeat(sources, 1)  # [m, d_llm]
+        gate = self.knowledge_gate.repeat(sources)[:, None]  # [m, 1]
         return base + gate * self.language_projection(knowledge.to(self.language_projection.weight))
 
     def embed_prompt(
@@ -290,6 +298,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         knowledge: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
+        base: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Token embeddings [B, T, d_llm] with the placeholders replaced by the projected knowledge.
@@ -298,6 +307,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             input_ids: prompt [B, T] with one placeholder for each knowledge vector.
             knowledge: [B, m, h], m = n or 2n (text, then picture).
             image_mask: rows that have a picture [B] (bool); in the others the last n vectors are not used.
+            base: base vectors [n, d_llm]; default the model's.
 
         Raises:
             ValueError: if a row's number of placeholders is not its number of knowledge vectors.
@@ -316,7 +326,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             raise ValueError("config.knowledge_token_id is not set: it must be the id that the processor writes.")
         # the placeholder's own embedding is not used, so its id may lie outside the LLM's vocabulary
         embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))  # [B, T, d_llm]
-        vectors = self.project_knowledge(knowledge)  # [B, m, d_llm]
+        vectors = self.project_knowledge(knowledge, base)  # [B, m, d_llm]
         keep = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)  # [B, m]
         if image_mask is not None:
             keep[:, -self.config.num_knowledge_tokens :] = image_mask.to(keep.device)[:, None]
@@ -342,6 +352,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         knowledge: torch.Tensor | None = None,
+        base: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -354,6 +365,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             context_input_ids, context_attention_mask: dialogue context for the text encoder [B, C].
             pixel_values: pictures [B, 3, H, W]; image_mask: rows that have one [B].
             knowledge: precomputed knowledge [B, m, h]; then both encoders are skipped.
+            base: base vectors [n, d_llm]; default the model's.
             labels: target ids, -100 where nothing is to be learned, [B, T].
             logits_to_keep: as in transformers; with labels by default the positions that predict some row's label.
             num_items_in_batch: number of labels over all accumulated batches, for an exact mean.
@@ -368,7 +380,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         if knowledge is None:
             knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)  # [B, m, h]
         if inputs_embeds is None:
-            inputs_embeds = self.embed_prompt(input_ids, knowledge, image_mask)  # [B, T, d_llm]
+            inputs_embeds = self.embed_prompt(input_ids, knowledge, image_mask, base)  # [B, T, d_llm]
         elif knowledge is not None:
             raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
         targets = None

@@ -44,7 +44,7 @@ class PictureIndex:
     Pictures as thumbnails and as embeddings in the space that a model's texts and pictures share.
 
     Args:
-        embeddings: unit vectors [N, matching_dim], float32.
+        embeddings: unit vectors [N, d], float32.
         thumbnails: N WebP files.
         titles: N descriptions to show.
         fingerprint: of the weights that made the embeddings, see [`fingerprint`].
@@ -166,7 +166,7 @@ class PictureIndex:
 
     def nearest(self, embeddings: torch.Tensor, k: int = 6) -> list[list[Match]]:
         """
-        For each unit vector of [B, matching_dim] the k pictures with the largest cosine, largest first.
+        For each unit vector of [B, d] the k pictures with the largest cosine, largest first.
 
         Raises:
             ValueError: if the embeddings have another width than those of the index.

@@ -154,7 +154,7 @@ class VikdfTrainer(Trainer):
                 continue
             rate = self.args.rate_of(name)
             # queries, base vectors, gates and the temperature are no weights of a linear map
-            no_map = name.endswith(("query_tokens", "knowledge_base")) or parameter.dim() < 2
+            no_map = name.endswith(("query_tokens", "knowledge_base", "caption_shift")) or parameter.dim() < 2
             decay = self.args.weight_decay if full_name in decaying and not no_map else 0.0
             groups[rate != self.args.learning_rate, rate, decay].append(parameter)
         unknown = [prefix for prefix in self.args.learning_rates if not any(name.startswith(prefix) for name in names)]

@@ -495,6 +495,27 @@ def test_a_batch_without_a_reply_to_learn_has_loss_zero():
     assert not any(gradient.isnan().any() or gradient.any() for gradient in gradients.values())
 
 
+def test_captions_beside_dialogues_shift_the_base_vectors():
+    """Only in their own prompts: the base vectors learn from the replies alone, unless the shift is frozen."""
+    model = pretraining_model({"knowledge_to_text": 1.0, "reply": 1.0})
+    silent = DialogueCollator(processor())(dialogues(2))
+    silent["labels"][:] = -100  # so that what is learnt is learnt from captions
+    batch = batch_of(model) | {"dialogues": silent}
+    loss, gradients = gradients_of(model, batch)
+    assert gradients["caption_shift"].any() and gradients["language_projection.weight"].any()
+    assert not gradients["knowledge_base"].any()
+    with torch.no_grad():
+        model.caption_shift.normal_()
+    shifted, _ = gradients_of(model, batch)
+    assert shifted != pytest.approx(loss, rel=1e-5)
+    said = DialogueCollator(processor())(dialogues(2))
+    plain = dialogue_model()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert model(**batch | {"dialogues": said}).losses["reply"].item() == pytest.approx(plain(**said).loss.item())
+    model.caption_shift.requires_grad = False
+    assert gradients_of(model, batch)[1]["knowledge_base"].any()
+
+
 def test_lora_on_the_llm(monkeypatch):
     """The LLM's own new weights get gradients, and then the text before the knowledge is part of what is learnt."""
     peft = pytest.importorskip("peft")

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfIQFormer, initialize_from_bert
+from modeling_vikdf.modeling_iqformer import VikdfMatchingHead
 
 
 # ---- IQ-Former ----
@@ -125,6 +126,35 @@ def test_state_dropout_hides_states_in_training_alone():
     assert any(not torch.allclose(iqformer(states), iqformer(states), atol=1e-6) for _ in range(10))
     with pytest.raises(ValueError, match="state_dropout must be at least 0 and below 1, got 1"):
         tiny_config(state_dropout=1.0)
+
+
+@torch.no_grad()
+def test_conditioned_queries_of_a_new_model_are_not_alike():
+    """What conditions them is the same for all: beside it small queries would stay n copies of one."""
+    torch.manual_seed(0)
+    model = VikdfForConditionalGeneration(tiny_config(towers="siglip", condition_queries=True)).eval()
+    knowledge = F.normalize(model.iqformer(torch.randn(8, 6, 32)), dim=-1)  # [8, n, h]
+    alike = (knowledge @ knowledge.mT)[:, ~torch.eye(4, dtype=torch.bool)]  # [8, n * (n - 1)]
+    assert alike.mean() < 0.8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["first", "mean", "each"])
+def test_what_matching_compares(pooling):
+    torch.manual_seed(0)
+    head = VikdfMatchingHead(tiny_config(knowledge_pooling=pooling, matching_dim=6))
+    text, image = torch.randn(2, 4, 32), torch.randn(3, 4, 32)
+    weights = dict(head.named_parameters())
+    found = head.text(text) @ head.image(image).T  # [2, 3]
+    if pooling == "each":
+        assert set(weights) == {"projection.weight", "projection.bias", "logit_scale"}
+        text, image = (linear(weights, "projection", each) for each in (text, image))
+        expected = F.cosine_similarity(text[:, None], image[None], dim=-1).mean(-1)  # [2, 3, n] -> [2, 3]
+    else:
+        text, image = (each[:, 0] if pooling == "first" else each.mean(1) for each in (text, image))
+        text, image = linear(weights, "text_projection", text), linear(weights, "image_projection", image)
+        expected = F.cosine_similarity(text[:, None], image[None], dim=-1)
+    torch.testing.assert_close(found, expected)
 
 
 def test_attention_to_the_words_of_a_context(model):
