@@ -1,0 +1,50 @@
+"""What the arms of a study reply to the same ten beginnings, all of them and nothing picked: eval/results/replies.md.
+
+Example run:
+    python eval/replies.py --study outputs/study --steps vikdf caption_only soft_prompt
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from transformers import pipeline
+
+import modeling_vikdf  # noqa: F401 - registers the pipeline
+
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Writes a table for each beginning: arm, reply (beam search with 3 beams, at most 32 tokens)."""
+    parser = argparse.ArgumentParser(description="Replies of a study's arms side by side.")
+    parser.add_argument("--study", type=Path, default=Path("outputs/study"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", nargs="+", required=True, help="arms; the first one's LLM also replies alone")
+    parser.add_argument("--dialogues", type=Path, default=HERE / "replies.jsonl")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "replies.md")
+    args = parser.parse_args()
+
+    chats = []
+    for line in args.dialogues.read_text(encoding="utf-8").splitlines():
+        roles = ("user", "assistant")
+        chats.append([{"role": roles[i % 2], "content": turn} for i, turn in enumerate(json.loads(line)["turns"])])
+    replies = {}
+    for name in args.steps:
+        pipe = pipeline("vikdf-dialogue", model=str(args.study / f"seed{args.seed}" / name))
+        settings = {"num_beams": 3, "do_sample": False, "max_new_tokens": 32, "return_full_text": False}
+        replies[name] = [reply["generated_text"] for [reply] in pipe(chats, **settings)]
+        if name == args.steps[0]:
+            alone = pipe(chats, use_knowledge=False, **settings)
+            replies["language model alone"] = [reply["generated_text"] for [reply] in alone]
+    blocks = []
+    for i, chat in enumerate(chats):
+        said = "\n".join(f"> **{message['role']}:** {message['content']}  " for message in chat)
+        rows = "\n".join(f"| {name} | {each[i]} |" for name, each in replies.items())
+        blocks.append(f"{said}\n\n| arm | reply |\n|---|---|\n{rows}\n")
+    args.output.write_text("\n".join(blocks), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
