@@ -8,6 +8,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
 from modeling_vikdf.backbones import short_greedy_replies
 from modeling_vikdf.cards import FIGURE, render_model_card
@@ -25,6 +27,9 @@ def main() -> None:
     for path in DEFAULT_CHECKPOINT.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     model.save_pretrained(DEFAULT_CHECKPOINT)
+    # in half precision the package is half as large; loading makes float32 of it again
+    weights = DEFAULT_CHECKPOINT / "model.safetensors"
+    save_file({name: each.half() for name, each in load_file(weights).items()}, weights, metadata={"format": "pt"})
     processor.save_pretrained(DEFAULT_CHECKPOINT)
     for name in ("recipe.yaml", "trainer_state.json"):
         shutil.copy(args.model / name, DEFAULT_CHECKPOINT)
