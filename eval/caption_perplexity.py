@@ -2,7 +2,8 @@
 
 The LLM is asked to describe a picture and scored on the first caption of each, with the knowledge of the picture
 itself (`picture`), of another one (`wrong_picture`), of another of its captions (`caption`) and of another picture's
-caption (`wrong_caption`). Intervals are over photographs.
+caption (`wrong_caption`). Intervals are over photographs. `knowledge_similarity` says whether an LLM that reads K^I can
+read K^T: the mean cosine between the two of a pair, each less its mean over all pairs.
 
 Example run:
     python eval/caption_perplexity.py --model outputs/smollm2/tune --data "validation-*.tar" --output captions.json
@@ -79,7 +80,14 @@ def main() -> None:
             for some in tqdm(rows, unit=" batches", desc=name)
         ]
         losses[name], tokens = (torch.cat(each) for each in zip(*parts, strict=True))
-    result = {"model": "/".join(Path(args.model).parts[-2:]), "num_pictures": len(captions), "perplexity": {}}
+    centred = [(each - each.mean(0)).flatten(1) for each in (texts, pictures)]  # [N, n * h]
+    similarity = torch.nn.functional.cosine_similarity(*centred)  # [N]
+    result = {
+        "model": "/".join(Path(args.model).parts[-2:]),
+        "num_pictures": len(captions),
+        "knowledge_similarity": {"value": similarity.mean().item(), "confidence_95": bootstrap_interval(similarity)},
+        "perplexity": {},
+    }
     for name, each in losses.items():
         low, high = bootstrap_interval(each, tokens)
         ends = [torch.tensor(end).exp().item() for end in (low, high)]

@@ -117,6 +117,14 @@ def convert(args: argparse.Namespace) -> None:
     print(f"Wrote {args.output}.")
 
 
+def _tell(figures: dict, output: str | None) -> None:
+    """Prints figures as JSON, and writes them to a file if there is one."""
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if output:
+        Path(output).write_text(text + "\n", encoding="utf-8")
+
+
 def retrieve(args: argparse.Namespace) -> None:
     """Reports how often the matching head finds the right picture for a caption, and a right caption for a picture."""
     from .data import SkipReport, load_image_text_pairs
@@ -130,11 +138,8 @@ def retrieve(args: argparse.Namespace) -> None:
     processor = VikdfProcessor.from_pretrained(args.model)
     figures = evaluate_retrieval(model, processor, pairs, batch_size=args.batch_size, seed=args.seed)
     figures["skipped"] = report.counts()
-    text = json.dumps(figures, indent=2)
-    print(text)
+    _tell(figures, args.output)
     print(report.summary(), file=sys.stderr)
-    if args.output:
-        Path(args.output).write_text(text + "\n", encoding="utf-8")
 
 
 def index(args: argparse.Namespace) -> None:
@@ -189,10 +194,7 @@ def compare(args: argparse.Namespace) -> None:
         a, b = args.a, args.b
     else:
         raise ValueError("compare takes two reports, or the reports of several seeds: --a A1 A2 ... --b B1 B2 ...")
-    text = json.dumps(compare_reports(a, b, seed=args.seed), indent=2)
-    print(text)
-    if args.output:
-        Path(args.output).write_text(text + "\n", encoding="utf-8")
+    _tell(compare_reports(a, b, seed=args.seed), args.output)
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -251,10 +253,7 @@ def benchmark(args: argparse.Namespace) -> None:
         figures = benchmark_generation(args.model, repeats=args.repeats)
     else:
         figures = benchmark_training(repeats=args.repeats)
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if args.output:
-        Path(args.output).write_text(text + "\n")
+    _tell(figures, args.output)
 
 
 def serve(args: argparse.Namespace) -> None:
