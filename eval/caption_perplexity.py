@@ -2,8 +2,8 @@
 
 The LLM is asked to describe a picture and scored on the first caption of each, with the knowledge of the picture
 itself (`picture`), of another one (`wrong_picture`), of another of its captions (`caption`) and of another picture's
-caption (`wrong_caption`). Intervals are over photographs. `knowledge_similarity` says whether an LLM that reads K^I can
-read K^T: the mean cosine between the two of a pair, each less its mean over all pairs.
+caption (`wrong_caption`). Intervals are over photographs. `knowledge_similarity` says whether an LLM that reads K^I
+can read K^T: the mean cosine between the two of a pair, each less its mean over all pairs.
 
 Example run:
     python eval/caption_perplexity.py --model outputs/smollm2/tune --data "validation-*.tar" --output captions.json
