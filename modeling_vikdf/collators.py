@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .configuration_vikdf import VikdfConfig
 from .data import SkipReport
+from .features import tokenize_captions
 from .processing_vikdf import VikdfProcessor
 
 
@@ -179,9 +180,7 @@ class PreTrainingCollator(_Collator):
             ids = [example["context_input_ids"][i] for example, i in zip(examples, chosen, strict=True)]
         else:
             captions = [example["captions"][i] for example, i in zip(examples, chosen, strict=True)]
-            limit = min(self.processor.max_context_length or tokenizer.model_max_length, 10**6)
-            ids = tokenizer(captions, truncation=True, max_length=limit)["input_ids"]
-            ids = [torch.tensor(row) for row in ids]
+            ids = tokenize_captions(self.processor, captions)
         batch = {
             "context_input_ids": _pad_right(ids, tokenizer.pad_token_id),  # [B, T]
             "context_attention_mask": _pad_right([torch.ones_like(row) for row in ids], 0),

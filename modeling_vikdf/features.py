@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .modeling_vikdf import VikdfForConditionalGeneration
-from .processing_vikdf import VikdfProcessor
+from .processing_vikdf import VikdfProcessor, encode_truncated
 
 
 INDEX_NAME = "index.json"
@@ -158,9 +158,10 @@ def tokenize_captions(processor: VikdfProcessor, captions: list[str]) -> list[to
     """The text encoder's ids of each caption [T], special tokens included, cut to the most that it reads."""
     tokenizer, limit = processor.context_tokenizer, _max_length(processor)
     rows = tokenizer(captions, verbose=False)["input_ids"]
-    if max(map(len, rows), default=0) > limit:  # only now, for a tokenizer that knows no limit cannot be told to cut
-        rows = tokenizer(captions, truncation=True, max_length=limit)["input_ids"]
-    return [torch.tensor(row) for row in rows]
+    return [
+        torch.tensor(row if len(row) <= limit else encode_truncated(tokenizer, caption, limit))
+        for row, caption in zip(rows, captions, strict=True)
+    ]
 
 
 def pad(rows: list[torch.Tensor], value: float = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -403,9 +403,7 @@ class VikdfProcessor(ProcessorMixin):
         """The ids of as many of the newest turns as the text encoder reads, and how many older ones there are."""
         dialogue = [turn["content"] for turn in turns[: _last_user(turns) + 1] if turn["role"] != "system"]
         limit = self.max_context_length or self.context_tokenizer.model_max_length
-        ids = self.context_tokenizer(dialogue[-1], verbose=False)["input_ids"]
-        if len(ids) > limit:
-            ids = self.context_tokenizer(dialogue[-1], truncation=True, max_length=limit)["input_ids"]
+        ids = encode_truncated(self.context_tokenizer, dialogue[-1], limit)
         for older in range(len(dialogue) - 1, 0, -1):
             longer = self.context_tokenizer("\n".join(dialogue[older - 1 :]), verbose=False)["input_ids"]
             if len(longer) > limit:
@@ -564,6 +562,23 @@ def _load_picture(picture: Any, row: int) -> Any:
 
 def _last_user(turns: list[dict]) -> int:
     return max((index for index, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+
+
+def encode_truncated(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> list[int]:
+    """
+    The ids of a text, special tokens included, cut to `limit` of them on the tokenizer's truncation side.
+
+    Not by `truncation=True`: that changes a state of the tokenizer which all threads share, and may cut the text of
+    another one.
+    """
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) <= limit:
+        return ids
+    bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    start = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+    before, behind = ids[:start], ids[start + len(bare) :]
+    excess = len(ids) - limit
+    return before + (bare[excess:] if tokenizer.truncation_side == "left" else bare[:-excess]) + behind
 
 
 def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:

@@ -367,17 +367,20 @@ def attended_words(
     """
     turns = [each["content"] for each in chat if each["role"] != "system"]
     text = "\n".join(turns[inputs.dropped_context_turns[0] :])
-    # the same tokens as in `inputs`, with their places in the text
-    offsets = processor.context_tokenizer(
-        text, truncation=True, max_length=len(attention), return_offsets_mapping=True
-    )["offset_mapping"]
+    # The newest tokens are those in `inputs`, here with their places in the text. They are not cut by the tokenizer,
+    # whose settings all visitors share.
+    tokenizer = processor.context_tokenizer
+    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    ids = inputs.context_input_ids[0].tolist()  # [T]
+    framing = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    tokens = [
+        (start, stop, weight)
+        for (start, stop), token_id, weight in zip(offsets[-len(ids) :], ids, attention, strict=True)
+        if token_id not in framing
+    ]
     words = []
     for word in re.finditer(r"\S+", text):
-        parts = [
-            weight
-            for (start, stop), weight in zip(offsets, attention, strict=True)
-            if start < word.end() and stop > word.start()
-        ]
+        parts = [weight for start, stop, weight in tokens if start < word.end() and stop > word.start()]
         if parts:  # none of the words that the text encoder did not read
             words.append((word[0], sum(parts)))
     return words

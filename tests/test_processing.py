@@ -5,6 +5,8 @@ import importlib.util
 import io
 import json
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -354,6 +356,32 @@ def test_a_long_context_loses_its_oldest_turns_whole(chat, limit):
         assert dropped == len(dialogue) - 1
         newest = encode(dropped)
         assert ids == newest[:1] + newest[-(limit - 1) :]
+
+
+@fast
+@given(st.text(alphabet="ab é雪🐶.", min_size=1, max_size=80).filter(str.strip), st.integers(3, 30))
+def test_long_texts_are_cut_as_tokenizers_cut(text, limit):
+    for tokenizer in (bert_tokenizer(), clip_like_tokenizer()):
+        for side in ("left", "right"):
+            tokenizer.truncation_side = side
+            found = processing_vikdf.encode_truncated(tokenizer, text, limit)
+            assert tokenizer.backend_tokenizer.truncation is None, "threads share this state: it stays as it is"
+            assert found == tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+            tokenizer.backend_tokenizer.no_truncation()
+
+
+def test_threads_share_a_processor():
+    processor = build(max_context_length=12)
+    chats = [[user("word " * length)] for length in (3, 9, 30, 60)] * 200
+    alone = [processor(chat)["context_input_ids"].tolist() for chat in chats]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            together = [inputs["context_input_ids"].tolist() for inputs in pool.map(processor, chats)]
+    finally:
+        sys.setswitchinterval(interval)
+    assert together == alone
 
 
 def test_clip_contexts_end_at_77_tokens():
