@@ -1,4 +1,5 @@
-# make setup | chat | test | test-lowest | study | results; all run in .venv, which setup makes and remakes when its ingredients change.
+# make setup | chat | demo | test | test-browser | test-lowest | study | results; all run in .venv, which setup makes, and
+# remakes when its ingredients change.
 
 VENV := .venv
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
@@ -6,7 +7,7 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup chat test test-lowest study results
+.PHONY: setup chat demo test test-browser test-lowest study results
 
 setup: $(VENV)/.installed
 

@@ -18,27 +18,16 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
-from modeling_vikdf.collators import CAPTION_INSTRUCTIONS, align_at_knowledge
-from modeling_vikdf.data import load_image_text_pairs
-from modeling_vikdf.evaluation import bootstrap_interval
-
-
-@torch.no_grad()
-def caption_losses(
-    model: VikdfForConditionalGeneration, processor: VikdfProcessor, captions: list[str], knowledge: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood, in nats, of each caption [B] given knowledge [B, n, h], and its tokens [B]."""
-    chats = [
-        [{"role": "user", "content": CAPTION_INSTRUCTIONS[0]}, {"role": "assistant", "content": caption}]
-        for caption in captions
-    ]
-    inputs = align_at_knowledge(dict(processor(chats, return_labels=True)), processor)
-    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids", "labels")}
-    logits = model(**inputs, knowledge=knowledge).logits.float()  # [B, k, vocabulary]: where some row has a label
-    targets = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]  # [B, T]
-    targets = targets[:, (targets != -100).any(0)]  # [B, k]
-    losses = torch.nn.functional.cross_entropy(logits.mT, targets, ignore_index=-100, reduction="none")  # [B, k]
-    return losses.sum(1), (targets != -100).sum(1)
+from modeling_vikdf.collators import CAPTION_INSTRUCTIONS
+from modeling_vikdf.data import SkipReport, load_image_text_pairs
+from modeling_vikdf.evaluation import (
+    EvaluationSettings,
+    bootstrap_interval,
+    compute_knowledge,
+    prepare,
+    score_candidates,
+)
+from modeling_vikdf.features import tokenize_captions
 
 
 @torch.no_grad()
@@ -56,35 +45,39 @@ def main() -> None:
     processor = VikdfProcessor.from_pretrained(args.model)
     pairs = itertools.islice(load_image_text_pairs(args.data, shuffle_buffer=0), args.limit)
     batches = iter(lambda: list(itertools.islice(pairs, args.batch_size)), [])
-    captions, pictures, texts = [], [], []
-    for batch in tqdm(batches, unit=" batches", desc="Knowledge"):
-        captions += [pair["captions"][0] for pair in batch]
+    dialogues, pictures, texts = [], [], []
+    for batch in tqdm(batches, unit=" batches", desc="Pictures"):
+        for pair in batch:
+            roles = ("user", CAPTION_INSTRUCTIONS[0]), ("assistant", pair["captions"][0])
+            messages = [{"role": role, "content": content} for role, content in roles]
+            dialogues.append({"key": pair["key"], "messages": messages, "references": pair["captions"][:1]})
         pixels = processor.image_processor([pair["image"] for pair in batch], return_tensors="pt")["pixel_values"]
         pictures.append(model.get_image_knowledge(pixels))
-        words = processor.context_tokenizer(
-            [pair["captions"][1] for pair in batch], padding=True, truncation=True, return_tensors="pt"
-        )
-        texts.append(model.get_text_knowledge(words["input_ids"], words["attention_mask"]))
-    pictures, texts = torch.cat(pictures), torch.cat(texts)  # [N, n, h]
+        texts += [ids.tolist() for ids in tokenize_captions(processor, [pair["captions"][1] for pair in batch])]
+    pictures, texts = torch.cat(pictures), compute_knowledge(model, processor, texts)  # [N, n, h]
+    settings, report = EvaluationSettings(ranking=False, generation=False), SkipReport()
+    examples, _ = prepare(model, processor, dialogues, settings, None, report)
+    if len(examples) < len(dialogues):
+        raise ValueError(f"Not every caption can be scored. {report.summary()}")
     arms = {
         "picture": pictures,
         "wrong_picture": pictures.roll(1, 0),
         "caption": texts,
         "wrong_caption": texts.roll(1, 0),
     }
-    losses = {}
+    tokens = torch.tensor([example.tokens[0] for example in examples])  # [N]
+    losses = {name: [] for name in arms}
     for name, knowledge in arms.items():
-        rows = torch.arange(len(captions)).split(args.batch_size)
-        parts = [
-            caption_losses(model, processor, [captions[i] for i in some], knowledge[some])
-            for some in tqdm(rows, unit=" batches", desc=name)
-        ]
-        losses[name], tokens = (torch.cat(each) for each in zip(*parts, strict=True))
+        for start in tqdm(range(0, len(examples), args.batch_size), unit=" batches", desc=name):
+            some = slice(start, start + args.batch_size)
+            scores = score_candidates(model, processor, examples[some], knowledge[some], args.batch_size)
+            losses[name] += [-caption.sum() for [caption] in scores]
+    losses = {name: torch.stack(each) for name, each in losses.items()}  # each [N]
     centred = [(each - each.mean(0)).flatten(1) for each in (texts, pictures)]  # [N, n * h]
     similarity = torch.nn.functional.cosine_similarity(*centred)  # [N]
     result = {
         "model": "/".join(Path(args.model).parts[-2:]),
-        "num_pictures": len(captions),
+        "num_pictures": len(examples),
         "knowledge_similarity": {"value": similarity.mean().item(), "confidence_95": bootstrap_interval(similarity)},
         "perplexity": {},
     }

@@ -7,6 +7,7 @@ Example run, on validation dialogues:
 import argparse
 from pathlib import Path
 
+from modeling_vikdf import DEFAULT_CHECKPOINT
 from modeling_vikdf.evaluation import EvaluationSettings, evaluate_file
 
 
@@ -15,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare system prompts of the LLM without knowledge.")
     parser.add_argument("--prompts", type=Path, required=True, help="file with a system prompt a line")
     parser.add_argument("--data", required=True, help="dialogues (JSONL)")
-    parser.add_argument("--model", default="modeling_vikdf/default_checkpoint", help="VIKDF model that names the LLM")
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, help="VIKDF model that names the LLM")
     parser.add_argument("--output", type=Path, default=Path("outputs/system_prompts"), help="folder of the reports")
     parser.add_argument("--limit", type=int, help="dialogues (default: all)")
     args = parser.parse_args()
