@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from modeling_vikdf.features import FeatureDataset
-from modeling_vikdf.modeling_distillation import text_image_matching_loss
+from modeling_vikdf.modeling_distillation import matching_loss
 from modeling_vikdf.modeling_iqformer import CLIP_LOGIT_SCALE
 from modeling_vikdf.retrieval import retrieval_intervals, retrieval_recall
 
@@ -77,7 +77,7 @@ def train_plain_head(
     seed: int = 0,
 ) -> PlainMatchingHead:
     """
-    Trains the head by `text_image_matching_loss` with the batch's other pairs as negatives: AdamW, linear warm-up and
+    Trains the head by `matching_loss` with the batch's other pairs as negatives: AdamW, linear warm-up and
     cosine decay. An epoch shows every picture once, each time with one of its captions drawn at random.
 
     Args:
@@ -107,7 +107,7 @@ def train_plain_head(
             order = torch.randperm(len(images))
         rows, order = order[:batch_size], order[batch_size:]
         chosen = first[rows] + (torch.rand(batch_size) * captions[rows]).long()
-        loss = text_image_matching_loss(*head(texts[chosen], images[rows]), head.logit_scale)
+        loss = matching_loss(*head(texts[chosen], images[rows]), head.logit_scale)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

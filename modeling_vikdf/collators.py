@@ -136,7 +136,13 @@ class PreTrainingCollator(_Collator):
         if weights["masked_image"] or weights["masked_text"]:
             examples, draws, masked = self._masked_first(examples, draws)
         chosen = [draw.randrange(len(example["captions"])) for draw, example in zip(draws, examples, strict=True)]
-        batch = self._captions(examples, chosen)
+        batch = self._captions("context", examples, chosen)
+        if weights["text_text_matching"]:
+            partners = [
+                _another(i, len(example["captions"]), draw)
+                for example, i, draw in zip(examples, chosen, draws, strict=True)
+            ]
+            batch |= self._captions("partner", examples, partners)
         if self.caption_as_picture:
             examples = [self._pictured_by_a_caption(*row) for row in zip(examples, chosen, draws, strict=True)]
         batch |= self._pictures(examples, masked)
@@ -174,7 +180,8 @@ class PreTrainingCollator(_Collator):
         order = sorted(range(len(masked)), key=lambda row: not masked[row])
         return [examples[row] for row in order], [draws[row] for row in order], sum(masked)
 
-    def _captions(self, examples: list[dict], chosen: list[int]) -> dict[str, torch.Tensor]:
+    def _captions(self, role: str, examples: list[dict], chosen: list[int]) -> dict[str, torch.Tensor]:
+        """The chosen caption of each example, as `role`'s ids, mask and, where they are cached, states."""
         tokenizer = self.processor.context_tokenizer
         if "context_input_ids" in examples[0]:
             ids = [example["context_input_ids"][i] for example, i in zip(examples, chosen, strict=True)]
@@ -182,12 +189,12 @@ class PreTrainingCollator(_Collator):
             captions = [example["captions"][i] for example, i in zip(examples, chosen, strict=True)]
             ids = tokenize_captions(self.processor, captions)
         batch = {
-            "context_input_ids": _pad_right(ids, tokenizer.pad_token_id),  # [B, T]
-            "context_attention_mask": _pad_right([torch.ones_like(row) for row in ids], 0),
+            f"{role}_input_ids": _pad_right(ids, tokenizer.pad_token_id),  # [B, T]
+            f"{role}_attention_mask": _pad_right([torch.ones_like(row) for row in ids], 0),
         }
         if "context_states" in examples[0]:
             states = [example["context_states"][i] for example, i in zip(examples, chosen, strict=True)]
-            batch["context_states"] = _pad_right(states, 0.0)  # [B, T, d]
+            batch[f"{role}_states"] = _pad_right(states, 0.0)  # [B, T, d]
         return batch
 
     def _pictured_by_a_caption(self, example: dict, chosen: int, draw: random.Random) -> dict:
@@ -245,7 +252,7 @@ class PreTrainingCollator(_Collator):
         chats = []
         for example, i, draw in zip(examples, chosen, draws, strict=True):
             captions, instruction = example["captions"], draw.choice(CAPTION_INSTRUCTIONS)
-            if self.other_caption and len(captions) > 1:
+            if self.other_caption:
                 i = _another(i, len(captions), draw)
             caption = self._readable(captions[i])
             chats.append([{"role": "user", "content": instruction}, {"role": "assistant", "content": caption}])
@@ -452,8 +459,8 @@ def align_at_knowledge(batch: dict[str, torch.Tensor], processor: VikdfProcessor
 
 
 def _another(chosen: int, count: int, draw: random.Random) -> int:
-    """One of `count` that is not the chosen one."""
-    return draw.choice([other for other in range(count) if other != chosen])
+    """One of `count` that is not the chosen one, where there is another."""
+    return draw.choice([other for other in range(count) if other != chosen] or [chosen])
 
 
 def _round(value: float, draw: random.Random) -> int:

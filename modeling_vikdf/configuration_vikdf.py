@@ -19,13 +19,15 @@ BACKBONE_CONFIGS = {
     "vision_encoder": "vision_config",
 }
 
-# the training objectives and the paper's weights; the last is that of text dialogues, beside captioned pictures
+# The training objectives and the paper's weights; not the paper's are matching of two captions of a picture, and the
+# replies of text dialogues beside captioned pictures.
 OBJECTIVES = {
     "text_image_matching": 0.5,
     "masked_image": 0.2,
     "masked_text": 0.2,
     "knowledge_to_text": 1.0,
     "text_to_knowledge": 0.5,
+    "text_text_matching": 0.0,
     "reply": 0.0,
 }
 

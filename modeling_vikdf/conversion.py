@@ -116,8 +116,9 @@ def convert_checkpoint(folder: str | Path) -> VikdfForPreTraining:
     if "pixel_decoder.weight" in state:  # their 1x1 convolution is a linear layer over the patch grid
         state["pixel_decoder.weight"] = state["pixel_decoder.weight"].flatten(1)
     wanted = model.state_dict()
-    # the parameters that their model does not have keep the values that stand for theirs: base 0, gate 1
-    state = {name: wanted[name] for name in ("knowledge_base", "knowledge_gate")} | state
+    # the parameters that their model does not have keep the values that stand for theirs: base and shift 0, gate 1
+    ours = ("knowledge_base", "knowledge_gate", "caption_shift")
+    state = {name: wanted[name] for name in ours if name in wanted} | state
     wrong = [name for name in state.keys() & wanted.keys() if state[name].shape != wanted[name].shape]
     misfits = {"missing": wanted.keys() - state.keys(), "without a place": state.keys() - wanted.keys()}
     misfits |= {"of another shape": wrong}

@@ -24,9 +24,10 @@ from .modeling_vikdf import VikdfForConditionalGeneration
 
 
 BVIF = ("knowledge_to_text", "text_to_knowledge")  # the objectives that take a pair's knowledge through the LLM
+MATCHING = {"text_image_matching": "image", "text_text_matching": "partner"}  # and what each matches texts with
 
 
-def text_image_matching_loss(
+def matching_loss(
     text: torch.Tensor,
     image: torch.Tensor,
     logit_scale: torch.Tensor,
@@ -35,7 +36,8 @@ def text_image_matching_loss(
     parts: int = 1,
 ) -> torch.Tensor:
     """
-    Symmetric InfoNCE over a whole batch (paper, "Text-Image Matching"; Radford et al. 2021, CLIP, figure 3).
+    Symmetric InfoNCE over a whole batch (paper, "Text-Image Matching"; Radford et al. 2021, CLIP, figure 3), of texts
+    and images, or of texts and other texts about the same images.
 
     Of a batch that is computed in `parts` (micro-batches, processes), each part passes the embeddings of all others
     without gradient. The values that the parts return add up to the loss of the whole batch, and so do the gradients.
@@ -152,8 +154,9 @@ class VikdfPreTrainingOutput(ModelOutput):
     loss: weighted sum of the objectives, scalar.
     losses: name of each objective -> its own value, unweighted and without gradient.
     text_knowledge, image_knowledge: K^T, K^I [B, n, h].
-    text_embeddings, image_embeddings: what matching compares, unit vectors [B, d].
-    context_states, vision_states: what the frozen encoders say [B, T, d], [B, S, d]; with `embed_only` alone.
+    text_embeddings, image_embeddings, partner_embeddings: what matching compares, unit vectors [B, d].
+    context_states, vision_states, partner_states: what the frozen encoders say [B, T, d], [B, S, d], [B, U, d]; with
+        `embed_only` alone.
 
     What the objectives do not need is not computed and `None`.
     """
@@ -164,8 +167,10 @@ class VikdfPreTrainingOutput(ModelOutput):
     image_knowledge: torch.Tensor | None = None
     text_embeddings: torch.Tensor | None = None
     image_embeddings: torch.Tensor | None = None
+    partner_embeddings: torch.Tensor | None = None
     context_states: torch.Tensor | None = None
     vision_states: torch.Tensor | None = None
+    partner_states: torch.Tensor | None = None
 
 
 class VikdfForPreTraining(VikdfForConditionalGeneration):
@@ -202,7 +207,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             self.token_decoder = nn.Linear(width, config.context_config.vocab_size)
         if config.loss_weights["text_to_knowledge"]:
             self.knowledge_predictor = nn.Linear(config.text_config.hidden_size, h)
-        if config.loss_weights["knowledge_to_text"] and config.loss_weights["reply"]:
+        if config.loss_weights["knowledge_to_text"]:
             # What makes the LLM write captions is of no use in a dialogue. Learnt beside the base vectors, which then
             # are the replies' alone, it stays behind with the other heads. Frozen, it leaves the base to both.
             self.caption_shift = nn.Parameter(torch.zeros(config.num_knowledge_tokens, config.text_config.hidden_size))
@@ -235,8 +240,12 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         draw_attention_mask: torch.Tensor | None = None,
         draw_position_ids: torch.Tensor | None = None,
         use_image_knowledge: torch.Tensor | None = None,
+        partner_input_ids: torch.Tensor | None = None,
+        partner_attention_mask: torch.Tensor | None = None,
+        partner_states: torch.Tensor | None = None,
         other_text: torch.Tensor | None = None,
         other_image: torch.Tensor | None = None,
+        other_partner: torch.Tensor | None = None,
         parts: int = 1,
         counts: dict[str, torch.Tensor | float] | None = None,
         embed_only: bool = False,
@@ -255,7 +264,10 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             draw_input_ids, draw_attention_mask, draw_position_ids: captions with placeholders behind them (text ->
                 knowledge).
             use_image_knowledge: rows in which BVIF's knowledge is the picture's [B] (bool); default: the text's.
-            other_text, other_image, parts: see `text_image_matching_loss`.
+            partner_input_ids, partner_attention_mask: another caption of each picture [B, U] (text-text matching);
+                `partner_states` [B, U, d] are their cached states.
+            other_text, other_image, other_partner, parts: what other parts of the batch embedded, and how many parts
+                there are; see `matching_loss`.
             counts: objective -> count over the whole batch; see the loss functions.
             embed_only: whether to stop at the matching embeddings.
             dialogues: text dialogues with labels, as inputs of `VikdfForConditionalGeneration.forward` (reply).
@@ -267,29 +279,42 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         if not weights and not embed_only:
             raise ValueError("No objective has a positive weight in config.loss_weights.")
         counts = counts or {}
-        matching, fusing = "text_image_matching" in weights or embed_only, bool({*weights} & {*BVIF})
-        text = image = None
-        if matching or fusing or "masked_image" in weights:
+        sides = [MATCHING[name] for name in weights if name in MATCHING]  # what texts are matched with
+        fusing = bool({*weights} & {*BVIF})
+        text = image = partner = None
+        if sides or fusing or "masked_image" in weights:
             if context_states is None and context_input_ids is not None:
                 context_states = self.encode_context(context_input_ids, context_attention_mask)  # [B, T, d]
             if context_states is not None:
                 text = self.iqformer.text_knowledge(context_states, context_attention_mask)  # K^T [B, n, h]
-        if matching or (fusing and use_image_knowledge is not None) or "masked_text" in weights:
+        if "partner" in sides:
+            if partner_states is None and partner_input_ids is not None:
+                partner_states = self.encode_context(partner_input_ids, partner_attention_mask)  # [B, U, d]
+            if partner_states is not None:
+                partner = self.iqformer.text_knowledge(partner_states, partner_attention_mask)  # [B, n, h]
+        if "image" in sides or (fusing and use_image_knowledge is not None) or "masked_text" in weights:
             if vision_states is None and pixel_values is not None:
                 vision_states = self.encode_images(pixel_values)  # [B, S, d]
             if vision_states is not None:
                 image = self.iqformer.image_knowledge(vision_states)  # K^I [B, n, h]
 
         losses, embeddings = {}, {}
-        if matching:
+        if "image" in sides:
             _require("text_image_matching", context_input_ids=text, pixel_values=image)
-            embeddings["text_embeddings"] = self.matching_head.text(text)
             embeddings["image_embeddings"] = self.matching_head.image(image)
-            if embed_only:
-                return VikdfPreTrainingOutput(**embeddings, context_states=context_states, vision_states=vision_states)
-            losses["text_image_matching"] = text_image_matching_loss(
-                *embeddings.values(), self.matching_head.logit_scale, other_text, other_image, parts
+        if "partner" in sides:
+            _require("text_text_matching", context_input_ids=text, partner_input_ids=partner)
+            embeddings["partner_embeddings"] = self.matching_head.text(partner)
+        if sides:
+            embeddings["text_embeddings"] = self.matching_head.text(text)
+        if embed_only:
+            return VikdfPreTrainingOutput(
+                **embeddings, context_states=context_states, vision_states=vision_states, partner_states=partner_states
             )
+        for name, others in (("text_image_matching", other_image), ("text_text_matching", other_partner)):
+            if name in weights:
+                pair = embeddings["text_embeddings"], embeddings[f"{MATCHING[name]}_embeddings"]
+                losses[name] = matching_loss(*pair, self.matching_head.logit_scale, other_text, others, parts)
         if "masked_image" in weights:
             _require("masked_image", context_input_ids=text, pixel_values=pixel_values, masked_cells=masked_cells)
             losses["masked_image"] = self.masked_image_modelling(
@@ -304,7 +329,6 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             knowledge = self._choose_knowledge(text, image, use_image_knowledge)
         if "knowledge_to_text" in weights:
             _require("knowledge_to_text", input_ids=input_ids, labels=labels)
-            base = self._caption_base() if "reply" in weights else None
             losses["knowledge_to_text"] = (
                 super()
                 .forward(
@@ -312,7 +336,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
                     attention_mask=attention_mask,
                     position_ids=position_ids,
                     knowledge=knowledge,
-                    base=base,
+                    base=self._caption_base(),
                     labels=labels,
                     num_items_in_batch=counts.get("knowledge_to_text"),
                 )
@@ -340,7 +364,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         raise NotImplementedError("Load the checkpoint with VikdfForConditionalGeneration to generate replies.")
 
     def _caption_base(self) -> torch.Tensor:
-        """Base vectors [n, d_llm] of captions beside dialogues."""
+        """Base vectors [n, d_llm] of captions."""
         alone = self.caption_shift.requires_grad
         return (self.knowledge_base.detach() if alone else self.knowledge_base) + self.caption_shift
 
@@ -479,6 +503,6 @@ __all__ = [
     "cells_to_pixels",
     "masked_image_loss",
     "masked_text_loss",
-    "text_image_matching_loss",
+    "matching_loss",
     "text_to_knowledge_loss",
 ]

@@ -44,7 +44,7 @@ from .collators import DialogueCollator, JointCollator, PreTrainingCollator
 from .configuration_vikdf import BACKBONE_CONFIGS, OBJECTIVES, VikdfConfig
 from .data import SkipReport, load_dialogues, load_image_text_pairs
 from .features import FeatureDataset, cache_features
-from .modeling_distillation import VikdfForPreTraining, cells_to_pixels
+from .modeling_distillation import MATCHING, VikdfForPreTraining, cells_to_pixels
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import VikdfProcessor
 from .sharing import push_to_hub
@@ -221,7 +221,7 @@ class VikdfTrainer(Trainer):
         parts = len(batches) * self.args.world_size
         for batch in batches:
             batch["counts"], batch["parts"] = counts, parts
-        if parts > 1 and "text_image_matching" in self.loss_weights:
+        if parts > 1 and {*MATCHING} & {*self.loss_weights}:
             self._add_negatives(batches)
         return batches, 1  # not None: the losses are divided by the counts of the whole
 
@@ -255,20 +255,22 @@ class VikdfTrainer(Trainer):
         with the whole batch while holding the activations of its own rows alone (Gao et al. 2021, GradCache).
         """
         self.model_wrapped.train()  # as in the step itself, also in the first one and after an evaluation
-        text, image = [], []
-        inputs = ("context_input_ids", "context_attention_mask", "pixel_values", "context_states", "vision_states")
+        kinds = ("context_input_ids", "context_attention_mask", "context_states", "pixel_values", "vision_states")
+        kinds += ("partner_input_ids", "partner_attention_mask", "partner_states")
+        embeddings = defaultdict(list)  # of texts, and of what they are matched with: those of each micro-batch
         for batch in batches:
             with self._dropout(batch["dropout_seed"]), self.compute_loss_context_manager():
                 # through the wrapper, which may hold the weights in shards and compute in half precision
-                output = self.model_wrapped(embed_only=True, **{key: batch[key] for key in inputs if key in batch})
-            # what the frozen encoders say is kept for the step itself
-            batch["context_states"], batch["vision_states"] = output.context_states, output.vision_states
-            text.append(output.text_embeddings.float())
-            image.append(output.image_embeddings.float())
-        others_text, others_image = self._from_other_processes(torch.cat(text), torch.cat(image))
-        for i, batch in enumerate(batches):
-            batch["other_text"] = torch.cat([*text[:i], *text[i + 1 :], others_text])
-            batch["other_image"] = torch.cat([*image[:i], *image[i + 1 :], others_image])
+                output = self.model_wrapped(embed_only=True, **{key: batch[key] for key in kinds if key in batch})
+            for name, value in output.items():
+                if name.endswith("_states"):  # what the frozen encoders say is kept for the step itself
+                    batch[name] = value
+                else:
+                    embeddings[name.removesuffix("_embeddings")].append(value.float())
+        elsewhere = self._from_other_processes(*(torch.cat(own) for own in embeddings.values()))
+        for (name, own), rest in zip(embeddings.items(), elsewhere, strict=True):
+            for i, batch in enumerate(batches):
+                batch[f"other_{name}"] = torch.cat([*own[:i], *own[i + 1 :], rest])
 
     @contextlib.contextmanager
     def _dropout(self, seed: int) -> Iterator[None]:
@@ -773,18 +775,21 @@ def _base(model: nn.Module) -> nn.Module:
 def freeze_unused(model: nn.Module, *, pictures: bool = True) -> None:
     """
     Leaves gradients to the parameters that the objectives reach, so that the optimizer holds no others: the matching
-    head only with text-image matching, the way into the LLM only with an objective that goes there, the projection of
-    the vision encoder's states only with `pictures` among the data.
+    head only with matching, the way into the LLM only with an objective that goes there, the base vectors only with
+    replies, the projection of the vision encoder's states only with `pictures` among the data.
     """
     if isinstance(model, VikdfForPreTraining):
         weights = model.config.loss_weights
-        matching = bool(weights["text_image_matching"])
-        language = bool(weights["knowledge_to_text"] or weights["text_to_knowledge"] or weights["reply"])
+        matching, replies = any(weights[name] for name in MATCHING), bool(weights["reply"])
+        language = bool(weights["knowledge_to_text"] or weights["text_to_knowledge"] or replies)
     else:
-        matching, language = False, True
+        matching, replies, language = False, True, True
     model.matching_head.requires_grad_(matching)
-    for part in (model.language_projection, model.knowledge_base, model.knowledge_gate):
+    if matching and not weights["text_image_matching"] and model.config.knowledge_pooling != "each":
+        model.matching_head.image_projection.requires_grad_(False)
+    for part in (model.language_projection, model.knowledge_gate):
         part.requires_grad_(language)
+    model.knowledge_base.requires_grad_(replies)
     model.iqformer.vision_projection.requires_grad_(pictures)
 
 

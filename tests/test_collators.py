@@ -294,6 +294,21 @@ def test_draw_prompts_end_in_the_placeholders(llm, message):
     assert reader.knowledge_placement == "start"  # the processor itself is as it was
 
 
+def test_a_caption_is_matched_with_another_of_its_picture():
+    reader = processor().context_tokenizer
+    examples = pairs(20)
+    batch = collator({"text_text_matching": 1.0})(examples)
+    for role in ("context", "partner"):
+        assert batch[f"{role}_attention_mask"].sum() == (batch[f"{role}_input_ids"] != reader.pad_token_id).sum()
+    own, partners = (
+        reader.batch_decode(batch[f"{role}_input_ids"], skip_special_tokens=True) for role in ("context", "partner")
+    )
+    for example, caption, partner in zip(examples, own, partners, strict=True):
+        assert caption != partner and {caption, partner} <= {*example["captions"]}
+    lonely = collator({"text_text_matching": 1.0})([{**each, "captions": each["captions"][:1]} for each in examples])
+    assert torch.equal(lonely["partner_input_ids"], lonely["context_input_ids"])
+
+
 def test_captions_that_no_prompt_can_hold():
     """The placeholder's own text, and a caption longer than the LLM reads, do not end a run of days."""
     captions = [f"a {processor().knowledge_token} dog", processor().knowledge_token, "rain " * 5000]

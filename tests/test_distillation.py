@@ -18,7 +18,7 @@ from modeling_vikdf.modeling_distillation import (
     cells_to_pixels,
     masked_image_loss,
     masked_text_loss,
-    text_image_matching_loss,
+    matching_loss,
     text_to_knowledge_loss,
 )
 from modeling_vikdf.modeling_vikdf import reply_loss
@@ -35,7 +35,7 @@ def test_matching_by_hand():
     # logits: [[2, 1.2], [0, 1.6]]
     rows = (math.log(1 + math.exp(-0.8)) + math.log(1 + math.exp(-1.6))) / 2
     columns = (math.log(1 + math.exp(-2.0)) + math.log(1 + math.exp(-0.4))) / 2
-    loss = text_image_matching_loss(text, image, torch.tensor(math.log(2.0)))
+    loss = matching_loss(text, image, torch.tensor(math.log(2.0)))
     assert loss.item() == pytest.approx((rows + columns) / 2, abs=1e-6)
 
 
@@ -49,13 +49,13 @@ def matching_inputs(rows: int = 7) -> list[torch.Tensor]:
 def test_matching_in_parts(sizes):
     """Of parts of any sizes the values add up to the whole, and so do the gradients, the temperature's among them."""
     whole = matching_inputs()
-    loss = text_image_matching_loss(*whole)
+    loss = matching_loss(*whole)
     loss.backward()
     parts, total = matching_inputs(), 0.0
     text, image, scale = parts
     for start, stop in zip([0, *torch.tensor(sizes).cumsum(0)], torch.tensor(sizes).cumsum(0), strict=False):
         others = [torch.cat([rows[:start], rows[stop:]]).detach() for rows in (text, image)]
-        part = text_image_matching_loss(text[start:stop], image[start:stop], scale, *others, parts=len(sizes))
+        part = matching_loss(text[start:stop], image[start:stop], scale, *others, parts=len(sizes))
         part.backward()
         total += part.item()
     assert total == pytest.approx(loss.item(), rel=1e-6)
@@ -67,9 +67,9 @@ def test_matching_keeps_its_precision_under_autocast():
     """With an inverse temperature of 100, half precision would round logits to the next half."""
     text, image, _ = matching_inputs(64)
     scale = torch.tensor(math.log(100.0))
-    expected = text_image_matching_loss(text, image, scale)
+    expected = matching_loss(text, image, scale)
     with torch.autocast("cpu", torch.bfloat16):
-        assert text_image_matching_loss(text, image, scale).item() == pytest.approx(expected.item(), abs=1e-5)
+        assert matching_loss(text, image, scale).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_masked_image_by_hand():
@@ -274,15 +274,18 @@ def test_any_subset_of_objectives(objectives):
     assert reached == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not any(name.startswith(("language_model", "context_encoder", "vision_encoder")) for name in reached)
     heads = {
-        "text_image_matching": "matching_head",
+        "text_image_matching": "matching_head.image_projection",
+        "text_text_matching": "matching_head.text_projection",
         "masked_image": "pixel_decoder",
         "masked_text": "token_decoder",
         "knowledge_to_text": "language_projection",
         "text_to_knowledge": "knowledge_predictor",
     }
     for objective, head in heads.items():
-        through_llm = objective == "knowledge_to_text" and "text_to_knowledge" in objectives
-        assert any(name.startswith(head) for name in reached) == (objective in objectives or through_llm)
+        as_well = {"knowledge_to_text": "text_to_knowledge", "text_text_matching": "text_image_matching"}.get(
+            objective
+        )
+        assert any(name.startswith(head) for name in reached) == bool({objective, as_well} & {*objectives})
 
 
 @pytest.mark.parametrize(
@@ -297,6 +300,7 @@ def test_any_subset_of_objectives(objectives):
         ("knowledge_to_text", "labels", "labels"),
         ("knowledge_to_text", "context_input_ids", "context_input_ids"),
         ("text_to_knowledge", "draw_input_ids", "draw_input_ids"),
+        ("text_text_matching", "partner_input_ids", "partner_input_ids"),
     ],
 )
 def test_a_missing_input_is_named(objective, without, lacks):
@@ -493,6 +497,25 @@ def test_a_batch_without_a_reply_to_learn_has_loss_zero():
     loss, gradients = gradients_of(model, batch)
     assert loss == 0
     assert not any(gradient.isnan().any() or gradient.any() for gradient in gradients.values())
+
+
+def test_captions_without_dialogues_leave_the_base_vectors_alone():
+    model = pretraining_model({"knowledge_to_text": 1.0, "text_to_knowledge": 1.0})
+    freeze_unused(model)
+    _, gradients = gradients_of(model, batch_of(model))
+    assert gradients["caption_shift"].any() and "knowledge_base" not in gradients
+    assert not model.knowledge_base.requires_grad
+
+
+def test_two_captions_of_a_picture_are_matched_as_it_is_with_one():
+    model = pretraining_model({"text_image_matching": 1.0, "text_text_matching": 1.0})
+    batch = batch_of(model)
+    output = model(**batch)
+    partner = model.get_text_embeddings(batch["partner_input_ids"], batch["partner_attention_mask"])
+    torch.testing.assert_close(output.partner_embeddings, partner)
+    for name, others in (("text_image_matching", output.image_embeddings), ("text_text_matching", partner)):
+        expected = matching_loss(output.text_embeddings, others, model.matching_head.logit_scale)
+        assert output.losses[name].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_captions_beside_dialogues_shift_the_base_vectors():

@@ -31,6 +31,7 @@ ALL = {
     "masked_text": 0.2,
     "knowledge_to_text": 1.0,
     "text_to_knowledge": 0.5,
+    "text_text_matching": 0.3,
 }
 
 
