@@ -579,14 +579,14 @@ def test_a_full_queue(parts):
 
 
 def test_a_reply_that_is_not_done_in_time_ends_early(parts):
-    with serving(parts, timeout=1.0) as client, slowed(parts[0], 0.05) as steps:
+    with serving(parts, timeout=2.0) as client, slowed(parts[0], 0.05) as steps:
         whole = text_of(answer(client, max_tokens=8))
         found = answer(client, max_tokens=400)
-        assert found["choices"][0]["finish_reason"] == "length" and 0 < found["usage"]["completion_tokens"] < 30
+        assert found["choices"][0]["finish_reason"] == "length" and 0 < found["usage"]["completion_tokens"] <= 40
         assert text_of(found)[:5] == whole[:5]
         text, reason, _ = streamed(client, max_tokens=400)
         assert text[:5] == whole[:5] and reason == "length"
-        assert len(steps) < 60
+        assert len(steps) < 100
         assert text_of(answer(client, max_tokens=8)) == whole
 
 
@@ -640,14 +640,14 @@ def test_a_client_that_leaves_before_it_gets_anything(parts):
     model, _ = parts
     with listening(parts) as url, slowed(model, 0.01) as steps, httpx.Client(base_url=url) as client:
         with pytest.raises(httpx.ReadTimeout):
-            client.post(CHAT, json=body(max_tokens=400), timeout=0.3)
+            client.post(CHAT, json=body(max_tokens=400), timeout=1.0)
         wait_until(lambda: metrics(client)["vikdf_running_requests"] == 0)
         assert 0 < len(steps) < 200
         with held(model) as (go, begun), ThreadPoolExecutor(1) as pool:
             first = pool.submit(answer, client)
             wait_until(lambda: begun)
             with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/knowledge", json=body(), timeout=0.3)
+                client.post("/v1/knowledge", json=body(), timeout=1.0)
             wait_until(lambda: metrics(client)["vikdf_queue_length"] == 0)  # nor does it wait any more
             go.set()
             assert first.result()
