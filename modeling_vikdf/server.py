@@ -155,6 +155,8 @@ class _Body(BaseModel):
 
 
 class TextPart(_Body):
+    """Text in a message of several parts."""
+
     type: Literal["text"]
     text: str
 
@@ -164,11 +166,15 @@ class TextPart(_Body):
 
 
 class ImageURL(_Body):
+    """A picture as a `data:` URL; others are refused, so that the server fetches nothing."""
+
     url: str
     detail: Literal["auto", "low", "high"] = "auto"  # one size is all that the vision encoder knows
 
 
 class ImagePart(_Body):
+    """A picture in a message."""
+
     type: Literal["image_url"]
     image_url: ImageURL
 
@@ -178,6 +184,8 @@ class ImagePart(_Body):
 
 
 class ChatMessage(_Body):
+    """One turn: plain text, or parts. `developer` is another name for `system`."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 
@@ -196,6 +204,8 @@ class ChatMessage(_Body):
 
 
 class _ChatBody(_Body):
+    """What both requests begin with: a model's name, as `/v1/models` has it, and a chat."""
+
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
 
@@ -227,6 +237,8 @@ class KnowledgeRequest(_ChatBody):
 
 
 class StreamOptions(_Body):
+    """Whether a streamed reply ends with a chunk that counts its tokens."""
+
     include_usage: bool = False
 
 
