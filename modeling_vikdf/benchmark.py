@@ -137,7 +137,8 @@ def _training_model(dtype: torch.dtype, objectives: dict[str, float]) -> VikdfFo
     freeze_unused(model)
     model.language_model.to(dtype)
     if dtype == torch.bfloat16:
-        model.language_model.set_attn_implementation(HALF_ATTENTION_ON_CPU)
+        for part in (model.language_model, model.iqformer.qformer):
+            part.set_attn_implementation(HALF_ATTENTION_ON_CPU)
     return model.train()
 
 

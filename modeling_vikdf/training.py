@@ -633,7 +633,8 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     else:
         model, processor = new_model(model_class=model_class, loss_weights=loss_weights, **settings)
     if args.bf16 and args.device.type == "cpu":
-        model.language_model.set_attn_implementation(HALF_ATTENTION_ON_CPU)
+        for part in (model.language_model, model.iqformer.qformer):
+            part.set_attn_implementation(HALF_ATTENTION_ON_CPU)
     report = SkipReport(os.path.join(args.output_dir, "skipped"))
 
     def collate(collator_class: type, **further: Any) -> Any:

@@ -1055,11 +1055,14 @@ def test_half_precision_on_a_cpu_takes_the_attention_that_is_fast_there(stages, 
         "training": training_section(tmp_path / "out", bf16=bf16),
     }
     seen = []
-    monkeypatch.setattr(
-        VikdfTrainer, "train", lambda self, **_: seen.append(self.model.language_model.config._attn_implementation)
-    )
+
+    def look(self, **_):
+        parts = (self.model.language_model, self.model.iqformer.qformer)
+        seen.extend(part.config._attn_implementation for part in parts)
+
+    monkeypatch.setattr(VikdfTrainer, "train", look)
     run_stage("tune", recipe)
-    assert seen == [expected]
+    assert seen == [expected] * 2
 
 
 def test_a_stage_trains_on_cached_features(backbones, tmp_path):
