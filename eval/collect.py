@@ -67,17 +67,19 @@ def collect(study: Path, data: str, reference: str) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: a row an arm, the metrics that there are, and how much lower the reference's likelihood loss is."""
+    """Markdown: a row an arm, the metrics that there are, and how much lower the reference's likelihood losses are."""
     arms, reference = result["arms"], result["reference"]
     columns = [key for key in COLUMNS if any(key in arm["metrics"] for arm in arms.values())]
-    head = ["arm", "seeds", *(COLUMNS[key][0] for key in columns), f"NLL of {reference} minus arm's [95 %]"]
+    compared = [key for key in ("nll", "nll_visual_words") if key in columns]
+    titles = [f"{COLUMNS[key][0]} of {reference} minus the arm's [95 %]" for key in compared]
+    head = ["arm", "seeds", *(COLUMNS[key][0] for key in columns), *titles]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, arm in sorted(arms.items(), key=lambda item: item[1]["metrics"]["nll"]):
         values = [f"{arm['metrics'][key]:.{COLUMNS[key][1]}f}" if key in arm["metrics"] else "" for key in columns]
-        difference = arm.get("reference_minus_this", {}).get("nll")
-        told = "" if difference is None else _signed(difference)
+        differences = [arm.get("reference_minus_this", {}).get(key) for key in compared]
+        told = ["" if each is None else _signed(each) for each in differences]
         label = f"**{name}**" if name == reference else name
-        lines.append("| " + " | ".join([label, str(arm["seeds"]), *values, told]) + " |")
+        lines.append("| " + " | ".join([label, str(arm["seeds"]), *values, *told]) + " |")
     count = next(iter(arms.values()))["num_dialogues"]
     return f"{result['data']}, {count} dialogues\n\n" + "\n".join(lines)
 
