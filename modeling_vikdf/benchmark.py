@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, pipeline
 
 from .configuration_vikdf import OBJECTIVES, VikdfConfig
 from .modeling_distillation import VikdfForPreTraining
-from .training import HALF_ATTENTION_ON_CPU, freeze_unused
+from .training import freeze_unused, use_plain_attention
 
 
 CHAT = [{"role": "user", "content": "I spent the whole day at the beach with my dog. What do you think we did there?"}]
@@ -137,8 +137,7 @@ def _training_model(dtype: torch.dtype, objectives: dict[str, float]) -> VikdfFo
     freeze_unused(model)
     model.language_model.to(dtype)
     if dtype == torch.bfloat16:
-        for part in (model.language_model, model.iqformer.qformer):
-            part.set_attn_implementation(HALF_ATTENTION_ON_CPU)
+        use_plain_attention(model)
     return model.train()
 
 

@@ -283,15 +283,9 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         fusing = bool({*weights} & {*BVIF})
         text = image = partner = None
         if sides or fusing or "masked_image" in weights:
-            if context_states is None and context_input_ids is not None:
-                context_states = self.encode_context(context_input_ids, context_attention_mask)  # [B, T, d]
-            if context_states is not None:
-                text = self.iqformer.text_knowledge(context_states, context_attention_mask)  # K^T [B, n, h]
+            context_states, text = self._read(context_input_ids, context_attention_mask, context_states)
         if "partner" in sides:
-            if partner_states is None and partner_input_ids is not None:
-                partner_states = self.encode_context(partner_input_ids, partner_attention_mask)  # [B, U, d]
-            if partner_states is not None:
-                partner = self.iqformer.text_knowledge(partner_states, partner_attention_mask)  # [B, n, h]
+            partner_states, partner = self._read(partner_input_ids, partner_attention_mask, partner_states)
         if "image" in sides or (fusing and use_image_knowledge is not None) or "masked_text" in weights:
             if vision_states is None and pixel_values is not None:
                 vision_states = self.encode_images(pixel_values)  # [B, S, d]
@@ -311,10 +305,11 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             return VikdfPreTrainingOutput(
                 **embeddings, context_states=context_states, vision_states=vision_states, partner_states=partner_states
             )
-        for name, others in (("text_image_matching", other_image), ("text_text_matching", other_partner)):
+        others = {"image": other_image, "partner": other_partner}
+        for name, side in MATCHING.items():
             if name in weights:
-                pair = embeddings["text_embeddings"], embeddings[f"{MATCHING[name]}_embeddings"]
-                losses[name] = matching_loss(*pair, self.matching_head.logit_scale, other_text, others, parts)
+                pair = embeddings["text_embeddings"], embeddings[f"{side}_embeddings"]
+                losses[name] = matching_loss(*pair, self.matching_head.logit_scale, other_text, others[side], parts)
         if "masked_image" in weights:
             _require("masked_image", context_input_ids=text, pixel_values=pixel_values, masked_cells=masked_cells)
             losses["masked_image"] = self.masked_image_modelling(
@@ -362,6 +357,14 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: replies come from the dialogue model, which loads the same checkpoint."""
         raise NotImplementedError("Load the checkpoint with VikdfForConditionalGeneration to generate replies.")
+
+    def _read(
+        self, input_ids: torch.Tensor | None, mask: torch.Tensor | None, states: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """States [B, T, d] of texts, those given or the frozen encoder's, and their K^T [B, n, h], or twice `None`."""
+        if states is None and input_ids is not None:
+            states = self.encode_context(input_ids, mask)
+        return states, None if states is None else self.iqformer.text_knowledge(states, mask)
 
     def _caption_base(self) -> torch.Tensor:
         """Base vectors [n, d_llm] of captions."""

@@ -52,9 +52,6 @@ from .sharing import push_to_hub
 
 logger = logging.get_logger(__name__)
 
-# PyTorch's fused attention has a slow backward pass in bfloat16 on CPUs
-HALF_ATTENTION_ON_CPU = "eager"
-
 
 def _plain(name: str) -> str:
     """A parameter's name as the model itself has it, without what DDP and PEFT put in front."""
@@ -633,8 +630,7 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     else:
         model, processor = new_model(model_class=model_class, loss_weights=loss_weights, **settings)
     if args.bf16 and args.device.type == "cpu":
-        for part in (model.language_model, model.iqformer.qformer):
-            part.set_attn_implementation(HALF_ATTENTION_ON_CPU)
+        use_plain_attention(model)
     report = SkipReport(os.path.join(args.output_dir, "skipped"))
 
     def collate(collator_class: type, **further: Any) -> Any:
@@ -773,6 +769,12 @@ def _base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def use_plain_attention(model: nn.Module) -> None:
+    """For training in bfloat16 on a CPU, where PyTorch's fused attention has a slow backward pass."""
+    for part in (model.language_model, model.iqformer.qformer):
+        part.set_attn_implementation("eager")
+
+
 def freeze_unused(model: nn.Module, *, pictures: bool = True) -> None:
     """
     Leaves gradients to the parameters that the objectives reach, so that the optimizer holds no others: the matching
@@ -826,4 +828,11 @@ class _SetEpoch(TrainerCallback):
         self.collator.epoch = int(state.epoch or 0)
 
 
-__all__ = ["VikdfTrainer", "VikdfTrainingArguments", "freeze_unused", "last_checkpoint", "run_stage"]
+__all__ = [
+    "VikdfTrainer",
+    "VikdfTrainingArguments",
+    "freeze_unused",
+    "last_checkpoint",
+    "run_stage",
+    "use_plain_attention",
+]

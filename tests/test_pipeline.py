@@ -449,9 +449,9 @@ def test_the_default_speaks_english():
     pipe = pipeline("vikdf-dialogue")
     question = [{"role": "user", "content": "I spent the whole day at the beach with my dog."}]
     reply = pipe(question, return_full_text=False)[0]["generated_text"]
-    words = re.findall(r"[a-z]+", reply.lower())  # "I'm" is "I" and "m"
+    words = re.findall(r"[a-z']+", reply.lower())
     common = {"the", "a", "you", "i", "it", "is", "and", "to", "of", "that", "your", "in", "was", "with", "so", "for"}
-    assert len(words) >= 6 and len(common & set(words)) >= 2, reply
+    assert len(words) >= 4 and len(common & set(words)) >= 2, reply
     assert all(character.isprintable() or character == "\n" for character in reply), reply
     assert pipe(question, return_full_text=False)[0]["generated_text"] == reply
     assert "".join(pipe.stream(question)).strip() == reply

@@ -579,14 +579,14 @@ def test_a_full_queue(parts):
 
 
 def test_a_reply_that_is_not_done_in_time_ends_early(parts):
-    with serving(parts, timeout=2.0) as client, slowed(parts[0], 0.05) as steps:
+    with serving(parts, timeout=2.0) as client, slowed(parts[0], 0.1) as steps:
         whole = text_of(answer(client, max_tokens=8))
         found = answer(client, max_tokens=400)
-        assert found["choices"][0]["finish_reason"] == "length" and 0 < found["usage"]["completion_tokens"] <= 40
+        assert found["choices"][0]["finish_reason"] == "length" and 0 < found["usage"]["completion_tokens"] < 30
         assert text_of(found)[:5] == whole[:5]
         text, reason, _ = streamed(client, max_tokens=400)
         assert text[:5] == whole[:5] and reason == "length"
-        assert len(steps) < 100
+        assert len(steps) < 60
         assert text_of(answer(client, max_tokens=8)) == whole
 
 

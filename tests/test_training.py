@@ -776,7 +776,7 @@ def test_frozen_modules_stay_as_they_are(tmp_path):
 
 def test_learning_rates(tmp_path):
     """The longest beginning counts; biases, norms, queries and base vectors do not decay; the default comes first."""
-    rates = {"iqformer": 1e-3, "iqformer.query_tokens": 2e-3, "caption_": 5e-3, "knowledge_gate": 4e-3}
+    rates = {"iqformer": 1e-3, "iqformer.query_tokens": 2e-3, "knowledge_": 5e-3, "knowledge_gate": 4e-3}
     trainer = make_trainer(tmp_path, ALL, learning_rate=1e-4, learning_rates=rates, weight_decay=0.1)
     groups = trainer.create_optimizer().param_groups
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
@@ -786,10 +786,15 @@ def test_learning_rates(tmp_path):
     assert found["iqformer.context_projection.dense.weight"] == (1e-3, 0.1)
     assert found["iqformer.context_projection.dense.bias"] == (1e-3, 0.0)
     assert found["iqformer.context_projection.norm_in.weight"] == (1e-3, 0.0)
-    assert found["caption_shift"] == (5e-3, 0.0) and found["knowledge_gate"] == (4e-3, 0.0)
+    assert found["knowledge_predictor.weight"] == (5e-3, 0.1) and found["knowledge_gate"] == (4e-3, 0.0)
+    assert found["caption_shift"] == (1e-4, 0.0)
     assert found["language_projection.weight"] == (1e-4, 0.1)
     assert found["matching_head.logit_scale"] == (1e-4, 0.0)
     assert groups[0]["lr"] == 1e-4  # the one that is logged
+
+    trainer = make_trainer(tmp_path, None, learning_rate=1e-4, learning_rates=rates, weight_decay=0.1)
+    groups, base = trainer.create_optimizer().param_groups, trainer.model.knowledge_base
+    assert [(g["lr"], g["weight_decay"]) for g in groups if any(p is base for p in g["params"])] == [(5e-3, 0.0)]
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without an accelerator")
@@ -869,11 +874,14 @@ def test_lora_is_trained_saved_and_resumed(tmp_path):
         target_modules=r"language_model\..*\.(q_proj|v_proj)", modules_to_save=["iqformer", "language_projection"]
     )
 
+    # a sum of all would be so large that float32's rounding of it alone is above the bound
+    objectives = {name: weight for name, weight in ALL.items() if name != "text_text_matching"}
+
     def trainer(name, model, **kwargs):
         torch.manual_seed(0)
         kwargs = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0, **kwargs}
         pretraining = isinstance(model, VikdfForPreTraining)
-        collator = make_trainer(tmp_path, ALL if pretraining else None).data_collator
+        collator = make_trainer(tmp_path, objectives if pretraining else None).data_collator
         return VikdfTrainer(
             model=peft.get_peft_model(model, settings),
             args=arguments(tmp_path / name, log_level="error", learning_rates={"language_projection": 1e-3}, **kwargs),
@@ -882,7 +890,7 @@ def test_lora_is_trained_saved_and_resumed(tmp_path):
             processing_class=processor(),
         )
 
-    for name, make in (("tune", dialogue_model), ("joint", lambda: pretraining_model(ALL))):
+    for name, make in (("tune", dialogue_model), ("joint", lambda: pretraining_model(objectives))):
         whole = trainer(name, make())
         whole.train()
         weights = trained_weights(whole.model)
@@ -896,7 +904,7 @@ def test_lora_is_trained_saved_and_resumed(tmp_path):
         parts = trainer(f"{name}-parts", make(), per_device_train_batch_size=2, gradient_accumulation_steps=2)
         parts.train()
         for step, part in zip(logged_losses(whole), logged_losses(parts), strict=True):
-            assert part == pytest.approx(step, rel=2e-6, abs=1e-5)  # float32 rounds a loss of 9 by up to 1e-6 a sum
+            assert part == pytest.approx(step, abs=1e-5)
 
 
 # ---- stages as recipes ----
