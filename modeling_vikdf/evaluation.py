@@ -38,7 +38,8 @@ from .data import SkipReport, load_dialogues
 from .metrics import (
     bleu_from_statistics,
     bleu_statistics,
-    distinct,
+    distinct_from_statistics,
+    distinct_statistics,
     embedding_similarity_items,
     rouge_l_items,
     tokenize,
@@ -56,6 +57,7 @@ NOT_SURE = re.compile(r"i['’]m not sure", re.IGNORECASE)  # how bland replies 
 WORD = re.compile(r"\w+")
 CHUNK = 250  # resamples at a time, which bounds the memory to CHUNK x clusters numbers
 JACKKNIFE = 20  # groups of dialogues that are left out in turn
+RANDOMISATIONS = 10_000  # random assignments of two systems' results
 
 # Metrics that are sum(values) / sum(weights) over dialogues: what the sums are called in a dialogue's record.
 RATIOS = {
@@ -714,20 +716,17 @@ def _summarise_replies(
         record["share_im_not_sure"] = float(NOT_SURE.match(record["reply"]) is not None)
 
     statistics = bleu_statistics(replies, references, tokenized=True)  # [N, 9]
+    for record, row in zip(records, statistics.tolist(), strict=True):
+        record["bleu"] = row
     metrics = {name: float(value) for name, value in bleu_from_statistics(statistics.sum(0)).items()}
     counts = bootstrap_counts(len(replies), seed=settings.seed)
     resampled = bleu_from_statistics(np.concatenate([times.numpy() @ statistics for times in counts]))
     intervals = {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in resampled.items()}
 
-    whole, groups = distinct(replies, tokenized=True), min(JACKKNIFE, len(replies))
-    without = [whole]
-    if groups > 1:
-        without = [distinct([text for i, text in enumerate(replies) if i % groups != g], True) for g in range(groups)]
-    for name, value in whole.items():
-        deviations = np.array([each[name] for each in without])
-        deviations -= deviations.mean()
-        error = math.sqrt((groups - 1) / groups * (deviations**2).sum())
-        metrics[name], intervals[name] = value, [value - 1.96 * error, value + 1.96 * error]
+    ngrams = distinct_statistics(replies, tokenized=True)
+    without = distinct_from_statistics(ngrams, _leave_groups_out(len(replies)))  # [groups] each
+    for name, value in distinct_from_statistics(ngrams, np.ones(len(replies), dtype=bool)).items():
+        metrics[name], intervals[name] = value.item(), _jackknife_interval(value.item(), without[name])
     return metrics, intervals
 
 
@@ -743,9 +742,10 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> 
         a, b: reports that [`evaluate_file`] wrote.
 
     Returns:
-        `a`, `b`: what was evaluated; `num_dialogues`; `metrics`: for each that both have, a mean over dialogues or
-        tokens, its value in `a` and `b`, the `difference` a minus b, its paired bootstrap interval over dialogues
-        `confidence_95`, the `p_value` of approximate randomisation, and `p_value_holm`, corrected for all the metrics.
+        `a`, `b`: what was evaluated; `num_dialogues`; `metrics`: for each that both have, but perplexity (see `nll`),
+        its value in `a` and `b`, the `difference` a minus b, its paired interval `confidence_95` by bootstrap over
+        dialogues (of BLEU and Distinct by jackknife), the `p_value` of approximate randomisation, and `p_value_holm`,
+        corrected for all the metrics.
 
     Raises:
         OSError: if a report cannot be read.
@@ -788,6 +788,8 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> 
             "confidence_95": list(bootstrap_interval(ours - theirs, weights, seed=seed)),
             "p_value": paired_randomisation(ours - theirs, seed=seed),
         }
+    if all("bleu" in each[keys[0]] for side in dialogues for each in side):
+        metrics |= _compare_corpora([[[each[key] for key in keys] for each in side] for side in dialogues], seed)
     corrected = holm([figures["p_value"] for figures in metrics.values()])
     for figures, p_value in zip(metrics.values(), corrected, strict=True):
         figures["p_value_holm"] = p_value
@@ -796,6 +798,45 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> 
         for side in sides
     ]
     return {"a": described[0], "b": described[1], "num_dialogues": len(keys), "metrics": metrics}
+
+
+def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict[str, dict[str, Any]]:
+    """BLEU and Distinct, which are of all replies together, of the records [N] of each report of either side."""
+    pairs = []
+    for number in range(math.lcm(*map(len, sides))):  # so that each report of a side counts as much as the others
+        records = [record for side in sides for record in side[number % len(side)]]  # [2N]
+        replies = [" ".join(tokenize(record["reply"])) for record in records]
+        pairs.append((np.array([record["bleu"] for record in records]), distinct_statistics(replies, tokenized=True)))
+
+    def measure(chosen: np.ndarray) -> dict[str, np.ndarray]:
+        """Metrics [R] of the chosen ones [R, 2N] of both sides' replies."""
+        found = [bleu_from_statistics(chosen @ bleu) | distinct_from_statistics(each, chosen) for bleu, each in pairs]
+        return {name: np.mean([each[name] for each in found], axis=0) for name in found[0]}
+
+    def measure_sides(dialogues: np.ndarray, swapped: np.ndarray) -> tuple[dict[str, np.ndarray], ...]:
+        """Metrics [R] of A and of B in some dialogues [R, N], where in the swapped ones each has the other's reply."""
+        own, others = dialogues & ~swapped, dialogues & swapped
+        return measure(np.concatenate([own, others], axis=1)), measure(np.concatenate([others, own], axis=1))
+
+    everything = np.ones((1, len(sides[0][0])), dtype=bool)
+    a, b = measure_sides(everything, ~everything)
+    left_a, left_b = measure_sides(_leave_groups_out(everything.size), ~everything)
+    draw, extreme = np.random.default_rng(seed), dict.fromkeys(a, 0)
+    for rows in torch.arange(RANDOMISATIONS).split(CHUNK):
+        other_a, other_b = measure_sides(everything, draw.random((len(rows), everything.size)) < 0.5)
+        for name in a:  # a tie by another order of summation is a tie
+            bound = abs(a[name] - b[name]) * (1 - 1e-9)
+            extreme[name] += int((abs(other_a[name] - other_b[name]) >= bound).sum())
+    return {
+        name: {
+            "a": a[name].item(),
+            "b": b[name].item(),
+            "difference": (a[name] - b[name]).item(),
+            "confidence_95": _jackknife_interval((a[name] - b[name]).item(), left_a[name] - left_b[name]),
+            "p_value": (1 + extreme[name]) / (1 + RANDOMISATIONS),
+        }
+        for name in a
+    }
 
 
 def _read_report(path: str | Path) -> dict[str, Any]:
@@ -858,7 +899,20 @@ def bootstrap_counts(clusters: int, resamples: int = 2000, seed: int = 0) -> Ite
         yield torch.zeros(draws.shape).double().scatter_add_(1, draws, torch.ones(draws.shape).double())
 
 
-def paired_randomisation(differences: torch.Tensor, R: int = 10_000, seed: int = 0) -> float:
+def _leave_groups_out(count: int) -> np.ndarray:
+    """Of the delete-a-group jackknife: for each group of dialogues, those that are not in it [groups, count]."""
+    groups = min(JACKKNIFE, count)
+    return (np.arange(count) % groups != np.arange(groups)[:, None]) | (groups == 1)
+
+
+def _jackknife_interval(value: float, without: np.ndarray) -> list[float]:
+    """95 % interval of what has `value` over all dialogues and `without` [groups] over all but one group each."""
+    deviations, groups = without - without.mean(), len(without)
+    error = math.sqrt((groups - 1) / groups * (deviations**2).sum())
+    return [value - 1.96 * error, value + 1.96 * error]
+
+
+def paired_randomisation(differences: torch.Tensor, R: int = RANDOMISATIONS, seed: int = 0) -> float:
     """
     Two-sided p-value of approximate randomisation (Noreen 1989): how often the sum of the differences would be at
     least as large if it were chance which of the two systems a whole dialogue's difference is in favour of.

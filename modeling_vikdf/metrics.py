@@ -5,13 +5,15 @@ which spares time where several metrics read the same texts. ValueError is raise
 lengths, items that are not strings, and items without a reference or with one that has no tokens.
 
 What each item contributes is had from `bleu_statistics`, `rouge_l_items` and `embedding_similarity_items`: bootstrap
-resamples are then sums or means over rows of these arrays, and no text is read twice.
+resamples are then sums or means over rows of these arrays, and no text is read twice. `distinct_statistics` gives
+Distinct of any part of the items.
 """
 
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from functools import reduce
+from itertools import chain
 from operator import or_
 
 import numpy as np
@@ -148,16 +150,43 @@ def distinct(predictions: Texts, tokenized: bool = False) -> dict[str, float]:
     Raises:
         ValueError: if `predictions` is not a list of at least one string.
     """
-    items = [
+    statistics = distinct_statistics(predictions, tokenized)
+    scores = distinct_from_statistics(statistics, np.ones(len(predictions), dtype=bool))
+    return {name: value.item() for name, value in scores.items()}
+
+
+def distinct_statistics(predictions: Texts, tokenized: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
+    """
+    Which items the n-grams come from; arguments and errors as for [`distinct`].
+
+    Returns:
+        For n = 1 and 2: the item of each n-gram [M], equal n-grams beside one another; where in it each of the V
+        different ones begins [V].
+    """
+    texts = [
         [token for token in tokens if token not in ARTICLES and not PUNCTUATION.issuperset(token)]
         for tokens in _split(predictions, "predictions", tokenized)
     ]
-    scores = {}
+    statistics = []
     for n in (1, 2):
-        ngrams = Counter()
-        for tokens in items:
-            ngrams.update(_ngrams(tokens, n))
-        scores[f"distinct_{n}"] = len(ngrams) / max(ngrams.total(), 1)
+        items: dict[tuple[str, ...], list[int]] = {}  # n-gram -> the items that it comes from
+        for item, tokens in enumerate(texts):
+            for ngram in zip(*(tokens[i:] for i in range(n)), strict=False):
+                items.setdefault(ngram, []).append(item)
+        starts = np.cumsum([0, *map(len, items.values())])[:-1]
+        statistics.append((np.array(list(chain(*items.values())), dtype=int), starts))
+    return statistics
+
+
+def distinct_from_statistics(
+    statistics: list[tuple[np.ndarray, np.ndarray]], chosen: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Distinct [...] of the `chosen` items [..., N] (bool), from what `distinct_statistics` found."""
+    scores = {}
+    for n, (items, starts) in enumerate(statistics, start=1):
+        there = chosen[..., items]  # [..., M]
+        different = np.logical_or.reduceat(there, starts, axis=-1).sum(-1) if len(starts) else 0
+        scores[f"distinct_{n}"] = different / np.maximum(there.sum(-1), 1)
     return scores
 
 
@@ -290,6 +319,8 @@ __all__ = [
     "bleu_from_statistics",
     "bleu_statistics",
     "distinct",
+    "distinct_from_statistics",
+    "distinct_statistics",
     "embedding_similarity",
     "embedding_similarity_items",
     "rouge_l",

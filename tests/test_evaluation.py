@@ -39,7 +39,7 @@ from modeling_vikdf.evaluation import (
     score_candidates,
     summarise,
 )
-from modeling_vikdf.metrics import bleu, distinct, embedding_similarity, rouge_l
+from modeling_vikdf.metrics import bleu, bleu_statistics, distinct, embedding_similarity, rouge_l
 
 
 COUNT = 14
@@ -609,6 +609,59 @@ def test_seeds_are_averaged_and_only_common_dialogues_compared(tmp_path):
     assert found["num_dialogues"] == 2 and len(found["a"]) == 2
     nll = found["metrics"]["nll"]
     assert (nll["a"], nll["b"], nll["difference"]) == pytest.approx((2.5, 0, 2.5))
+
+
+def write_replies(path: Path, replies: list[str], references: list[str]) -> Path:
+    rows = bleu_statistics(replies, references).tolist()
+    records = [
+        {"key": f"d{i}", "nll": 1.0, "tokens": 1, "reply": reply, "bleu": row}
+        for i, (reply, row) in enumerate(zip(replies, rows, strict=True))
+    ]
+    path.write_text(json.dumps({"model": path.stem, "data_sha256": "x", "seed": 0, "dialogues": records}))
+    return path
+
+
+def test_metrics_of_all_replies_together_are_compared(tmp_path):
+    references = ["i love the sea", "my dog sleeps", "what a day", "they run fast", "no it is not", "blue and red"]
+    first = ["i love my dog", "my dog sleeps now", "what a dog", "they run", "no it is", "blue sea"]
+    second = ["i am not sure", "my dog sleeps", "i am not sure", "they run fast", "i am", "red and blue"]
+
+    def measure(replies):
+        return bleu(replies, references) | distinct(replies)
+
+    a, b = (write_replies(tmp_path / f"{i}.json", replies, references) for i, replies in enumerate([first, second]))
+    found = compare([a], [b])["metrics"]
+    ours, theirs = measure(first), measure(second)
+    # all ways of giving each dialogue's replies to A and B
+    ways = []
+    for swaps in itertools.product([False, True], repeat=6):
+        pairs = [(y, x) if swap else (x, y) for x, y, swap in zip(first, second, swaps, strict=True)]
+        one, other = (measure(list(replies)) for replies in zip(*pairs, strict=True))
+        ways.append({name: abs(one[name] - other[name]) for name in one})
+    assert {*ours} < {*found}
+    for name in ours:
+        figures = found[name]
+        difference = ours[name] - theirs[name]
+        assert [figures[key] for key in ("a", "b", "difference")] == pytest.approx(
+            [ours[name], theirs[name], difference]
+        )
+        extreme = sum(way[name] >= abs(difference) - 1e-9 for way in ways)
+        assert figures["p_value"] == pytest.approx(extreme / 64, abs=0.02)
+        without = []
+        for i in range(6):
+            sides = [each[:i] + each[i + 1 :] for each in (first, second, references)]
+            one, other = (bleu(side, sides[2]) | distinct(side) for side in sides[:2])
+            without.append(one[name] - other[name])
+        error = math.sqrt(5 / 6 * sum((each - sum(without) / 6) ** 2 for each in without))
+        assert figures["confidence_95"] == pytest.approx([difference - 1.96 * error, difference + 1.96 * error])
+
+    same = compare([a], [a])["metrics"]["distinct_2"]
+    assert same["difference"] == 0 and same["confidence_95"] == [0, 0] and same["p_value"] == 1
+    both = compare([a, b], [b])["metrics"]  # each seed's own corpus, then the mean
+    for name in ours:
+        assert both[name]["difference"] == pytest.approx((ours[name] - theirs[name]) / 2)
+    one = compare([write_replies(tmp_path / "one.json", first[:1], references[:1])], [b])["metrics"]["bleu_1"]
+    assert one["a"] == 0.5 and one["confidence_95"] == pytest.approx([one["difference"]] * 2)
 
 
 def test_reports_that_cannot_be_compared(tmp_path):

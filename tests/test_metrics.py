@@ -21,6 +21,8 @@ from modeling_vikdf.metrics import (
     bleu_from_statistics,
     bleu_statistics,
     distinct,
+    distinct_from_statistics,
+    distinct_statistics,
     embedding_similarity,
     embedding_similarity_items,
     rouge_l,
@@ -124,6 +126,15 @@ def test_distinct_worked_by_hand():
     assert found == pytest.approx({"distinct_1": 5 / 7, "distinct_2": 4 / 5})
     assert distinct(["so so so so"]) == pytest.approx({"distinct_1": 1 / 4, "distinct_2": 1 / 3})
     assert distinct(["The ... “A” ?!", ""]) == {"distinct_1": 0, "distinct_2": 0}
+
+
+@given(st.lists(st.tuples(texts | st.just("?"), st.booleans()), min_size=1, max_size=6))
+def test_distinct_of_a_part_needs_no_second_reading(items):
+    everything, chosen = zip(*items, strict=True)
+    some = [text for text, there in items if there] or ["?"]
+    found = distinct_from_statistics(distinct_statistics(everything), np.array([chosen, [True] * len(items)]))
+    expected = zip(distinct(some).items(), distinct(everything).values(), strict=True)
+    assert {name: values.tolist() for name, values in found.items()} == {name: [a, b] for (name, a), b in expected}
 
 
 def test_embedding_similarity_worked_by_hand():
