@@ -3,7 +3,7 @@
     JSONL, templates -> items: questions, the ways in which replies may begin, choices         `load_items`
                      -> log P of every choice under every arm of knowledge                     `choice_log_likelihoods`
                      -> scores `raw` and `pmi` -> accuracy and the like, one record an item    `probe`
-                     -> means, intervals, own minus other knowledge; or one model minus another `compare_probes`
+                     -> means, intervals, own minus other knowledge; one model minus another `compare_probes`
 
 The user's turn holds the question, with the knowledge wherever the processor puts it; the assistant's reply begins
 with a cloze ("The color of the banana is") or with nothing, and a choice comes next. The question is the same in all
@@ -496,7 +496,7 @@ def compare_probes(a: dict[str, Any], b: dict[str, Any], seed: int = 0) -> dict[
     Two models on the same items, each with its own knowledge.
 
     Args:
-        a, b: what `probe` returned for each.
+        a, b: what `probe` returned for each, or `average_probes` for several trainings of each.
 
     Returns:
         Subset -> score -> measure -> `mean` of a minus b, its `confidence_95` and `p_value`.
@@ -504,20 +504,55 @@ def compare_probes(a: dict[str, Any], b: dict[str, Any], seed: int = 0) -> dict[
     Raises:
         ValueError: if the two have not the same items, choices included, or one has no records or no arm "own".
     """
-    if not (a.get("records") and b.get("records")):
-        raise ValueError("There are no records to compare; `vikdf probe` writes them.")
-    others = {record["id"]: record for record in b["records"]}
-    if others.keys() != {record["id"] for record in a["records"]} or a["task"] != b["task"]:
-        raise ValueError("The two probes have not the same items.")
-    pairs = []
-    for record in a["records"]:
-        other = others[record["id"]]
-        if "own" not in record["measures"] or "own" not in other["measures"]:
-            raise ValueError("Two models are compared with their own knowledge: probe both with the arm 'own'.")
-        if any(record.get(key) != other.get(key) for key in ("choices", "answer")):
-            raise ValueError(f"The item {record['id']!r} has not the same choices and answer in both probes.")
-        pairs.append({**record, "measures": {"own": record["measures"]["own"], "b": other["measures"]["own"]}})
+    pairs = [{**record, "measures": {"own": ours, "b": theirs}} for record, (ours, theirs) in _align([a, b], "own")]
     return {name: subset["own_minus"]["b"] for name, subset in _summarise(pairs, ("own", "b"), seed).items()}
+
+
+def average_probes(probes: Sequence[dict[str, Any]], arm: str = "own", seed: int = 0) -> dict[str, Any]:
+    """
+    Several trainings of a model in the mean, under one arm of knowledge: a system to compare with others.
+
+    Args:
+        probes: what `probe` returned for each training.
+        arm: which of their arms.
+
+    Returns:
+        `task`, `arms`, `subsets`, `records` as of [`probe`], with the mean of each item's measures as the arm "own".
+
+    Raises:
+        ValueError: if they have not the same items, choices included, or one has no records or lacks the arm.
+    """
+    records = []
+    for record, found in _align(probes, arm):
+        mean = {}
+        for score in SCORES:
+            values = {name: [each[score][name] for each in found] for name in found[0][score]}
+            mean[score] = {name: None if None in each else sum(each) / len(each) for name, each in values.items()}
+        records.append({**record, "measures": {"own": mean}})
+    return {
+        "task": probes[0]["task"],
+        "arms": ["own"],
+        "subsets": _summarise(records, ("own",), seed),
+        "records": records,
+    }
+
+
+def _align(probes: Sequence[dict[str, Any]], arm: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Each item's record in the first of the probes, and what it measured under the arm in each of them."""
+    if not all(each.get("records") for each in probes):
+        raise ValueError("There are no records to compare; `vikdf probe` writes them.")
+    others = [{record["id"]: record for record in each["records"]} for each in probes]
+    if any(each.keys() != others[0].keys() for each in others) or len({each["task"] for each in probes}) > 1:
+        raise ValueError("The probes have not the same items.")
+    aligned = []
+    for name, record in others[0].items():
+        same = [each[name] for each in others]
+        if not all(arm in each["measures"] for each in same):
+            raise ValueError(f"Models are compared with their knowledge of one arm: probe all with the arm {arm!r}.")
+        if any(each.get(key) != record.get(key) for key in ("choices", "answer") for each in same):
+            raise ValueError(f"The item {name!r} has not the same choices and answer in all probes.")
+        aligned.append((record, [each["measures"][arm] for each in same]))
+    return aligned
 
 
 def _summarise(records: list[dict[str, Any]], arms: Sequence[str], seed: int) -> dict[str, Any]:
@@ -580,4 +615,13 @@ def _estimate(
     return estimates
 
 
-__all__ = ["TEMPLATES", "ProbeItem", "Question", "choice_log_likelihoods", "compare_probes", "load_items", "probe"]
+__all__ = [
+    "TEMPLATES",
+    "ProbeItem",
+    "Question",
+    "average_probes",
+    "choice_log_likelihoods",
+    "compare_probes",
+    "load_items",
+    "probe",
+]

@@ -12,7 +12,15 @@ from tiny_training import dialogue_model, processor
 from modeling_vikdf import probes
 from modeling_vikdf.cli import main
 from modeling_vikdf.evaluation import KNOWLEDGE_ARMS
-from modeling_vikdf.probes import Question, choice_log_likelihoods, compare_probes, load_items, probe, rank_correlation
+from modeling_vikdf.probes import (
+    Question,
+    average_probes,
+    choice_log_likelihoods,
+    compare_probes,
+    load_items,
+    probe,
+    rank_correlation,
+)
 
 
 PAIR = {"id": "p0", "task": "pair", "relation": "unsaid", "image": "1.jpg", "category": "thing"}
@@ -394,6 +402,21 @@ def test_models_are_compared_item_by_item():
     low, high = compared["all"]["raw"]["accuracy"]["confidence_95"]
     assert low == 0 and high == 1
     assert 0.4 < compared["all"]["raw"]["accuracy"]["p_value"] < 0.6  # signs of two differences: 2 of 4
+
+
+def test_trainings_are_averaged_item_by_item():
+    a, b = outcome(1, 1, 0, 1), outcome(0, 1, 0, 0)
+    for record in (*a["records"], *b["records"]):
+        record["measures"]["none"] = record["measures"].pop("own")
+    b["records"].reverse()
+    mean = average_probes([a, b], "none")
+    assert mean["subsets"]["all"]["arms"]["own"]["raw"]["accuracy"]["mean"] == 0.5
+    assert [each["measures"]["own"]["pmi"]["accuracy"] for each in mean["records"]] == [0.5, 1, 0, 0.5]
+    assert compare_probes(mean, outcome(0, 0, 0, 0))["group=1"]["raw"]["accuracy"]["mean"] == 0.75
+    a["records"][0]["measures"]["none"]["raw"]["accuracy"] = None  # what one cannot tell is not told
+    assert average_probes([a, b], "none")["records"][0]["measures"]["own"]["raw"] == {"accuracy": None}
+    with pytest.raises(ValueError, match="arm 'shuffled'"):
+        average_probes([a, b], "shuffled")
 
 
 def test_what_cannot_be_compared():
