@@ -4,7 +4,7 @@
     render:  eval/results/*.json -> eval/results/DATA.svg, and the tables between the markers of README.md
 
 Example run:
-    python eval/collect.py collect --study outputs/study --data image_chat_test --reference vikdf
+    python eval/collect.py collect --study outputs/study --data image_chat_test flickr8k_unsaid --reference vikdf
     python eval/collect.py render --readme README.md
 """
 
@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from modeling_vikdf.evaluation import compare
+from modeling_vikdf.probes import average_probes, compare_probes
 
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-COLUMNS = {  # of the tables: metric -> its name there, decimals
+COMPARED = ("nll", "nll_visual_words")  # whose differences to the reference are told with their intervals
+LIKELIHOOD = {  # columns of a table: metric -> its name there, decimals
     "perplexity": ("perplexity", 2),
     "nll": ("NLL", 3),
     "nll_visual_words": ("NLL, visual words", 3),
+}
+REPLIES = {
     "hits_at_1": ("Hits@1", 3),
     "mrr": ("MRR", 3),
     "bleu_1": ("BLEU-1", 3),
@@ -34,22 +38,31 @@ COLUMNS = {  # of the tables: metric -> its name there, decimals
     "distinct_2": ("Distinct-2", 3),
     "share_im_not_sure": ('"I\'m not sure"', 3),
 }
+SIGNIFICANT = 0.05
+PARTS = {"all": "", "text_nb_correct=false": ", hard", "seen, not stated": ", seen, not stated"}  # of a probe's items
 
 
 def collect(study: Path, data: str, reference: str) -> dict[str, Any]:
     """
-    Of every step that was evaluated on `data`: each metric's mean over seeds, and the paired differences of the
-    reference, with its own knowledge, minus each of the others.
+    Of every step that was evaluated on `data`, dialogues or a probe: each metric's mean over seeds, and the paired
+    differences of the reference, with its own knowledge, minus each of the others.
 
     Raises:
         ValueError: if the reference was not evaluated.
     """
     found: dict[str, list[Path]] = {}
     for path in sorted(study.glob(f"seed*/*/{data}-*.json")):
-        arm = path.stem.removeprefix(f"{data}-")
-        found.setdefault(path.parent.name if arm == "own" else f"{path.parent.name}, {arm}", []).append(path)
+        knowledge = path.stem.removeprefix(f"{data}-")
+        name = path.parent.name if knowledge == "own" else f"{path.parent.name}, {knowledge}"
+        found.setdefault(name, []).append(path)
     if reference not in found:
         raise ValueError(f"{study} holds no report of {reference!r} on {data!r}; it has those of {sorted(found)}.")
+    is_probe = "records" in json.loads(found[reference][0].read_text(encoding="utf-8"))
+    arms = _collect_probe(found, reference) if is_probe else _collect_dialogues(found, reference)
+    return {"data": data, "reference": reference, "arms": arms}
+
+
+def _collect_dialogues(found: dict[str, list[Path]], reference: str) -> dict[str, dict[str, Any]]:
     arms = {}
     for name, paths in found.items():
         reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
@@ -63,25 +76,81 @@ def collect(study: Path, data: str, reference: str) -> dict[str, Any]:
             arms[name]["confidence_95"] = reports[0]["confidence_95"]
         if name != reference:
             arms[name]["reference_minus_this"] = compare(found[reference], paths)["metrics"]
-    return {"data": data, "reference": reference, "arms": arms}
+    return arms
 
 
-def table(result: dict[str, Any]) -> str:
-    """Markdown: a row an arm, the metrics that there are, and how much lower the reference's likelihood losses are."""
+def _collect_probe(found: dict[str, list[Path]], reference: str) -> dict[str, dict[str, Any]]:
+    means = {}
+    for name, paths in found.items():
+        probes = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        means[name] = average_probes(probes, probes[0]["arms"][0])
+    arms = {}
+    for name, mean in means.items():
+        parts = {part: mean["subsets"][part] for part in PARTS if part in mean["subsets"]}
+        own = _flatten({part: each["arms"]["own"] for part, each in parts.items()})
+        arms[name] = {
+            "seeds": len(found[name]),
+            "num_items": mean["subsets"]["all"]["items"],
+            "metrics": {key: each["mean"] for key, each in own.items()},
+            "confidence_95": {key: each["confidence_95"] for key, each in own.items()},
+        }
+        if name != reference:
+            differences = _flatten(compare_probes(means[reference], mean))
+            arms[name]["reference_minus_this"] = {
+                key: {"difference": each.pop("mean"), **each} for key, each in differences.items()
+            }
+    return arms
+
+
+def _flatten(subsets: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Subset -> score -> measure -> estimate, as a metric's name -> estimate; of the subsets that are told."""
+    return {
+        f"{measure.replace('_', ' ')} ({score}){PARTS[subset]}": estimate
+        for subset, scores in subsets.items()
+        if subset in PARTS
+        for score, measures in scores.items()
+        for measure, estimate in measures.items()
+    }
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Markdown: how likely the true replies are; what was replied and how the true one ranks; or what a probe asks."""
     arms, reference = result["arms"], result["reference"]
-    columns = [key for key in COLUMNS if any(key in arm["metrics"] for arm in arms.values())]
-    compared = [key for key in ("nll", "nll_visual_words") if key in columns]
-    titles = [f"{COLUMNS[key][0]} of {reference} minus the arm's [95 %]" for key in compared]
-    head = ["arm", "seeds", *(COLUMNS[key][0] for key in columns), *titles]
+    first = arms[reference]
+    if "num_items" in first:
+        columns = {key: (key, 3) for key in first["metrics"] if key.startswith(("accuracy", "hits at 1"))}
+        names = sorted(arms, key=lambda name: -arms[name]["metrics"][next(iter(columns))])
+        return f"{result['data']}, {first['num_items']:,} items\n\n" + _table(result, names, columns, tuple(columns))
+    names = sorted(arms, key=lambda name: arms[name]["metrics"]["nll"])
+    parts = [f"{result['data']}, {first['num_dialogues']:,} dialogues", _table(result, names, LIKELIHOOD, COMPARED)]
+    if any(key in first["metrics"] for key in REPLIES):
+        parts.append(
+            f"+ where {reference} is above the arm and - where it is below (p < {SIGNIFICANT}, approximate "
+            "randomisation, corrected for all metrics by Holm):"
+        )
+        parts.append(_table(result, [name for name in names if "mrr" in arms[name]["metrics"]], REPLIES, ()))
+    return "\n\n".join(parts)
+
+
+def _table(result: dict[str, Any], names: list[str], columns: dict[str, tuple[str, int]], compared: tuple) -> str:
+    """A row an arm: the metrics that there are and, of those to be compared, the reference's minus the arm's."""
+    arms, reference = result["arms"], result["reference"]
+    columns = {key: each for key, each in columns.items() if any(key in arms[name]["metrics"] for name in names)}
+    compared = [key for key in columns if key in compared]
+    titles = [f"{columns[key][0]} of {reference} minus the arm's [95 %]" for key in compared]
+    head = ["arm", "seeds", *(title for title, _ in columns.values()), *titles]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, arm in sorted(arms.items(), key=lambda item: item[1]["metrics"]["nll"]):
-        values = [f"{arm['metrics'][key]:.{COLUMNS[key][1]}f}" if key in arm["metrics"] else "" for key in columns]
-        differences = [arm.get("reference_minus_this", {}).get(key) for key in compared]
-        told = ["" if each is None else _signed(each) for each in differences]
-        label = f"**{name}**" if name == reference else name
-        lines.append("| " + " | ".join([label, str(arm["seeds"]), *values, *told]) + " |")
-    count = next(iter(arms.values()))["num_dialogues"]
-    return f"{result['data']}, {count} dialogues\n\n" + "\n".join(lines)
+    for name in names:
+        arm = arms[name]
+        differences = arm.get("reference_minus_this", {})
+        cells = [f"**{name}**" if name == reference else name, str(arm["seeds"])]
+        for key, (_, decimals) in columns.items():
+            cells.append(f"{arm['metrics'][key]:.{decimals}f}" if key in arm["metrics"] else "")
+            if not compared and key in differences and differences[key]["p_value_holm"] < SIGNIFICANT:
+                cells[-1] += " +" if differences[key]["difference"] > 0 else " -"
+        cells += [_signed(differences[key]) if key in differences else "" for key in compared]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _signed(difference: dict[str, Any]) -> str:
@@ -90,16 +159,24 @@ def _signed(difference: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """The paired differences to the reference, over all tokens and over visual words; left of 0 the reference wins."""
+    """The paired differences to the reference, which wins left of 0 for likelihood losses, right of it for probes."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    reference = result["reference"]
     arms = {name: arm["reference_minus_this"] for name, arm in result["arms"].items() if "reference_minus_this" in arm}
-    names = sorted(arms, key=lambda name: arms[name]["nll"]["difference"])
-    figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.4 * len(names)), layout="constrained")
-    for offset, key, label in ((-0.12, "nll", "all tokens"), (0.12, "nll_visual_words", "visual words")):
+    if "num_items" in result["arms"][reference]:
+        shown = {key: key for key in result["arms"][reference]["metrics"] if key.startswith(("accuracy", "hits at 1"))}
+        label = f"of {reference} minus the arm's (95 %)"
+    else:
+        shown = dict(zip(COMPARED, ("all tokens", "visual words"), strict=True))
+        label = f"NLL of {reference} minus the arm's, nats a token (95 %)"
+    names = sorted(arms, key=lambda name: arms[name][next(iter(shown))]["difference"])
+    figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.2 * max(len(shown), 2) * len(names)), layout="constrained")
+    for number, (key, title) in enumerate(shown.items()):
+        offset = (number - (len(shown) - 1) / 2) * 0.7 / len(shown)
         rows = [(i + offset, arms[name][key]) for i, name in enumerate(names) if key in arms[name]]
         centre = [each["difference"] for _, each in rows]
         low, high = zip(*(each["confidence_95"] for _, each in rows), strict=True) if rows else ((), ())
@@ -111,11 +188,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 [each - c for c, each in zip(centre, high, strict=True)],
             ],
             fmt="o",
-            label=label,
+            label=title,
         )
     axes.axvline(0, color="grey", linewidth=1)
     axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel(f"NLL of {result['reference']} minus the arm's, nats a token (95 %)")
+    axes.set_xlabel(label)
     axes.set_title(result["data"])
     axes.legend()
     figure.savefig(path, metadata={"Date": None})
@@ -129,7 +206,7 @@ def render(readme: Path) -> None:
     for result in results:
         picture = RESULTS / f"{result['data']}.svg"
         plot(result, picture)
-        parts.append(f"{table(result)}\n\n![{result['data']}]({picture.relative_to(RESULTS.parents[1])})")
+        parts.append(f"{tables(result)}\n\n![{result['data']}]({picture.relative_to(RESULTS.parents[1])})")
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise ValueError(f"{readme} lacks the markers {BEGIN} and {END}, between which the tables go.")
@@ -158,7 +235,7 @@ def _collect(args: argparse.Namespace) -> None:
     for data in args.data:
         result = collect(args.study, data, args.reference)
         (RESULTS / f"{data}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(table(result))
+        print(tables(result))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ Example run:
 import argparse
 import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
 from modeling_vikdf.evaluation import EvaluationSettings, evaluate_file
+from modeling_vikdf.probes import load_items, probe
 from modeling_vikdf.training import run_stage
 
 
@@ -46,15 +49,22 @@ def train(name: str, seed: int, steps: dict[str, dict], args: argparse.Namespace
     elif "new" in step:
         model = yaml.safe_load((configs / "smollm2/distill.yaml").read_text(encoding="utf-8"))["model"]
         recipe["model"] = model | step["new"]
+    folder.mkdir(parents=True, exist_ok=True)
     data = recipe["data"]
     if stage == "tune":
         data["train"] = args.dialogues
+    if "few_shot_share" in step:
+        if args.few_shot is None:
+            raise ValueError(f"The step {name} learns from dialogues of the task itself; name them with --few-shot.")
+        lines = args.few_shot.read_text(encoding="utf-8").splitlines(keepends=True)
+        some = random.Random(seed).sample(lines, round(step["few_shot_share"] * len(lines)))
+        data["train"] = str(folder / "few_shot.jsonl")
+        Path(data["train"]).write_text("".join(some), encoding="utf-8")
     if "objectives" in recipe:
         data |= {"pairs" if stage == "tune" else "train": args.pairs, "feature_cache": args.features}
     # arms are compared after equally many steps, by the evaluation below
     recipe["training"] |= {"output_dir": str(folder), "seed": seed, "eval_strategy": "no"}
     recipe["training"]["load_best_model_at_end"] = False
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     print(f"== {name}, seed {seed}", flush=True)
     run_stage(stage, recipe)
@@ -62,17 +72,46 @@ def train(name: str, seed: int, steps: dict[str, dict], args: argparse.Namespace
     return folder
 
 
+def evaluate(folder: Path, args: argparse.Namespace) -> None:
+    """Evaluates a model on every file under every arm of knowledge, unless the report is there already."""
+    for file in args.evaluate:
+        for knowledge in args.knowledge:
+            output = folder / f"{Path(file).stem}-{knowledge}.json"
+            if not output.is_file():
+                settings = EvaluationSettings(
+                    knowledge=knowledge,
+                    limit=args.limit,
+                    ranking=args.whole,
+                    generation=args.whole,
+                    visual_words=args.visual_words,
+                    word_vectors=args.word_vectors,
+                )
+                print(output, evaluate_file(folder, file, output, settings)["metrics"], flush=True)
+    for file in args.probe:
+        for knowledge in args.knowledge:
+            output = folder / f"{Path(file).stem}-{knowledge}.json"
+            if not output.is_file():
+                model, processor = (
+                    each.from_pretrained(folder) for each in (VikdfForConditionalGeneration, VikdfProcessor)
+                )
+                found = probe(model, processor, load_items(file), [knowledge])
+                output.write_text(json.dumps(found) + "\n", encoding="utf-8")
+                print(output, found["subsets"]["all"]["arms"], flush=True)
+
+
 def main() -> None:
-    """Trains the named steps and evaluates each on each file, with its own, shuffled and mean knowledge."""
+    """Trains the named steps and evaluates each on each file under the arms of knowledge."""
     parser = argparse.ArgumentParser(description="Train and evaluate the arms of a study.")
     parser.add_argument("--config", type=Path, required=True, help="the study (YAML)")
     parser.add_argument("--pairs", required=True, help="image-text pairs to train on")
     parser.add_argument("--dialogues", required=True, help="dialogues to train on (JSONL)")
+    parser.add_argument("--few-shot", type=Path, help="dialogues that few-shot steps learn a share of (JSONL)")
     parser.add_argument("--features", default="outputs/features", help="cache of the encoders' states")
     parser.add_argument("--output", type=Path, default=Path("outputs/study"))
     parser.add_argument("--steps", nargs="+", required=True, help="steps of the study to train and evaluate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--evaluate", nargs="*", default=[], help="files of dialogues")
+    parser.add_argument("--probe", nargs="*", default=[], help="files of items for `vikdf probe`")
     parser.add_argument("--knowledge", nargs="+", default=["own", "shuffled"], help="arms of the evaluation")
     parser.add_argument("--limit", type=int, help="dialogues of each file")
     parser.add_argument("--whole", action="store_true", help="rank and generate replies as well")
@@ -87,22 +126,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.steps:
             folder = train(name, seed, steps, args)
-            for file in args.evaluate:
-                for knowledge in args.knowledge:
-                    output = folder / f"{Path(file).stem}-{knowledge}.json"
-                    if output.is_file():
-                        continue
-                    settings = EvaluationSettings(
-                        knowledge=knowledge,
-                        limit=args.limit,
-                        ranking=args.whole,
-                        generation=args.whole,
-                        visual_words=args.visual_words,
-                        word_vectors=args.word_vectors,
-                    )
-                    print(
-                        name, seed, output.name, evaluate_file(folder, file, output, settings)["metrics"], flush=True
-                    )
+            evaluate(folder, args)
 
 
 if __name__ == "__main__":

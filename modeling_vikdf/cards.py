@@ -536,6 +536,8 @@ def _read_collected(content: dict[str, Any]) -> Evaluation:
     """Of eval/collect.py: the reference is this model; others count by their paired difference to it."""
     reference, arms, differences = content["reference"], {}, {}
     labels = {f"{reference}, {arm}": label for arm, label in ARMS.items()} | {reference: MODEL}
+    model = content["arms"][reference]
+    of_probe = "num_items" in model
     for name, arm in content["arms"].items():
         if name in labels:
             arms[labels[name]] = _estimates(arm["metrics"], arm.get("confidence_95", {}))
@@ -543,10 +545,9 @@ def _read_collected(content: dict[str, Any]) -> Evaluation:
             differences[labels.get(name, name)] = {
                 key: Estimate(each["difference"], each["confidence_95"])
                 for key, each in arm["reference_minus_this"].items()
-                if key in ("nll", "nll_visual_words")
+                if of_probe or key in ("nll", "nll_visual_words")
             }
-    model = content["arms"][reference]
-    size = f"{model['num_dialogues']:,} dialogues"
+    size = f"{model['num_items']:,} items" if of_probe else f"{model['num_dialogues']:,} dialogues"
     if model["seeds"] > 1:
         size += f", mean over {model['seeds']} seeds of training"
     return Evaluation(content["data"], size, arms, differences)

@@ -994,11 +994,20 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
         ran.append(recipe["training"]["output_dir"])
 
     monkeypatch.setattr(study, "run_stage", check)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(f"line {i}\n" for i in range(16)), encoding="utf-8")
     args = argparse.Namespace(
         config=root / "configs" / "study.yaml", output=tmp_path, pairs="p.tar", dialogues="d.jsonl", features="cache"
     )
+    args.few_shot = None
+    with pytest.raises(ValueError, match="few_shot_eighth .* --few-shot"):
+        study.train("few_shot_eighth", 0, steps, args)
+    args.few_shot = few
     for name in steps:
         study.train(name, 0, steps, args)
+    shares = [(tmp_path / "seed0" / f"few_shot_{each}" / "few_shot.jsonl") for each in ("eighth", "quarter", "all")]
+    drawn = [set(path.read_text().splitlines()) for path in shares]
+    assert list(map(len, drawn)) == [2, 4, 16] and drawn[0] < drawn[2] == set(few.read_text().splitlines())
     assert sorted(ran) == sorted(str(tmp_path / "seed0" / name) for name in steps)
     assert all((Path(folder) / "finished.json").is_file() for folder in ran)
 

@@ -1,0 +1,120 @@
+"""What eval/collect.py makes of a study's reports: means over seeds, paired differences, tables and plots."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def collector(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("collect", ROOT / "eval" / "collect.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = tmp_path / "eval" / "results"
+    results.mkdir(parents=True)
+    monkeypatch.setattr(module, "RESULTS", results)
+    return module
+
+
+def write_dialogues(folder: Path, name: str, nlls: list[float], replies: list[str] | None = None) -> None:
+    """A report of `vikdf evaluate` on dialogues with replies of two tokens, the second of a visual word."""
+    records = []
+    for i, nll in enumerate(nlls):
+        record = {"key": f"d{i}", "nll": nll, "tokens": 2, "visual_nll": nll / 2, "visual_tokens": 1}
+        if replies is not None:
+            record |= {"reply": replies[i], "bleu": [2, 1, 0, 0, 0, 2, 1, 0, 0], "mrr": 0.5, "rouge_l": 0.25}
+        records.append(record)
+    metrics = {"nll": sum(nlls) / 2 / len(nlls), "nll_visual_words": sum(nlls) / 2 / len(nlls)}
+    if replies is not None:
+        metrics |= {"mrr": 0.5, "rouge_l": 0.25, "distinct_1": len(set(replies)) / len(replies)}
+    report = {"data_sha256": "x", "seed": 0, "metrics": metrics, "num_dialogues": len(nlls), "dialogues": records}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(report | {"confidence_95": {"nll": [1, 2]}}))
+
+
+def write_probe(folder: Path, knowledge: str, right: list[int]) -> None:
+    records = []
+    for i, each in enumerate(right):
+        subsets = ["all", "text_nb_correct=false"] if i < 2 else ["all"]
+        record = {"id": str(i), "cluster": str(i), "subsets": subsets, "choices": ["red", "blue"], "answer": 0}
+        measures = {score: {"accuracy": float(each)} for score in ("raw", "pmi")}
+        records.append(record | {"measures": {knowledge: measures}})
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = {"task": "choice", "arms": [knowledge], "subsets": {}, "records": records}
+    (folder / f"colours-{knowledge}.json").write_text(json.dumps(probe))
+
+
+def test_dialogues(collector, tmp_path):
+    study = tmp_path / "study"
+    for seed, nlls in enumerate([[2, 4, 6, 8], [4, 4, 6, 8]]):
+        write_dialogues(study / f"seed{seed}" / "vikdf", "chat-own.json", nlls, ["a b", "c d", "e f", "g h"])
+    write_dialogues(study / "seed0" / "vikdf", "chat-shuffled.json", [4, 5, 7, 9])
+    write_dialogues(study / "seed0" / "soft_prompt", "chat-own.json", [6, 6, 8, 10], ["a b"] * 4)
+    write_dialogues(study / "seed0" / "soft_prompt", "other-own.json", [6, 6, 8, 10])
+    found = collector.collect(study, "chat", "vikdf")
+    assert list(found["arms"]) == ["soft_prompt", "vikdf", "vikdf, shuffled"]
+    assert found["arms"]["vikdf"]["metrics"]["nll"] == pytest.approx(21 / 8)  # mean of 20 / 8 and 22 / 8
+    assert "confidence_95" not in found["arms"]["vikdf"] and found["arms"]["vikdf"]["seeds"] == 2
+    assert found["arms"]["soft_prompt"]["confidence_95"] == {"nll": [1, 2]}
+    differences = found["arms"]["soft_prompt"]["reference_minus_this"]
+    assert differences["nll"]["difference"] == pytest.approx((21 - 30) / 8)
+    assert differences["distinct_1"]["difference"] == pytest.approx(7 / 7 - 1 / 4)  # "a" is an article
+    with pytest.raises(ValueError, match="no report of 'paper' on 'chat'; it has those of .*soft_prompt"):
+        collector.collect(study, "chat", "paper")
+
+    likelihoods, replies = [part.splitlines() for part in collector.tables(found).split("\n\n") if part[0] == "|"]
+    assert [line.split(" | ")[0] for line in likelihoods[2:]] == ["| **vikdf**", "| vikdf, shuffled", "| soft_prompt"]
+    assert likelihoods[2].startswith("| **vikdf** | 2 | 2.625 | 2.625 |")
+    assert "| -1.1250 [-1." in likelihoods[4]
+    assert replies[0] == "| arm | seeds | MRR | ROUGE-L | Distinct-1 |" and len(replies) == 4
+    assert replies[3] == "| soft_prompt | 1 | 0.500 | 0.250 | 0.250 |"  # four dialogues prove nothing
+    differences["distinct_1"] |= {"p_value_holm": 0.01}
+    assert "| soft_prompt | 1 | 0.500 | 0.250 | 0.250 + |" in collector.tables(found)
+
+
+def test_probes(collector, tmp_path):
+    study = tmp_path / "study"
+    for seed, right in enumerate([[1, 1, 0, 1], [1, 0, 0, 1]]):
+        write_probe(study / f"seed{seed}" / "vikdf", "own", right)
+        write_probe(study / f"seed{seed}" / "vikdf", "none", [0, 0, 0, 1])
+    found = collector.collect(study, "colours", "vikdf")
+    arm = found["arms"]["vikdf"]
+    assert (arm["seeds"], arm["num_items"]) == (2, 4)
+    assert arm["metrics"]["accuracy (raw)"] == 5 / 8 and arm["metrics"]["accuracy (raw), hard"] == 3 / 4
+    difference = found["arms"]["vikdf, none"]["reference_minus_this"]["accuracy (pmi)"]
+    assert difference["difference"] == 3 / 8 and {"confidence_95", "p_value"} < set(difference)
+    table = collector.tables(found).splitlines()
+    assert table[0] == "colours, 4 items"
+    assert table[4].startswith("| **vikdf** | 2 | 0.625 | 0.625 | 0.750 | 0.750 |")
+    assert table[5].startswith("| vikdf, none | 2 | 0.250 | 0.250 | 0.000 | 0.000 | +0.3750 [+0.")
+
+
+def test_what_is_rendered(collector, tmp_path):
+    study, readme = tmp_path / "study", tmp_path / "README.md"
+    readme.write_text(f"Before\n{collector.BEGIN}\nold\n{collector.END}\nafter\n")
+    write_dialogues(study / "seed0" / "vikdf", "chat-own.json", [2, 4])
+    write_dialogues(study / "seed0" / "vikdf", "chat-shuffled.json", [4, 5])
+    for knowledge in ("own", "none"):
+        write_probe(study / "seed0" / "vikdf", knowledge, [1, 0, 0])
+    for data in ("chat", "colours"):
+        result = collector.collect(study, data, "vikdf")
+        (collector.RESULTS / f"{data}.json").write_text(json.dumps(result))
+    collector.render(readme)
+    text = readme.read_text()
+    assert text.startswith(f"Before\n{collector.BEGIN}\nchat, 2 dialogues") and text.endswith(
+        f"{collector.END}\nafter\n"
+    )
+    assert "old" not in text and "colours, 3 items" in text
+    for data in ("chat", "colours"):
+        assert f"![{data}](eval/results/{data}.svg)" in text
+        assert "<svg" in (collector.RESULTS / f"{data}.svg").read_text()
+    collector.render(readme)
+    assert readme.read_text() == text
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="lacks the markers"):
+        collector.render(readme)
