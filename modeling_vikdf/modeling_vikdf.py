@@ -452,6 +452,10 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         whole = isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep[0]) < prefix)
         if language_model is self.language_model and whole:
             prefix = 0  # logits of the prefix are wanted
+        if logits and isinstance(logits_to_keep, int) and logits_to_keep > 0:
+            # a copy of these columns: of a slice PyTorch on CPUs copies the frozen vocabulary head for every row
+            columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            logits["logits_to_keep"] = columns[-logits_to_keep:]
         if prefix == 0 or not (frozen and torch.is_grad_enabled() and inputs_embeds.requires_grad):
             return language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **logits, **kwargs)
         if logits:
@@ -593,12 +597,11 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         embeds = self.embed_prompt(input_ids, kwargs["knowledge"], kwargs.get("image_mask"))  # [B, T, d_llm]
-        cache = self.language_model(
+        cache = self.language_model.base_model(
             inputs_embeds=embeds[:, :-1],
             attention_mask=mask[:, :-1],
             position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
             use_cache=True,
-            logits_to_keep=1,
         ).past_key_values
         cache.batch_repeat_interleave(copies)
         return cache

@@ -304,13 +304,27 @@ def test_unknown_arguments_are_refused(llama_model):
 def test_the_prompt_is_read_once_a_row(model, copies):
     """Beams and several replies share what their row's prompt left in the cache."""
     batch, rows = prompt([11, 20]), []
-    read = model.language_model.forward
+    decoder = model.language_model.base_model
+    read = decoder.forward
 
     def counted(*args, inputs_embeds=None, **kwargs):
         rows.append(tuple(inputs_embeds.shape[:2]))
         return read(*args, inputs_embeds=inputs_embeds, **kwargs)
 
-    with patch.object(model.language_model, "forward", counted):
+    with patch.object(decoder, "forward", counted):
         model.generate(**batch, **{**GREEDY, **copies})
     assert rows[0] == (2, 19), "the prompts but for their last token, once a row"
     assert set(rows[1:]) == {(6, 1)}, "then a token at a time, in three copies"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_vocabulary_head_reads_no_more_than_it_must(llama_model, beams):
+    """One column a step, copied: of a slice of more PyTorch on a CPU copies the frozen head for every row."""
+    seen = []
+    head = llama_model.language_model.lm_head
+    handle = head.register_forward_pre_hook(lambda _, given: seen.append((given[0].shape, given[0].is_contiguous())))
+    try:
+        llama_model.generate(**prompt([9, 14]), num_beams=beams, min_new_tokens=4, max_new_tokens=4, do_sample=False)
+    finally:
+        handle.remove()
+    assert seen == [((2 * beams, 1, llama_model.config.text_config.hidden_size), True)] * 4
