@@ -199,11 +199,29 @@ def plot(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def latency_table(result: dict[str, Any]) -> str:
+    """Markdown of what eval/latency.py found: a row for each number of queries, a column for each context."""
+    ratios = {(each["queries"], each["context_tokens"]): each["ratio"] for each in result["latency"]}
+    rows, columns = (sorted({key[axis] for key in ratios}) for axis in (0, 1))
+    lines = [
+        f"Time of a reply of {result['new_tokens']} tokens with knowledge over the LLM alone (batch 1, "
+        f"{result['threads']} threads, median of {result['repeats']} pairs), by queries and tokens of context:\n",
+        "| queries | " + " | ".join(f"{tokens:,}" for tokens in columns) + " |",
+        "|" + "---|" * (1 + len(columns)),
+    ]
+    for queries in rows:
+        lines.append(f"| {queries} | " + " | ".join(f"{ratios[queries, tokens]:.2f}" for tokens in columns) + " |")
+    return "\n".join(lines)
+
+
 def render(readme: Path) -> None:
     """Writes a plot for each result and their tables into the README."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     parts = []
     for result in results:
+        if "latency" in result:
+            parts.append(latency_table(result))
+            continue
         picture = RESULTS / f"{result['data']}.svg"
         plot(result, picture)
         parts.append(f"{tables(result)}\n\n![{result['data']}]({picture.relative_to(RESULTS.parents[1])})")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from transformers import pipeline
 
-import modeling_vikdf  # noqa: F401 - registers the pipeline
+from modeling_vikdf.evaluation import DECODING
 
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Writes a table for each beginning: arm, reply (beam search with 3 beams, at most 32 tokens)."""
+    """Writes a table for each beginning: arm, reply (beam search as in `vikdf evaluate`)."""
     parser = argparse.ArgumentParser(description="Replies of a study's arms side by side.")
     parser.add_argument("--study", type=Path, default=Path("outputs/study"))
     parser.add_argument("--seed", type=int, default=0)
@@ -33,7 +33,7 @@ def main() -> None:
     replies = {}
     for name in args.steps:
         pipe = pipeline("vikdf-dialogue", model=str(args.study / f"seed{args.seed}" / name))
-        settings = {"num_beams": 3, "do_sample": False, "max_new_tokens": 32, "return_full_text": False}
+        settings = {**DECODING, "return_full_text": False}
         replies[name] = [reply["generated_text"] for [reply] in pipe(chats, **settings)]
         if name == args.steps[0]:
             alone = pipe(chats, use_knowledge=False, **settings)

@@ -104,11 +104,15 @@ def test_what_is_rendered(collector, tmp_path):
     for data in ("chat", "colours"):
         result = collector.collect(study, data, "vikdf")
         (collector.RESULTS / f"{data}.json").write_text(json.dumps(result))
+    points = [{"queries": q, "context_tokens": t, "ratio": 1 + q / t} for t in (20, 1000) for q in (8, 4)]
+    latency = {"latency": points, "new_tokens": 32, "threads": 2, "repeats": 5}
+    (collector.RESULTS / "latency.json").write_text(json.dumps(latency))
     collector.render(readme)
     text = readme.read_text()
     assert text.startswith(f"Before\n{collector.BEGIN}\nchat, 2 dialogues") and text.endswith(
         f"{collector.END}\nafter\n"
     )
+    assert "| queries | 20 | 1,000 |\n|---|---|---|\n| 4 | 1.20 | 1.00 |\n| 8 | 1.40 | 1.01 |" in text
     assert "old" not in text and "colours, 3 items" in text
     for data in ("chat", "colours"):
         assert f"![{data}](eval/results/{data}.svg)" in text
