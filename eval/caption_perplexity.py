@@ -22,12 +22,12 @@ from modeling_vikdf.collators import CAPTION_INSTRUCTIONS
 from modeling_vikdf.data import SkipReport, load_image_text_pairs
 from modeling_vikdf.evaluation import (
     EvaluationSettings,
-    bootstrap_interval,
     compute_knowledge,
     prepare,
     score_candidates,
 )
 from modeling_vikdf.features import tokenize_captions
+from modeling_vikdf.resampling import bootstrap_interval
 
 
 @torch.no_grad()

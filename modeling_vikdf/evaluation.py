@@ -21,7 +21,7 @@ import random
 import re
 import shlex
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,17 @@ from .metrics import (
 )
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import IGNORED, VikdfProcessor
+from .resampling import (
+    CHUNK,
+    RANDOMISATIONS,
+    bootstrap_counts,
+    bootstrap_interval,
+    holm,
+    jackknife_interval,
+    leave_groups_out,
+    number_labels,
+    paired_randomisation,
+)
 
 
 KNOWLEDGE_ARMS = ("own", "shuffled", "mean", "none")
@@ -55,9 +66,6 @@ END_OF_TURN = 8  # tokens, at most, that a chat template writes behind a reply
 ENCODER_BATCH = 64  # contexts that the text encoder reads at a time
 NOT_SURE = re.compile(r"i['’]m not sure", re.IGNORECASE)  # how bland replies begin
 WORD = re.compile(r"\w+")
-CHUNK = 250  # resamples at a time, which bounds the memory to CHUNK x clusters numbers
-JACKKNIFE = 20  # groups of dialogues that are left out in turn
-RANDOMISATIONS = 10_000  # random assignments of two systems' results
 
 # Metrics that are sum(values) / sum(weights) over dialogues: what the sums are called in a dialogue's record.
 RATIOS = {
@@ -503,7 +511,7 @@ def arm_knowledge(
         why = "has no knowledge: write its prompts with use_knowledge=False" if arm == "none" else "is unknown"
         raise ValueError(f"The arm {arm!r} {why}; expected one of {', '.join(KNOWLEDGE_ARMS[:-1])}.")
     rows = len(knowledge)
-    group = _indices(range(rows) if groups is None else groups)  # [N]
+    group = number_labels(range(rows) if groups is None else groups)  # [N]
     sizes = group.bincount()
     if 2 * int(sizes.max()) > rows:
         raise ValueError(f"Cannot shuffle {rows} rows of knowledge of which {int(sizes.max())} are of the same group.")
@@ -724,9 +732,9 @@ def _summarise_replies(
     intervals = {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in resampled.items()}
 
     ngrams = distinct_statistics(replies, tokenized=True)
-    without = distinct_from_statistics(ngrams, _leave_groups_out(len(replies)))  # [groups] each
+    without = distinct_from_statistics(ngrams, leave_groups_out(len(replies)))  # [groups] each
     for name, value in distinct_from_statistics(ngrams, np.ones(len(replies), dtype=bool)).items():
-        metrics[name], intervals[name] = value.item(), _jackknife_interval(value.item(), without[name])
+        metrics[name], intervals[name] = value.item(), jackknife_interval(value.item(), without[name])
     return metrics, intervals
 
 
@@ -820,7 +828,7 @@ def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict
 
     everything = np.ones((1, len(sides[0][0])), dtype=bool)
     a, b = measure_sides(everything, ~everything)
-    left_a, left_b = measure_sides(_leave_groups_out(everything.size), ~everything)
+    left_a, left_b = measure_sides(leave_groups_out(everything.size), ~everything)
     draw, extreme = np.random.default_rng(seed), dict.fromkeys(a, 0)
     for rows in torch.arange(RANDOMISATIONS).split(CHUNK):
         other_a, other_b = measure_sides(everything, draw.random((len(rows), everything.size)) < 0.5)
@@ -832,7 +840,7 @@ def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict
             "a": a[name].item(),
             "b": b[name].item(),
             "difference": (a[name] - b[name]).item(),
-            "confidence_95": _jackknife_interval((a[name] - b[name]).item(), left_a[name] - left_b[name]),
+            "confidence_95": jackknife_interval((a[name] - b[name]).item(), left_a[name] - left_b[name]),
             "p_value": (1 + extreme[name]) / (1 + RANDOMISATIONS),
         }
         for name in a
@@ -849,112 +857,7 @@ def _read_report(path: str | Path) -> dict[str, Any]:
     return report
 
 
-# ---- statistics ----
-
-
-def bootstrap_interval(
-    values: torch.Tensor,
-    weights: torch.Tensor | None = None,
-    clusters: Sequence[Hashable] | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float] | tuple[list[float], list[float]]:
-    """
-    95 % percentile bootstrap interval of sum(values) / sum(weights), of k such ratios over the same resamples at once.
-
-    Args:
-        values: [N] or [N, k].
-        weights: [N] or [N, k]; default 1, which makes it the interval of a mean.
-        clusters: N values; rows of the same cluster (a dialogue, a photograph) are drawn together. Default: each row
-            is a cluster.
-
-    Returns:
-        Lower and upper end: numbers, or for [N, k] lists of k. NaN where no resample has weight.
-
-    Raises:
-        ValueError: if there are no rows.
-    """
-    if not len(values):
-        raise ValueError("There is nothing to resample.")
-    values = values.double().cpu()
-    weights = torch.ones(len(values)).double() if weights is None else weights.double().cpu()
-    weights = weights if weights.dim() == values.dim() else weights[:, None].expand_as(values)
-    cluster = _indices(range(len(values)) if clusters is None else clusters)  # [N]
-    count = int(cluster.max()) + 1
-    sums = torch.zeros(2, count, *values.shape[1:]).double()  # [2, C(, k)]
-    sums.index_add_(1, cluster, torch.stack([values, weights]))
-    sums = sums.transpose(0, 1).flatten(1)  # [C, 2(k)]
-    drawn = torch.cat([times @ sums for times in bootstrap_counts(count, resamples, seed)])  # [resamples, 2(k)]
-    totals, weight = drawn.unflatten(1, (2, *values.shape[1:])).unbind(1)
-    ratios = totals / weight.masked_fill(weight == 0, torch.nan)
-    low, high = ratios.nanquantile(ratios.new_tensor([0.025, 0.975]), dim=0)
-    return low.tolist(), high.tolist()
-
-
-def bootstrap_counts(clusters: int, resamples: int = 2000, seed: int = 0) -> Iterator[torch.Tensor]:
-    """How often each cluster is drawn in each resample: parts [at most CHUNK, clusters] of the resamples in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    for rows in torch.arange(resamples).split(CHUNK):
-        draws = torch.randint(clusters, (len(rows), clusters), generator=generator)
-        yield torch.zeros(draws.shape).double().scatter_add_(1, draws, torch.ones(draws.shape).double())
-
-
-def _leave_groups_out(count: int) -> np.ndarray:
-    """Of the delete-a-group jackknife: for each group of dialogues, those that are not in it [groups, count]."""
-    groups = min(JACKKNIFE, count)
-    return (np.arange(count) % groups != np.arange(groups)[:, None]) | (groups == 1)
-
-
-def _jackknife_interval(value: float, without: np.ndarray) -> list[float]:
-    """95 % interval of what has `value` over all dialogues and `without` [groups] over all but one group each."""
-    deviations, groups = without - without.mean(), len(without)
-    error = math.sqrt((groups - 1) / groups * (deviations**2).sum())
-    return [value - 1.96 * error, value + 1.96 * error]
-
-
-def paired_randomisation(differences: torch.Tensor, R: int = RANDOMISATIONS, seed: int = 0) -> float:
-    """
-    Two-sided p-value of approximate randomisation (Noreen 1989): how often the sum of the differences would be at
-    least as large if it were chance which of the two systems a whole dialogue's difference is in favour of.
-
-    Args:
-        differences: system A minus system B, one for each cluster (dialogue), [C].
-        R: random assignments of signs.
-
-    Returns:
-        (1 + assignments at least as extreme) / (1 + R).
-
-    Raises:
-        ValueError: if there are no differences.
-    """
-    if not len(differences):
-        raise ValueError("There are no differences to test.")
-    differences = differences.double().cpu()
-    observed = differences.sum().abs() * (1 - 1e-9)  # a tie by another order of summation is a tie
-    generator = torch.Generator().manual_seed(seed)
-    extreme = 0
-    for rows in torch.arange(R).split(CHUNK):
-        signs = torch.randint(2, (len(rows), len(differences)), generator=generator).double() * 2 - 1
-        extreme += int(((signs @ differences).abs() >= observed).sum())
-    return (1 + extreme) / (1 + R)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979), in their order."""
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
-
-
 # ---- helpers ----
-
-
-def _indices(labels: Iterable[Hashable]) -> torch.Tensor:
-    """Labels numbered in the order in which they appear, [N]."""
-    numbers: dict[Hashable, int] = {}
-    return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
 
 
 def _pad(rows: list[list[int]], value: int, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -984,15 +887,11 @@ __all__ = [
     "EvaluationSettings",
     "Journal",
     "arm_knowledge",
-    "bootstrap_counts",
-    "bootstrap_interval",
     "compare",
     "compute_knowledge",
     "evaluate_dialogues",
     "evaluate_file",
     "generate_replies",
-    "holm",
-    "paired_randomisation",
     "score_candidates",
     "summarise",
 ]

@@ -1,0 +1,126 @@
+"""Intervals and p-values, by resampling dialogues, photographs or subjects whole: items of one are not independent."""
+
+import math
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+
+CHUNK = 250  # resamples at a time, which bounds the memory to CHUNK x clusters numbers
+JACKKNIFE = 20  # groups of dialogues that are left out in turn
+RANDOMISATIONS = 10_000  # random assignments of two systems' results
+
+
+def bootstrap_interval(
+    values: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float] | tuple[list[float], list[float]]:
+    """
+    95 % percentile bootstrap interval of sum(values) / sum(weights), of k such ratios over the same resamples at once.
+
+    Args:
+        values: [N] or [N, k].
+        weights: [N] or [N, k]; default 1, which makes it the interval of a mean.
+        clusters: N values; rows of the same cluster (a dialogue, a photograph) are drawn together. Default: each row
+            is a cluster.
+
+    Returns:
+        Lower and upper end: numbers, or for [N, k] lists of k. NaN where no resample has weight.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    if not len(values):
+        raise ValueError("There is nothing to resample.")
+    values = values.double().cpu()
+    weights = torch.ones(len(values)).double() if weights is None else weights.double().cpu()
+    weights = weights if weights.dim() == values.dim() else weights[:, None].expand_as(values)
+    cluster = number_labels(range(len(values)) if clusters is None else clusters)  # [N]
+    count = int(cluster.max()) + 1
+    sums = torch.zeros(2, count, *values.shape[1:]).double()  # [2, C(, k)]
+    sums.index_add_(1, cluster, torch.stack([values, weights]))
+    sums = sums.transpose(0, 1).flatten(1)  # [C, 2(k)]
+    drawn = torch.cat([times @ sums for times in bootstrap_counts(count, resamples, seed)])  # [resamples, 2(k)]
+    totals, weight = drawn.unflatten(1, (2, *values.shape[1:])).unbind(1)
+    ratios = totals / weight.masked_fill(weight == 0, torch.nan)
+    low, high = ratios.nanquantile(ratios.new_tensor([0.025, 0.975]), dim=0)
+    return low.tolist(), high.tolist()
+
+
+def bootstrap_counts(clusters: int, resamples: int = 2000, seed: int = 0) -> Iterator[torch.Tensor]:
+    """How often each cluster is drawn in each resample: parts [at most CHUNK, clusters] of the resamples in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    for rows in torch.arange(resamples).split(CHUNK):
+        draws = torch.randint(clusters, (len(rows), clusters), generator=generator)
+        yield torch.zeros(draws.shape).double().scatter_add_(1, draws, torch.ones(draws.shape).double())
+
+
+def leave_groups_out(count: int) -> np.ndarray:
+    """Of the delete-a-group jackknife: for each group of dialogues, those that are not in it [groups, count]."""
+    groups = min(JACKKNIFE, count)
+    return (np.arange(count) % groups != np.arange(groups)[:, None]) | (groups == 1)
+
+
+def jackknife_interval(value: float, without: np.ndarray) -> list[float]:
+    """95 % interval of what has `value` over all dialogues and `without` [groups] over all but one group each."""
+    deviations, groups = without - without.mean(), len(without)
+    error = math.sqrt((groups - 1) / groups * (deviations**2).sum())
+    return [value - 1.96 * error, value + 1.96 * error]
+
+
+def paired_randomisation(differences: torch.Tensor, R: int = RANDOMISATIONS, seed: int = 0) -> float:
+    """
+    Two-sided p-value of approximate randomisation (Noreen 1989): how often the sum of the differences would be at
+    least as large if it were chance which of the two systems a whole dialogue's difference is in favour of.
+
+    Args:
+        differences: system A minus system B, one for each cluster (dialogue), [C].
+        R: random assignments of signs.
+
+    Returns:
+        (1 + assignments at least as extreme) / (1 + R).
+
+    Raises:
+        ValueError: if there are no differences.
+    """
+    if not len(differences):
+        raise ValueError("There are no differences to test.")
+    differences = differences.double().cpu()
+    observed = differences.sum().abs() * (1 - 1e-9)  # a tie by another order of summation is a tie
+    generator = torch.Generator().manual_seed(seed)
+    extreme = 0
+    for rows in torch.arange(R).split(CHUNK):
+        signs = torch.randint(2, (len(rows), len(differences)), generator=generator).double() * 2 - 1
+        extreme += int(((signs @ differences).abs() >= observed).sum())
+    return (1 + extreme) / (1 + R)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979), in their order."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def number_labels(labels: Iterable[Hashable]) -> torch.Tensor:
+    """Labels numbered in the order in which they appear, [N]."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
+
+
+__all__ = [
+    "RANDOMISATIONS",
+    "bootstrap_counts",
+    "bootstrap_interval",
+    "holm",
+    "jackknife_interval",
+    "leave_groups_out",
+    "number_labels",
+    "paired_randomisation",
+]
