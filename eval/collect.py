@@ -53,7 +53,8 @@ def collect(study: Path, data: str, reference: str) -> dict[str, Any]:
     found: dict[str, list[Path]] = {}
     for path in sorted(study.glob(f"seed*/*/{data}-*.json")):
         knowledge = path.stem.removeprefix(f"{data}-")
-        name = path.parent.name if knowledge == "own" else f"{path.parent.name}, {knowledge}"
+        own = knowledge == ("none" if path.parent.name.startswith("language_model") else "own")
+        name = path.parent.name if own else f"{path.parent.name}, {knowledge}"
         found.setdefault(name, []).append(path)
     if reference not in found:
         raise ValueError(f"{study} holds no report of {reference!r} on {data!r}; it has those of {sorted(found)}.")

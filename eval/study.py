@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
+from modeling_vikdf.backbones import new_model
 from modeling_vikdf.evaluation import EvaluationSettings, evaluate_file
 from modeling_vikdf.probes import load_items, probe
 from modeling_vikdf.training import run_stage
@@ -41,14 +42,33 @@ def train(name: str, seed: int, steps: dict[str, dict], args: argparse.Namespace
     if (folder / "finished.json").is_file():
         return folder
     step, configs = steps[name], args.config.parent
+    print(f"== {name}, seed {seed}", flush=True)
+    if "untrained" in step:
+        model, processor = new_model(**load_model_settings(configs))
+        processor.system_prompt = step["untrained"].get("system_prompt", processor.system_prompt)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    else:
+        run(name, seed, folder, steps, args)
+    (folder / "finished.json").write_text(json.dumps({"step": name, "seed": seed}) + "\n", encoding="utf-8")
+    return folder
+
+
+def load_model_settings(configs: Path) -> dict[str, Any]:
+    """The section `model` of the first stage's recipe: backbones and sizes."""
+    return yaml.safe_load((configs / "smollm2/distill.yaml").read_text(encoding="utf-8"))["model"]
+
+
+def run(name: str, seed: int, folder: Path, steps: dict[str, dict], args: argparse.Namespace) -> None:
+    """Trains a step by its recipe."""
+    step, configs = steps[name], args.config.parent
     stage = Path(step["recipe"]).stem
     recipe = yaml.safe_load((configs / step["recipe"]).read_text(encoding="utf-8"))
     recipe = edit(recipe, step.get("set", {}), step.get("drop", []))
     if "parent" in step:
         recipe["model"] = {"checkpoint": str(train(step["parent"], seed, steps, args))}
     elif "new" in step:
-        model = yaml.safe_load((configs / "smollm2/distill.yaml").read_text(encoding="utf-8"))["model"]
-        recipe["model"] = model | step["new"]
+        recipe["model"] = load_model_settings(configs) | step["new"]
     folder.mkdir(parents=True, exist_ok=True)
     data = recipe["data"]
     if stage == "tune":
@@ -66,16 +86,13 @@ def train(name: str, seed: int, steps: dict[str, dict], args: argparse.Namespace
     recipe["training"] |= {"output_dir": str(folder), "seed": seed, "eval_strategy": "no"}
     recipe["training"]["load_best_model_at_end"] = False
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    print(f"== {name}, seed {seed}", flush=True)
     run_stage(stage, recipe)
-    (folder / "finished.json").write_text(json.dumps({"step": name, "seed": seed}) + "\n", encoding="utf-8")
-    return folder
 
 
-def evaluate(folder: Path, args: argparse.Namespace) -> None:
+def evaluate(folder: Path, arms: list[str], args: argparse.Namespace) -> None:
     """Evaluates a model on every file under every arm of knowledge, unless the report is there already."""
     for file in args.evaluate:
-        for knowledge in args.knowledge:
+        for knowledge in arms:
             output = folder / f"{Path(file).stem}-{knowledge}.json"
             if not output.is_file():
                 settings = EvaluationSettings(
@@ -88,7 +105,7 @@ def evaluate(folder: Path, args: argparse.Namespace) -> None:
                 )
                 print(output, evaluate_file(folder, file, output, settings)["metrics"], flush=True)
     for file in args.probe:
-        for knowledge in args.knowledge:
+        for knowledge in arms:
             output = folder / f"{Path(file).stem}-{knowledge}.json"
             if not output.is_file():
                 model, processor = (
@@ -126,7 +143,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.steps:
             folder = train(name, seed, steps, args)
-            evaluate(folder, args)
+            evaluate(folder, ["none"] if "untrained" in steps[name] else args.knowledge, args)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,10 @@ def test_dialogues(collector, tmp_path):
         write_dialogues(study / f"seed{seed}" / "vikdf", "chat-own.json", nlls, ["a b", "c d", "e f", "g h"])
     write_dialogues(study / "seed0" / "vikdf", "chat-shuffled.json", [4, 5, 7, 9])
     write_dialogues(study / "seed0" / "soft_prompt", "chat-own.json", [6, 6, 8, 10], ["a b"] * 4)
+    write_dialogues(study / "seed0" / "language_model", "chat-none.json", [9, 9, 9, 9])
     write_dialogues(study / "seed0" / "soft_prompt", "other-own.json", [6, 6, 8, 10])
     found = collector.collect(study, "chat", "vikdf")
-    assert list(found["arms"]) == ["soft_prompt", "vikdf", "vikdf, shuffled"]
+    assert list(found["arms"]) == ["language_model", "soft_prompt", "vikdf", "vikdf, shuffled"]
     assert found["arms"]["vikdf"]["metrics"]["nll"] == pytest.approx(21 / 8)  # mean of 20 / 8 and 22 / 8
     assert "confidence_95" not in found["arms"]["vikdf"] and found["arms"]["vikdf"]["seeds"] == 2
     assert found["arms"]["soft_prompt"]["confidence_95"] == {"nll": [1, 2]}
@@ -68,7 +69,8 @@ def test_dialogues(collector, tmp_path):
         collector.collect(study, "chat", "paper")
 
     likelihoods, replies = [part.splitlines() for part in collector.tables(found).split("\n\n") if part[0] == "|"]
-    assert [line.split(" | ")[0] for line in likelihoods[2:]] == ["| **vikdf**", "| vikdf, shuffled", "| soft_prompt"]
+    rows = ["| **vikdf**", "| vikdf, shuffled", "| soft_prompt", "| language_model"]
+    assert [line.split(" | ")[0] for line in likelihoods[2:]] == rows
     assert likelihoods[2].startswith("| **vikdf** | 2 | 2.625 | 2.625 |")
     assert "| -1.1250 [-1." in likelihoods[4]
     assert replies[0] == "| arm | seeds | MRR | ROUGE-L | Distinct-1 |" and len(replies) == 4

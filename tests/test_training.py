@@ -993,7 +993,15 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
         assert parent is None or parent in ran
         ran.append(recipe["training"]["output_dir"])
 
+    class Untrained:
+        system_prompt = "as packaged"
+
+        def save_pretrained(self, folder):
+            Path(folder).mkdir(parents=True)
+            (Path(folder) / "prompt").write_text(self.system_prompt)
+
     monkeypatch.setattr(study, "run_stage", check)
+    monkeypatch.setattr(study, "new_model", lambda **settings: (argparse.Namespace(save_pretrained=str), Untrained()))
     few = tmp_path / "few.jsonl"
     few.write_text("".join(f"line {i}\n" for i in range(16)), encoding="utf-8")
     args = argparse.Namespace(
@@ -1008,7 +1016,10 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     shares = [(tmp_path / "seed0" / f"few_shot_{each}" / "few_shot.jsonl") for each in ("eighth", "quarter", "all")]
     drawn = [set(path.read_text().splitlines()) for path in shares]
     assert list(map(len, drawn)) == [2, 4, 16] and drawn[0] < drawn[2] == set(few.read_text().splitlines())
-    assert sorted(ran) == sorted(str(tmp_path / "seed0" / name) for name in steps)
+    folders = {name: tmp_path / "seed0" / name for name in steps}
+    assert sorted(ran) == sorted(str(folder) for name, folder in folders.items() if "untrained" not in steps[name])
+    prompts = [(folders[f"language_model{each}"] / "prompt").read_text() for each in ("", "_best_prompt")]
+    assert prompts[0] == "as packaged" and prompts[1] in (root / "configs" / "system_prompts.txt").read_text()
     assert all((Path(folder) / "finished.json").is_file() for folder in ran)
 
 
