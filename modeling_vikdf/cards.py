@@ -137,12 +137,16 @@ class Estimate(NamedTuple):
 
 @dataclass
 class Evaluation:
-    """Figures on one data set: arm -> metric -> estimate, and other model -> metric -> this model minus that one."""
+    """
+    Figures on one data set: arm -> metric -> estimate, and other model -> metric -> this model minus that one, with
+    what such differences mean.
+    """
 
     data: str
     size: str
     arms: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    meaning: str = ""
 
     def table(self) -> str:
         """A row a metric, a column an arm."""
@@ -485,7 +489,7 @@ def _last_evaluation(folder: Path) -> dict[str, Any] | None:
     ]
     return {
         "steps": state["global_step"],
-        "epochs": state["epoch"],
+        "epochs": f"{state['epoch']:.3g}",
         "table": _table(["on validation data", "value"], rows),
     }
 
@@ -547,10 +551,15 @@ def _read_collected(content: dict[str, Any]) -> Evaluation:
                 for key, each in arm["reference_minus_this"].items()
                 if of_probe or key in ("nll", "nll_visual_words")
             }
-    size = f"{model['num_items']:,} items" if of_probe else f"{model['num_dialogues']:,} dialogues"
+    if of_probe:
+        size = f"{model['num_items']:,} items"
+        meaning = "items; above 0 this model is right more often"
+    else:
+        size = f"{model['num_dialogues']:,} dialogues"
+        meaning = "dialogues; below 0 the replies are likelier with this model"
     if model["seeds"] > 1:
         size += f", mean over {model['seeds']} seeds of training"
-    return Evaluation(content["data"], size, arms, differences)
+    return Evaluation(content["data"], size, arms, differences, meaning)
 
 
 def _read_retrieval(path: Path, content: dict[str, Any]) -> Evaluation:

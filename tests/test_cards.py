@@ -307,6 +307,17 @@ def test_figures_are_those_of_a_study(tmp_path, seeds):
     ]
 
 
+def test_a_probe_of_a_study_says_which_side_is_better(tmp_path):
+    content = collected(1)
+    content["arms"] = {name: arm | {"num_items": 1982} for name, arm in content["arms"].items()}
+    likelihoods, probe = write(tmp_path / "chat.json", collected(1)), write(tmp_path / "probe.json", content)
+    card = render_model_card(checkpoint(tmp_path / "model"), results=[likelihoods])
+    assert "below 0 the replies are likelier with this model" in card and "above 0" not in card
+    card = render_model_card(checkpoint(tmp_path / "model"), results=[probe])
+    assert "Paired differences on the same items; above 0 this model is right more often." in card
+    assert "below 0" not in card
+
+
 def test_retrieval_and_probes_are_shown_as_well(tmp_path):
     folder = checkpoint(tmp_path)
     recall = {"recall_at_1": 17.25, "recall_at_10": 55.0}
