@@ -93,7 +93,8 @@ def evaluate(folder: Path, arms: list[str], args: argparse.Namespace) -> None:
     """Evaluates a model on every file under every arm of knowledge, unless the report is there already."""
     for file in args.evaluate:
         for knowledge in arms:
-            output = folder / f"{Path(file).stem}-{knowledge}.json"
+            # fewer dialogues may do where each takes longer: a report of its own, beside that of the likelihoods
+            output = folder / f"{Path(file).stem}{'_replies' if args.whole else ''}-{knowledge}.json"
             if not output.is_file():
                 settings = EvaluationSettings(
                     knowledge=knowledge,
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--probe", nargs="*", default=[], help="files of items for `vikdf probe`")
     parser.add_argument("--knowledge", nargs="+", default=["own", "shuffled"], help="arms of the evaluation")
     parser.add_argument("--limit", type=int, help="dialogues of each file")
-    parser.add_argument("--whole", action="store_true", help="rank and generate replies as well")
+    parser.add_argument("--whole", action="store_true", help="rank and reply as well, reported as FILE_replies")
     parser.add_argument("--visual-words", help="file with a word a line")
     parser.add_argument("--word-vectors", help="file of word vectors")
     args = parser.parse_args()

@@ -1,24 +1,80 @@
-"""What eval/collect.py makes of a study's reports: means over seeds, paired differences, tables and plots."""
+"""eval/study.py: what is trained and evaluated; eval/collect.py: means over seeds, differences, tables, plots."""
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import yaml
 
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def collector(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("collect", ROOT / "eval" / "collect.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def collector(monkeypatch, tmp_path):
+    module = load("collect")
     results = tmp_path / "eval" / "results"
     results.mkdir(parents=True)
     monkeypatch.setattr(module, "RESULTS", results)
     return module
+
+
+def test_steps_of_the_study_fit_their_recipes():
+    """What a step drops is in its recipe, and all parents are there."""
+    steps = yaml.safe_load((ROOT / "configs" / "study.yaml").read_text())["steps"]
+    trained = {name: step for name, step in steps.items() if "untrained" not in step}
+    assert len(trained) > 40
+    for name, step in trained.items():
+        assert ("parent" in step) + ("new" in step) + step["recipe"].endswith("distill.yaml") == 1, name
+        assert step.get("parent", name) in trained, name
+        recipe = yaml.safe_load((ROOT / "configs" / step["recipe"]).read_text())
+        for each in step.get("drop", []):
+            section, _, key = each.partition(".")
+            assert section in recipe and (not key or key in recipe[section]), (name, each)
+
+
+def test_a_study_trains_each_step_once_and_reports_what_was_asked(monkeypatch, tmp_path):
+    study, stages, reports = load("study"), [], []
+
+    def evaluate_file(folder, file, output, settings):
+        reports.append((output.relative_to(tmp_path).as_posix(), settings.limit, settings.generation))
+        output.write_text("{}")
+        return {"metrics": {}}
+
+    monkeypatch.setattr(study, "run_stage", lambda stage, recipe: stages.append((stage, SimpleNamespace(**recipe))))
+    monkeypatch.setattr(study, "evaluate_file", evaluate_file)
+    command = [
+        *("study.py", "--config", ROOT / "configs" / "study.yaml", "--output", tmp_path, "--pairs", "p.tar"),
+        *("--dialogues", "d.jsonl", "--steps", "vikdf", "soft_prompt", "--seeds", 3, "--evaluate", "x/chat.jsonl"),
+    ]
+    for further in (["--limit", 8], ["--limit", 4, "--whole", "--knowledge", "own"], ["--limit", 8]):
+        monkeypatch.setattr(sys, "argv", [str(each) for each in [*command, *further]])
+        study.main()
+    assert [stage for stage, _ in stages] == ["distill", "integrate", "tune", "tune"]
+    recipes = [recipe for _, recipe in stages]
+    assert [recipe.training["seed"] for recipe in recipes] == [3, 3, 3, 3]
+    assert recipes[2].model == {"checkpoint": str(tmp_path / "seed3" / "integrate")}
+    assert recipes[2].data["pairs"] == "p.tar" and recipes[2].data["train"] == "d.jsonl"
+    assert recipes[3].model["initial_gate"] == 0 and not hasattr(recipes[3], "objectives")
+    assert "pairs" not in recipes[3].data
+    assert reports == [
+        ("seed3/vikdf/chat-own.json", 8, False),
+        ("seed3/vikdf/chat-shuffled.json", 8, False),
+        ("seed3/soft_prompt/chat-own.json", 8, False),
+        ("seed3/soft_prompt/chat-shuffled.json", 8, False),
+        ("seed3/vikdf/chat_replies-own.json", 4, True),
+        ("seed3/soft_prompt/chat_replies-own.json", 4, True),
+    ]
 
 
 def write_dialogues(folder: Path, name: str, nlls: list[float], replies: list[str] | None = None) -> None:
