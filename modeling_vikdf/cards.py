@@ -109,7 +109,7 @@ METRICS = {
 }
 # the same by the identifiers of hf.co/metrics; the other metrics are not there
 HUB_METRICS = {"perplexity": "perplexity", "rouge_l": "rouge", **{f"bleu_{n}": "bleu" for n in range(1, 5)}}
-MODEL = "this model"
+MODEL, RECIPE = "this model", "this recipe"
 ARMS = {
     "own": MODEL,
     "shuffled": "another dialogue's knowledge",
@@ -138,8 +138,8 @@ class Estimate(NamedTuple):
 @dataclass
 class Evaluation:
     """
-    Figures on one data set: arm -> metric -> estimate, and other model -> metric -> this model minus that one, with
-    what such differences mean.
+    Figures on one data set: arm -> metric -> estimate, and other model -> metric -> the subject minus that one, with
+    what such differences mean. The subject is this model, or its recipe over several seeds of training.
     """
 
     data: str
@@ -147,6 +147,7 @@ class Evaluation:
     arms: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     meaning: str = ""
+    subject: str = MODEL
 
     def table(self) -> str:
         """A row a metric, a column an arm."""
@@ -154,7 +155,7 @@ class Evaluation:
 
     def differences_table(self) -> str:
         """The same of the differences."""
-        return _metrics_table([f"{MODEL} minus"], self.differences)
+        return _metrics_table([f"{self.subject} minus"], self.differences)
 
 
 # ---- the cards ----
@@ -528,7 +529,7 @@ def _read_evaluations(found: list[Path], named: list[Path]) -> list[Evaluation]:
             "model only."
         )
     for each in evaluations:
-        each.arms = {arm: each.arms[arm] for arm in ARMS.values() if arm in each.arms}
+        each.arms = {arm: each.arms[arm] for arm in (RECIPE, *ARMS.values()) if arm in each.arms}
     return evaluations
 
 
@@ -537,10 +538,14 @@ def _estimates(metrics: dict[str, float | None], intervals: dict[str, list[float
 
 
 def _read_collected(content: dict[str, Any]) -> Evaluation:
-    """Of eval/collect.py: the reference is this model; others count by their paired difference to it."""
+    """
+    Of eval/collect.py: the reference is this model, or its recipe; others count by their paired difference to it. Of a
+    recipe the means over seeds are told, which no single model has, so they are none of this model's own figures.
+    """
     reference, arms, differences = content["reference"], {}, {}
-    labels = {f"{reference}, {arm}": label for arm, label in ARMS.items()} | {reference: MODEL}
     model = content["arms"][reference]
+    subject = MODEL if model["seeds"] == 1 else RECIPE
+    labels = {f"{reference}, {arm}": label for arm, label in ARMS.items()} | {reference: subject}
     of_probe = "num_items" in model
     for name, arm in content["arms"].items():
         if name in labels:
@@ -553,13 +558,13 @@ def _read_collected(content: dict[str, Any]) -> Evaluation:
             }
     if of_probe:
         size = f"{model['num_items']:,} items"
-        meaning = "items; above 0 this model is right more often"
+        meaning = f"items; above 0 {subject} is right more often"
     else:
         size = f"{model['num_dialogues']:,} dialogues"
-        meaning = "dialogues; below 0 the replies are likelier with this model"
+        meaning = f"dialogues; below 0 the replies are likelier with {subject}"
     if model["seeds"] > 1:
         size += f", mean over {model['seeds']} seeds of training"
-    return Evaluation(content["data"], size, arms, differences, meaning)
+    return Evaluation(content["data"], size, arms, differences, meaning, subject)
 
 
 def _read_retrieval(path: Path, content: dict[str, Any]) -> Evaluation:

@@ -294,14 +294,16 @@ def test_figures_are_those_of_the_reports(tmp_path):
 def test_figures_are_those_of_a_study(tmp_path, seeds):
     path = write(tmp_path / "image_chat_test.json", collected(seeds))
     card = render_model_card(checkpoint(tmp_path / "model"), results=[path])
-    check(card, ModelCard)
+    metadata = check(card, ModelCard)
     assert ("mean over 3 seeds of training" in card) == (seeds == 3)
+    assert ("model-index" in metadata) == (seeds == 1)  # no model has the mean
+    subject = "this model" if seeds == 1 else "this recipe"
     figures, differences = tables(section(card, "Evaluation"))
-    assert figures[0] == ["metric", "this model", "another dialogue's knowledge"]  # other models are not this one
+    assert figures[0] == ["metric", subject, "another dialogue's knowledge"]  # other models are not this one
     assert figures[1][1] == ("35.46 [34.12, 36.79]" if seeds == 1 else "35.46")
     arms = ["another dialogue's knowledge", "soft_prompt", "odd \\| name"]
     assert differences == [
-        ["this model minus", *arms],
+        [f"{subject} minus", *arms],
         ["NLL, nats a token", *["-0.012 [-0.020, -0.005]"] * 3],
         ["NLL, visual words", *["-0.012 [-0.020, -0.005]"] * 3],
     ]
