@@ -164,6 +164,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "vikdf"  # the same figures, the same file
     from matplotlib import pyplot
 
     reference = result["reference"]

@@ -172,11 +172,13 @@ def test_what_is_rendered(collector, tmp_path):
     )
     assert "| queries | 20 | 1,000 |\n|---|---|---|\n| 4 | 1.20 | 1.00 |\n| 8 | 1.40 | 1.01 |" in text
     assert "old" not in text and "colours, 3 items" in text
+    plots = {path: path.read_bytes() for path in collector.RESULTS.glob("*.svg")}
     for data in ("chat", "colours"):
         assert f"![{data}](eval/results/{data}.svg)" in text
         assert "<svg" in (collector.RESULTS / f"{data}.svg").read_text()
     collector.render(readme)
     assert readme.read_text() == text
+    assert {path: path.read_bytes() for path in collector.RESULTS.glob("*.svg")} == plots and len(plots) == 2
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the markers"):
         collector.render(readme)
