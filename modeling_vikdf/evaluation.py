@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig
 
 from . import __version__
+from .collators import align_at_knowledge
 from .data import SkipReport, load_dialogues
 from .metrics import (
     bleu_from_statistics,
@@ -548,10 +549,19 @@ def score_candidates(
     """
     device, padding = model.get_input_embeddings().weight.device, processor.tokenizer.pad_token_id
     prefixes, mask = _pad([example.prefix for example in examples], padding, "left", device)  # [B, P]
+    known, cache = 0, None  # columns before the knowledge, and the LLM's cache of them
+    if knowledge is not None:  # what all rows begin with, a system prompt, is read in one of them
+        aligned = align_at_knowledge({"input_ids": prefixes, "attention_mask": mask}, processor)
+        prefixes, mask = aligned["input_ids"], aligned["attention_mask"]
+        known = int((prefixes == processor.knowledge_token_id).any(0).int().argmax())
+    embeds, positions = model.embed_prompt(prefixes, knowledge), (mask.cumsum(1) - 1).clamp(min=0)
+    if known:
+        cache = model.read_prefix(embeds[:, :known], mask, positions)
     cache = model.language_model.base_model(
-        inputs_embeds=model.embed_prompt(prefixes, knowledge),
+        inputs_embeds=embeds[:, known:],
         attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        position_ids=positions[:, known:],
+        past_key_values=cache,
         use_cache=True,
     ).past_key_values
     scores: list[list[Any]] = [[None] * len(example.candidates) for example in examples]
