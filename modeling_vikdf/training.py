@@ -649,6 +649,9 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
         else:
             loaded = (_load_pairs(model, processor, data, each, args, report) for each in splits)
         train, validation = loaded
+        if tuning and args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            lengths = [sum(len(message["content"]) for message in chat) for chat in train["messages"]]
+            train = train.add_column(args.length_column_name, lengths)
         collator = dialogues if tuning else pairs
         if joint:
             beside = data | {"train": data["pairs"], "validation": data.get("pairs_validation")}

@@ -575,6 +575,28 @@ def test_pictures_stay_beside_dialogues(stages, tmp_path, cached):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("joint", [False, True], ids=["dialogues", "with pictures"])
+def test_dialogues_of_similar_length_may_be_read_together(backbones, stages, tmp_path, joint):
+    """Sorted by length into parts a batch has less padding, and the loss and gradient that it has as a whole."""
+    model = model_section(backbones) | {"dtype": "float32"}  # in half precision the parts would round differently
+    model["iqformer_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    recipe = {"model": model, "data": {"train": str(stages / "dialogues.jsonl")}}
+    if joint:
+        recipe |= {
+            "objectives": {"knowledge_to_text": 0.5},
+            "data": recipe["data"] | {"pairs": str(stages / "pairs.tar")},
+        }
+    logged = []
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    halves["train_sampling_strategy"] = "batch_rebalance"
+    for name, parts in (("whole", {}), ("parts", halves)):
+        training = training_section(tmp_path / name, max_steps=2, **parts)
+        run_stage("tune", recipe | {"training": training})
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        logged.append([[step["loss"], step["grad_norm"]] for step in state["log_history"] if "loss" in step])
+    assert logged[0] == [pytest.approx(step, rel=1e-4) for step in logged[1]]
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
