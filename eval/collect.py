@@ -1,10 +1,13 @@
 """Turns what a study left behind into tables and plots: eval/results/*.json, from which README and cards are rendered.
 
     collect: OUTPUT/seed*/STEP/DATA-KNOWLEDGE.json -> eval/results/DATA.json (means, intervals, paired differences)
-    render:  eval/results/*.json -> eval/results/DATA.svg, and the tables between the markers of README.md
+    render:  eval/results/*.json -> eval/results/DATA.svg; all tables in eval/results/README.md, those of `HEADLINES`
+             between the markers of README.md, too
 
 Example run:
     python eval/collect.py collect --study outputs/study --data image_chat_test flickr8k_unsaid --reference vikdf
+    python eval/collect.py collect --study outputs/study --data image_chat_test --topic queries \
+        --steps vikdf with_4_queries with_16_queries
     python eval/collect.py render --readme README.md
 """
 
@@ -20,6 +23,7 @@ from modeling_vikdf.probes import average_probes, compare_probes
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+HEADLINES = ("image_chat_test", "reddit_multireference_test", "image_chat_test_replies", "flickr8k_unsaid")
 COMPARED = ("nll", "nll_visual_words")  # whose differences to the reference are told with their intervals
 LIKELIHOOD = {  # columns of a table: metric -> its name there, decimals
     "perplexity": ("perplexity", 2),
@@ -42,16 +46,24 @@ SIGNIFICANT = 0.05
 PARTS = {"all": "", "text_nb_correct=false": ", hard", "seen, not stated": ", seen, not stated"}  # of a probe's items
 
 
-def collect(study: Path, data: str, reference: str) -> dict[str, Any]:
+def collect(
+    study: Path, data: str, reference: str, steps: list[str] | None = None, topic: str | None = None
+) -> dict[str, Any]:
     """
     Of every step that was evaluated on `data`, dialogues or a probe: each metric's mean over seeds, and the paired
     differences of the reference, with its own knowledge, minus each of the others.
+
+    Args:
+        steps: the only ones to collect.
+        topic: what they are about; the result's name is then `DATA_TOPIC`.
 
     Raises:
         ValueError: if the reference was not evaluated.
     """
     found: dict[str, list[Path]] = {}
     for path in sorted(study.glob(f"seed*/*/{data}-*.json")):
+        if steps is not None and path.parent.name not in steps:
+            continue
         knowledge = path.stem.removeprefix(f"{data}-")
         own = knowledge == ("none" if path.parent.name.startswith("language_model") else "own")
         name = path.parent.name if own else f"{path.parent.name}, {knowledge}"
@@ -60,7 +72,7 @@ def collect(study: Path, data: str, reference: str) -> dict[str, Any]:
         raise ValueError(f"{study} holds no report of {reference!r} on {data!r}; it has those of {sorted(found)}.")
     is_probe = "records" in json.loads(found[reference][0].read_text(encoding="utf-8"))
     arms = _collect_probe(found, reference) if is_probe else _collect_dialogues(found, reference)
-    return {"data": data, "reference": reference, "arms": arms}
+    return {"data": data if topic is None else f"{data}_{topic}", "reference": reference, "arms": arms}
 
 
 def _collect_dialogues(found: dict[str, list[Path]], reference: str) -> dict[str, dict[str, Any]]:
@@ -217,21 +229,26 @@ def latency_table(result: dict[str, Any]) -> str:
 
 
 def render(readme: Path) -> None:
-    """Writes a plot for each result and their tables into the README."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
-    parts = []
-    for result in results:
-        if "latency" in result:
-            parts.append(latency_table(result))
-            continue
-        picture = RESULTS / f"{result['data']}.svg"
-        plot(result, picture)
-        parts.append(f"{tables(result)}\n\n![{result['data']}]({picture.relative_to(RESULTS.parents[1])})")
+    """Writes a plot for each result, the tables of all into the results' README and the headlines into `readme`."""
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise ValueError(f"{readme} lacks the markers {BEGIN} and {END}, between which the tables go.")
-    block = f"{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}"
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+    for name, result in results.items():
+        if "latency" not in result:
+            plot(result, RESULTS / f"{name}.svg")
+    headlines = [_show(name, results[name], "eval/results/") for name in HEADLINES if name in results]
+    block = f"{BEGIN}\n" + "\n\n".join(headlines) + f"\n{END}"
     readme.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL), encoding="utf-8")
+    everything = ["# All results", *(_show(name, result, "") for name, result in results.items())]
+    (RESULTS / "README.md").write_text("\n\n".join(everything) + "\n", encoding="utf-8")
+
+
+def _show(name: str, result: dict[str, Any], folder: str) -> str:
+    """Markdown of a result: its tables and, from the folder, its plot."""
+    if "latency" in result:
+        return latency_table(result)
+    return f"{tables(result)}\n\n![{name}]({folder}{name}.svg)"
 
 
 def main() -> None:
@@ -242,6 +259,8 @@ def main() -> None:
     sub.add_argument("--study", type=Path, default=Path("outputs/study"))
     sub.add_argument("--data", nargs="+", required=True, help="names of the files of dialogues, without .jsonl")
     sub.add_argument("--reference", default="vikdf", help="the step that is compared with all others")
+    sub.add_argument("--steps", nargs="+", help="the only steps to collect (default: all that were evaluated)")
+    sub.add_argument("--topic", help="what these steps are about: the result is called DATA_TOPIC")
     sub.set_defaults(run=_collect)
     sub = commands.add_parser("render")
     sub.add_argument("--readme", type=Path, default=Path("README.md"))
@@ -253,8 +272,8 @@ def main() -> None:
 def _collect(args: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     for data in args.data:
-        result = collect(args.study, data, args.reference)
-        (RESULTS / f"{data}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result = collect(args.study, data, args.reference, args.steps, args.topic)
+        (RESULTS / f"{result['data']}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(tables(result))
 
 

@@ -121,6 +121,9 @@ def test_dialogues(collector, tmp_path):
     differences = found["arms"]["soft_prompt"]["reference_minus_this"]
     assert differences["nll"]["difference"] == pytest.approx((21 - 30) / 8)
     assert differences["distinct_1"]["difference"] == pytest.approx(7 / 7 - 1 / 4)  # "a" is an article
+    some = collector.collect(study, "chat", "vikdf", ["vikdf", "soft_prompt"], "prompts")
+    assert some["data"] == "chat_prompts" and list(some["arms"]) == ["soft_prompt", "vikdf", "vikdf, shuffled"]
+    assert some["arms"]["soft_prompt"] == found["arms"]["soft_prompt"]
     with pytest.raises(ValueError, match="no report of 'paper' on 'chat'; it has those of .*soft_prompt"):
         collector.collect(study, "chat", "paper")
 
@@ -152,7 +155,7 @@ def test_probes(collector, tmp_path):
     assert table[5].startswith("| vikdf, none | 2 | 0.250 | 0.250 | 0.000 | 0.000 | +0.3750 [+0.")
 
 
-def test_what_is_rendered(collector, tmp_path):
+def test_what_is_rendered(collector, monkeypatch, tmp_path):
     study, readme = tmp_path / "study", tmp_path / "README.md"
     readme.write_text(f"Before\n{collector.BEGIN}\nold\n{collector.END}\nafter\n")
     write_dialogues(study / "seed0" / "vikdf", "chat-own.json", [2, 4])
@@ -165,19 +168,19 @@ def test_what_is_rendered(collector, tmp_path):
     points = [{"queries": q, "context_tokens": t, "ratio": 1 + q / t} for t in (20, 1000) for q in (8, 4)]
     latency = {"latency": points, "new_tokens": 32, "threads": 2, "repeats": 5}
     (collector.RESULTS / "latency.json").write_text(json.dumps(latency))
+    monkeypatch.setattr(collector, "HEADLINES", ("chat", "missing"))
     collector.render(readme)
-    text = readme.read_text()
-    assert text.startswith(f"Before\n{collector.BEGIN}\nchat, 2 dialogues") and text.endswith(
-        f"{collector.END}\nafter\n"
-    )
-    assert "| queries | 20 | 1,000 |\n|---|---|---|\n| 4 | 1.20 | 1.00 |\n| 8 | 1.40 | 1.01 |" in text
-    assert "old" not in text and "colours, 3 items" in text
+    text, everything = readme.read_text(), (collector.RESULTS / "README.md").read_text()
+    assert text.startswith(f"Before\n{collector.BEGIN}\nchat, 2 dialogues")
+    assert text.endswith(f"![chat](eval/results/chat.svg)\n{collector.END}\nafter\n")
+    assert "old" not in text and "colours" not in text and "colours, 3 items" in everything
+    assert "| queries | 20 | 1,000 |\n|---|---|---|\n| 4 | 1.20 | 1.00 |\n| 8 | 1.40 | 1.01 |" in everything
     plots = {path: path.read_bytes() for path in collector.RESULTS.glob("*.svg")}
     for data in ("chat", "colours"):
-        assert f"![{data}](eval/results/{data}.svg)" in text
+        assert f"![{data}]({data}.svg)" in everything
         assert "<svg" in (collector.RESULTS / f"{data}.svg").read_text()
     collector.render(readme)
-    assert readme.read_text() == text
+    assert readme.read_text() == text and (collector.RESULTS / "README.md").read_text() == everything
     assert {path: path.read_bytes() for path in collector.RESULTS.glob("*.svg")} == plots and len(plots) == 2
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the markers"):
