@@ -23,7 +23,14 @@ from modeling_vikdf.probes import average_probes, compare_probes
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-HEADLINES = ("image_chat_test", "reddit_multireference_test", "image_chat_test_replies", "flickr8k_unsaid")
+HEADLINES = (
+    "image_chat_test",
+    "image_chat_test_one_epoch",
+    "image_chat_test_few_shot",
+    "reddit_multireference_test",
+    "image_chat_test_replies",
+    "flickr8k_unsaid",
+)
 COMPARED = ("nll", "nll_visual_words")  # whose differences to the reference are told with their intervals
 LIKELIHOOD = {  # columns of a table: metric -> its name there, decimals
     "perplexity": ("perplexity", 2),
