@@ -1,7 +1,7 @@
 """Turns what a study left behind into tables and plots: eval/results/*.json, from which README and cards are rendered.
 
     collect: OUTPUT/seed*/STEP/DATA-KNOWLEDGE.json -> eval/results/DATA.json (means, intervals, paired differences)
-    render:  eval/results/*.json -> eval/results/DATA.svg; all tables in eval/results/README.md, those of `HEADLINES`
+    render:  eval/results/*.json -> eval/results/DATA.svg; all tables in eval/results/tables.md, those of `HEADLINES`
              between the markers of README.md, too
 
 Example run:
@@ -236,7 +236,7 @@ def latency_table(result: dict[str, Any]) -> str:
 
 
 def render(readme: Path) -> None:
-    """Writes a plot for each result, the tables of all into the results' README and the headlines into `readme`."""
+    """Writes a plot for each result, the tables of all into `tables.md` and the headlines into `readme`."""
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise ValueError(f"{readme} lacks the markers {BEGIN} and {END}, between which the tables go.")
@@ -248,7 +248,7 @@ def render(readme: Path) -> None:
     block = f"{BEGIN}\n" + "\n\n".join(headlines) + f"\n{END}"
     readme.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL), encoding="utf-8")
     everything = ["# All results", *(_show(name, result, "") for name, result in results.items())]
-    (RESULTS / "README.md").write_text("\n\n".join(everything) + "\n", encoding="utf-8")
+    (RESULTS / "tables.md").write_text("\n\n".join(everything) + "\n", encoding="utf-8")
 
 
 def _show(name: str, result: dict[str, Any], folder: str) -> str:

@@ -170,7 +170,7 @@ def test_what_is_rendered(collector, monkeypatch, tmp_path):
     (collector.RESULTS / "latency.json").write_text(json.dumps(latency))
     monkeypatch.setattr(collector, "HEADLINES", ("chat", "missing"))
     collector.render(readme)
-    text, everything = readme.read_text(), (collector.RESULTS / "README.md").read_text()
+    text, everything = readme.read_text(), (collector.RESULTS / "tables.md").read_text()
     assert text.startswith(f"Before\n{collector.BEGIN}\nchat, 2 dialogues")
     assert text.endswith(f"![chat](eval/results/chat.svg)\n{collector.END}\nafter\n")
     assert "old" not in text and "colours" not in text and "colours, 3 items" in everything
@@ -180,7 +180,7 @@ def test_what_is_rendered(collector, monkeypatch, tmp_path):
         assert f"![{data}]({data}.svg)" in everything
         assert "<svg" in (collector.RESULTS / f"{data}.svg").read_text()
     collector.render(readme)
-    assert readme.read_text() == text and (collector.RESULTS / "README.md").read_text() == everything
+    assert readme.read_text() == text and (collector.RESULTS / "tables.md").read_text() == everything
     assert {path: path.read_bytes() for path in collector.RESULTS.glob("*.svg")} == plots and len(plots) == 2
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the markers"):
