@@ -549,18 +549,17 @@ def score_candidates(
     """
     device, padding = model.get_input_embeddings().weight.device, processor.tokenizer.pad_token_id
     prefixes, mask = _pad([example.prefix for example in examples], padding, "left", device)  # [B, P]
-    known, cache = 0, None  # columns before the knowledge, and the LLM's cache of them
-    if knowledge is not None:  # what all rows begin with, a system prompt, is read in one of them
+    if knowledge is not None:
         aligned = align_at_knowledge({"input_ids": prefixes, "attention_mask": mask}, processor)
         prefixes, mask = aligned["input_ids"], aligned["attention_mask"]
-        known = int((prefixes == processor.knowledge_token_id).any(0).int().argmax())
     embeds, positions = model.embed_prompt(prefixes, knowledge), (mask.cumsum(1) - 1).clamp(min=0)
-    if known:
-        cache = model.read_prefix(embeds[:, :known], mask, positions)
+    cache, before = None, model.tokens_before_knowledge(prefixes)
+    if before:  # what all rows begin with, a system prompt, is read in one of them
+        cache = model.read_prefix(embeds[:, :before], mask, positions)
     cache = model.language_model.base_model(
-        inputs_embeds=embeds[:, known:],
+        inputs_embeds=embeds[:, before:],
         attention_mask=mask,
-        position_ids=positions[:, known:],
+        position_ids=positions[:, before:],
         past_key_values=cache,
         use_cache=True,
     ).past_key_values

@@ -396,7 +396,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
                 targets = targets[:, logits_to_keep]
         prefix = 0
         if labels is not None and input_ids is not None and past_key_values is None:
-            prefix = self._tokens_before_knowledge(input_ids)
+            prefix = self.tokens_before_knowledge(input_ids)
         outputs = self.run_language_model(
             inputs_embeds,
             attention_mask,
@@ -418,7 +418,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             knowledge=knowledge,
         )
 
-    def _tokens_before_knowledge(self, input_ids: torch.Tensor) -> int:
+    def tokens_before_knowledge(self, input_ids: torch.Tensor) -> int:
         """How many columns of prompts [B, T] stand before the first placeholder of any row."""
         if self.config.knowledge_token_id is None:
             return 0

@@ -589,12 +589,14 @@ def test_dialogues_of_similar_length_may_be_read_together(backbones, stages, tmp
     logged = []
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     halves["train_sampling_strategy"] = "batch_rebalance"
-    for name, parts in (("whole", {}), ("parts", halves)):
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    for name, parts in (("whole", {}), ("parts", halves), ("grouped", grouped)):
         training = training_section(tmp_path / name, max_steps=2, **parts)
         run_stage("tune", recipe | {"training": training})
         state = json.loads((tmp_path / name / "trainer_state.json").read_text())
         logged.append([[step["loss"], step["grad_norm"]] for step in state["log_history"] if "loss" in step])
-    assert logged[0] == [pytest.approx(step, rel=1e-4) for step in logged[1]]
+    for other in logged[1:]:
+        assert logged[0] == [pytest.approx(step, rel=1e-4) for step in other]
 
 
 @pytest.mark.parametrize(
