@@ -185,3 +185,21 @@ def test_what_is_rendered(collector, monkeypatch, tmp_path):
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the markers"):
         collector.render(readme)
+
+
+def test_a_turn_that_a_photograph_replaced_is_the_reply_to_the_turns_before_it(tmp_path):
+    grounded = load("grounded_replies")
+    rows = [
+        {"turns": ["a", "b", "c", "d", "e"], "replaced_index": 3, "image": "dog.jpg"},
+        {"turns": ["a", "b", "c"], "replaced_index": 0, "image": "cat.jpg"},
+        {"turns": ["a", "b", "c"], "replaced_index": 2, "image": "sea.jpg"},
+    ]
+    (tmp_path / "grounded.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dialogues, names = grounded.read_dialogues(tmp_path / "grounded.jsonl")
+    turns = [[(message["role"], message["content"]) for message in each["messages"]] for each in dialogues]
+    assert turns == [
+        [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+        [("assistant", "a"), ("user", "b"), ("assistant", "c")],
+    ]
+    assert [each["references"] for each in dialogues] == [["d"], ["c"]]
+    assert names == ["dog", "sea"]
