@@ -127,6 +127,8 @@ class Visitor:
         field = self.page.get_by_label("number input for Longest reply")
         field.fill(str(tokens))
         field.press("Enter")
+        # the page has taken it when the slider beside it has moved
+        playwright.expect(self.page.get_by_label("range slider for Longest reply")).to_have_value(str(tokens))
 
 
 @pytest.fixture
