@@ -88,13 +88,13 @@ def main() -> None:
         "wrong_context": arm_knowledge(contexts, "shuffled", groups=names),
     }
     tokens = torch.tensor([[example.tokens[0], sum(example.visual[0])] for example in examples])  # [N, all or visual]
+    visual = [torch.tensor(example.visual[0]) for example in examples]
     losses = {}
     for name, knowledge in arms.items():
         scores = []
         for start in tqdm(range(0, len(examples), args.batch_size), unit=" batches", desc=name):
             some = slice(start, start + args.batch_size)
             scores += score_candidates(model, processor, examples[some], knowledge[some], args.batch_size)
-        visual = [torch.tensor(example.visual[0]) for example in examples]
         losses[name] = -torch.tensor(
             [[each.sum(), each[mask].sum()] for [each], mask in zip(scores, visual, strict=True)]
         )  # [N, all or visual]
