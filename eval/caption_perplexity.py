@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
+from modeling_vikdf.backbones import load_model
 from modeling_vikdf.collators import CAPTION_INSTRUCTIONS
 from modeling_vikdf.data import SkipReport, load_image_text_pairs
 from modeling_vikdf.evaluation import (
@@ -41,8 +41,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="pictures (default: all)")
     args = parser.parse_args()
 
-    model = VikdfForConditionalGeneration.from_pretrained(args.model).eval()
-    processor = VikdfProcessor.from_pretrained(args.model)
+    model, processor = load_model(args.model)
     pairs = itertools.islice(load_image_text_pairs(args.data, shuffle_buffer=0), args.limit)
     batches = iter(lambda: list(itertools.islice(pairs, args.batch_size)), [])
     dialogues, pictures, texts = [], [], []
@@ -52,7 +51,7 @@ def main() -> None:
             messages = [{"role": role, "content": content} for role, content in roles]
             dialogues.append({"key": pair["key"], "messages": messages, "references": pair["captions"][:1]})
         pixels = processor.image_processor([pair["image"] for pair in batch], return_tensors="pt")["pixel_values"]
-        pictures.append(model.get_image_knowledge(pixels))
+        pictures.append(model.get_image_knowledge(pixels.to(model.device)).cpu())
         texts += [ids.tolist() for ids in tokenize_captions(processor, [pair["captions"][1] for pair in batch])]
     pictures, texts = torch.cat(pictures), compute_knowledge(model, processor, texts)  # [N, n, h]
     settings, report = EvaluationSettings(ranking=False, generation=False), SkipReport()

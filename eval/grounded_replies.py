@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
+from modeling_vikdf.backbones import load_model
 from modeling_vikdf.data import SkipReport, load_image_text_pairs
 from modeling_vikdf.evaluation import EvaluationSettings, arm_knowledge, compute_knowledge, prepare, score_candidates
 from modeling_vikdf.resampling import bootstrap_interval
@@ -52,7 +53,7 @@ def read_pictures(
         name = Path(pair["key"]).name
         if name in names and name not in found:
             pixels = processor.image_processor([pair["image"]], return_tensors="pt")["pixel_values"]
-            [found[name]] = model.get_image_knowledge(pixels)
+            [found[name]] = model.get_image_knowledge(pixels.to(model.device)).cpu()
     if missing := sorted(names - set(found)):
         raise ValueError(f"{len(missing)} photographs are not in {sources}, the first is {missing[0]}.")
     return found
@@ -70,8 +71,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
 
-    model = VikdfForConditionalGeneration.from_pretrained(args.model).eval()
-    processor = VikdfProcessor.from_pretrained(args.model)
+    model, processor = load_model(args.model)
     dialogues, names = read_dialogues(args.data)
     words = set(Path(args.visual_words).read_text(encoding="utf-8").lower().split())
     settings, report = EvaluationSettings(ranking=False, generation=False), SkipReport()

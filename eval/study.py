@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
-from modeling_vikdf.backbones import new_model
+from modeling_vikdf.backbones import load_model, new_model
 from modeling_vikdf.evaluation import EvaluationSettings, evaluate_file
 from modeling_vikdf.probes import load_items, probe
 from modeling_vikdf.training import run_stage
@@ -103,16 +102,14 @@ def evaluate(folder: Path, arms: list[str], args: argparse.Namespace) -> None:
                     generation=args.whole,
                     visual_words=args.visual_words,
                     word_vectors=args.word_vectors,
+                    batch_size=args.batch_size,
                 )
                 print(output, evaluate_file(folder, file, output, settings)["metrics"], flush=True)
     for file in args.probe:
         for knowledge in arms:
             output = folder / f"{Path(file).stem}-{knowledge}.json"
             if not output.is_file():
-                model, processor = (
-                    each.from_pretrained(folder) for each in (VikdfForConditionalGeneration, VikdfProcessor)
-                )
-                found = probe(model, processor, load_items(file), [knowledge])
+                found = probe(*load_model(folder), load_items(file), [knowledge])
                 output.write_text(json.dumps(found) + "\n", encoding="utf-8")
                 print(output, found["subsets"]["all"]["arms"], flush=True)
 
@@ -132,6 +129,7 @@ def main() -> None:
     parser.add_argument("--probe", nargs="*", default=[], help="files of items for `vikdf probe`")
     parser.add_argument("--knowledge", nargs="+", default=["own", "shuffled"], help="arms of the evaluation")
     parser.add_argument("--limit", type=int, help="dialogues of each file")
+    parser.add_argument("--batch-size", type=int, default=16, help="dialogues at a time")
     parser.add_argument("--whole", action="store_true", help="rank and reply as well, reported as FILE_replies")
     parser.add_argument("--visual-words", help="file with a word a line")
     parser.add_argument("--word-vectors", help="file of word vectors")

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
@@ -270,3 +271,21 @@ def new_model(
         language_model, context_encoder, vision_encoder, processor=processor, **model_settings
     )
     return model, processor
+
+
+def load_model(source: str | os.PathLike) -> tuple[Any, Any]:
+    """
+    A trained model and its processor, ready to be measured: in evaluation mode, on the accelerator if there is one.
+
+    Args:
+        source: folder or Hub id of a VIKDF model with its processor.
+
+    Raises:
+        BackboneNotFoundError: if a backbone cannot be found.
+        OSError: if there is no model.
+    """
+    from .modeling_vikdf import VikdfForConditionalGeneration
+    from .processing_vikdf import VikdfProcessor
+
+    model, processor = VikdfForConditionalGeneration.from_pretrained(source), VikdfProcessor.from_pretrained(source)
+    return model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), processor

@@ -127,15 +127,13 @@ def _tell(figures: dict, output: str | None) -> None:
 
 def retrieve(args: argparse.Namespace) -> None:
     """Reports how often the matching head finds the right picture for a caption, and a right caption for a picture."""
+    from .backbones import load_model
     from .data import SkipReport, load_image_text_pairs
-    from .modeling_vikdf import VikdfForConditionalGeneration
-    from .processing_vikdf import VikdfProcessor
     from .retrieval import evaluate_retrieval
 
     report = SkipReport()
     pairs = load_image_text_pairs(args.data, shuffle_buffer=0, report=report)
-    model = VikdfForConditionalGeneration.from_pretrained(args.model)
-    processor = VikdfProcessor.from_pretrained(args.model)
+    model, processor = load_model(args.model)
     figures = evaluate_retrieval(model, processor, pairs, batch_size=args.batch_size, seed=args.seed)
     figures["skipped"] = report.counts()
     _tell(figures, args.output)
@@ -144,7 +142,8 @@ def retrieve(args: argparse.Namespace) -> None:
 
 def index(args: argparse.Namespace) -> None:
     """Embeds pictures, or the thumbnails of an index anew, and writes them as a picture index."""
-    from . import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
+    from . import DEFAULT_CHECKPOINT
+    from .backbones import load_model
     from .data import SkipReport
     from .picture_index import INDEX_NAME, PictureIndex, load_pictures
 
@@ -152,7 +151,7 @@ def index(args: argparse.Namespace) -> None:
     Path(args.output).mkdir(parents=True, exist_ok=True)  # now, not after all the work
     old = PictureIndex.load(args.source) if Path(args.source, INDEX_NAME).exists() else None
     pictures, total = load_pictures(args.source, report) if old is None else (None, None)
-    model, processor = VikdfForConditionalGeneration.from_pretrained(source), VikdfProcessor.from_pretrained(source)
+    model, processor = load_model(source)
     if old is None:
         new = PictureIndex.build(model, processor, pictures, total=total)
     else:
@@ -199,7 +198,8 @@ def compare(args: argparse.Namespace) -> None:
 
 def probe(args: argparse.Namespace) -> None:
     """Asks what things look like, with the knowledge and without; prints the summary, writes every item's scores."""
-    from . import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
+    from . import DEFAULT_CHECKPOINT
+    from .backbones import load_model
     from .probes import compare_probes, load_items, probe
 
     templates, against = (
@@ -209,7 +209,7 @@ def probe(args: argparse.Namespace) -> None:
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)  # now, not after all the work
     source = args.model or DEFAULT_CHECKPOINT
-    model, processor = VikdfForConditionalGeneration.from_pretrained(source), VikdfProcessor.from_pretrained(source)
+    model, processor = load_model(source)
     figures = probe(model, processor, items, args.arms, batch_size=args.batch_size, seed=args.seed)
     output.write_text(json.dumps(figures) + "\n", encoding="utf-8")  # also if the other file does not fit
     if against is not None:

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig
 
 from . import __version__
+from .backbones import load_model
 from .collators import align_at_knowledge
 from .data import SkipReport, load_dialogues
 from .metrics import (
@@ -175,8 +176,7 @@ def evaluate_file(
         raise IsADirectoryError(f"{output} is a folder; name a file to write in it.")
     data_hash = _hash_file(data)
     dialogues = list(load_dialogues(str(data), report=report))
-    model = VikdfForConditionalGeneration.from_pretrained(model_source)
-    processor = VikdfProcessor.from_pretrained(model_source)
+    model, processor = load_model(model_source)
     files = {name: getattr(settings, name) for name in ("visual_words", "word_vectors")}
     files = {name: path for name, path in files.items() if path is not None}
     identity = {
