@@ -443,9 +443,9 @@ def align_at_knowledge(batch: dict[str, torch.Tensor], processor: VikdfProcessor
     first = mask.argmax(1)[:, None]  # [B, 1] first real token
     start = (ids == processor.knowledge_token_id).int().argmax(1)[:, None]  # [B, 1] first placeholder
     before = start - first  # tokens before the knowledge
-    beginning = ids.gather(1, first + torch.arange(int(before.min()))[None])  # [B, shortest]
+    beginning = ids.gather(1, first + torch.arange(int(before.min()), device=ids.device)[None])  # [B, shortest]
     head = int((beginning == beginning[:1]).all(0).cumprod(0).sum())
-    columns = torch.arange(int(before.max()) + ids.shape[1] - int(start.min()))[None]  # [1, T']
+    columns = torch.arange(int(before.max()) + ids.shape[1] - int(start.min()), device=ids.device)[None]  # [1, T']
     behind = start + columns - before.max()  # [B, T'] where what is not head comes from
     source = torch.where(columns < head, first + columns, behind)
     inside = (columns < head) | ((behind >= first + head) & (behind < ids.shape[1]))
