@@ -125,6 +125,7 @@ def load_image_text_pairs(
     num_shards: int = 1,
     image_column: str | None = None,
     captions_column: str | None = None,
+    decode: bool = True,
     report: SkipReport | None = None,
 ) -> IterableDataset | Dataset:
     """Streams image-text pairs, `{"key": str, "image": PIL.Image (RGB), "captions": [str, ...]}`.
@@ -158,6 +159,7 @@ def load_image_text_pairs(
         num_shards: Files are cut into parts until their number is a multiple of this (Hub datasets are not). Local
             files are not read more for it, but a URL is downloaded for each of its parts.
         image_column, captions_column: Of Hub datasets, if the names are unusual.
+        decode: False streams each image as the content of its file, for a reader that may not need it.
         report: Gets to know what is skipped; by default one that only logs.
 
     Raises:
@@ -189,9 +191,10 @@ def load_image_text_pairs(
         mixed.append(_interleave(streams, stopping_strategy=ONCE_EACH))
     pairs = _interleave(mixed, probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted")
     if not streaming:
-        rows = [row for row in pairs if _decode_row(row, report)]
+        rows = [row for row in pairs if decode_pair(row, report)]
         return Dataset.from_list(rows, features=PAIRS).with_transform(_decode_column)
-    return _decode_images(pairs.shuffle(seed, buffer_size=shuffle_buffer) if shuffle_buffer else pairs, report)
+    pairs = pairs.shuffle(seed, buffer_size=shuffle_buffer) if shuffle_buffer else pairs
+    return _decode_images(pairs, report) if decode else pairs
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -216,10 +219,11 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def _decode_images(pairs: IterableDataset, report: SkipReport) -> IterableDataset:
-    return _map_or_drop(pairs, _decode_row, DECODED_PAIRS, report=report)
+    return _map_or_drop(pairs, decode_pair, DECODED_PAIRS, report=report)
 
 
-def _decode_row(row: dict[str, Any], report: SkipReport) -> dict[str, Any] | None:
+def decode_pair(row: dict[str, Any], report: SkipReport) -> dict[str, Any] | None:
+    """A pair whose image is the content of a file, with the image decoded; `None`, reported, if it can't be."""
     try:
         return {**row, "image": decode_image(row["image"])}
     except ValueError as error:

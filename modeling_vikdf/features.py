@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .data import SkipReport, decode_pair
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import VikdfProcessor, encode_truncated
 
@@ -99,6 +100,7 @@ def cache_features(
     batch_size: int = 64,
     pool_grid: int | None = None,
     shard_size: int = 512,
+    report: SkipReport | None = None,
 ) -> FeatureDataset:
     """
     Runs the frozen encoders once over each picture and each of its captions and keeps their states as float16.
@@ -108,18 +110,20 @@ def cache_features(
     without the pairs use [`FeatureDataset`]. Of several processes one works and the others wait.
 
     Args:
-        pairs: `{"key": str, "image": PIL.Image, "captions": [str, ...]}`.
+        pairs: `{"key": str, "image": PIL.Image, "captions": [str, ...]}`; an image may be the content of its file,
+            which is decoded only if its states are not there yet.
         folder: where to write; made if need be.
         batch_size: pictures, or captions, that an encoder sees at a time.
         pool_grid: g averages the patch states to a grid of g x g, and keeps the class and register states before them
             as they are; `None` keeps all.
         shard_size: pictures in a file.
+        report: gets to know which images cannot be decoded; they are left out.
 
     Raises:
         OSError: if an encoder cannot be found, a shard is damaged or the disk is full.
         ValueError: if the folder holds the states of other encoders, settings or pairs, or states do not fit float16.
     """
-    folder = Path(folder)
+    folder, report = Path(folder), report or SkipReport()
     folder.mkdir(parents=True, exist_ok=True)
     model.attach_vision_encoder()
     for encoder in (model.vision_encoder, model.context_encoder):
@@ -139,10 +143,11 @@ def cache_features(
         stream = iter(pairs)
         for number in itertools.count():
             path = folder / SHARD_NAME.format(number)
-            examples = itertools.islice(stream, shard_size)
             if path.exists():
-                size = _check_texts(path, examples, progress)
+                size = _check_texts(path, stream, shard_size, report, progress)
             else:
+                decoded = filter(None, (_decode(example, report) for example in stream))
+                examples = itertools.islice(decoded, shard_size)
                 tensors = _encode(model, processor, examples, batch_size, pool_grid, progress)
                 size = len(tensors["vision_states"]) if tensors else 0
                 if size:
@@ -279,19 +284,30 @@ def _read_texts(file: Any, row: int) -> tuple[str, list[str]]:
     return key, captions
 
 
-def _check_texts(path: Path, examples: Iterable[dict[str, Any]], progress: tqdm) -> int:
-    """Compares a finished shard with the pairs that should be in it; -> how many these are."""
-    file, size = _open_shard(path), 0
-    stored = (_read_texts(file, row) for row in range(file.get_slice("vision_states").get_shape()[0]))
-    for ours, example in itertools.zip_longest(stored, examples):
-        theirs = None if example is None else (example["key"], list(example["captions"]))
+def _decode(example: dict[str, Any], report: SkipReport) -> dict[str, Any] | None:
+    return decode_pair(example, report) if isinstance(example["image"], bytes) else example
+
+
+def _check_texts(
+    path: Path, stream: Iterator[dict[str, Any]], shard_size: int, report: SkipReport, progress: tqdm
+) -> int:
+    """Compares a finished shard with the pairs of the stream that should be in it; -> how many these are."""
+    file = _open_shard(path)
+    size = file.get_slice("vision_states").get_shape()[0]
+    stored = [_read_texts(file, row) for row in range(size)]
+    for ours in stored if size == shard_size else [*stored, None]:  # behind an unfilled shard nothing may come
+        theirs = None
+        for example in stream:
+            theirs = (example["key"], list(example["captions"]))
+            if theirs == ours or _decode(example, report) is not None:
+                break
+            theirs = None  # left out when the shard was written, too
         if ours != theirs:
             raise ValueError(
                 f"{path} was written for other pairs: it has {ours} where now {theirs} comes. Give the pairs in their "
                 "old order, or choose another folder."
             )
-        size += 1
-        progress.update()
+        progress.update(ours is not None)
     return size
 
 

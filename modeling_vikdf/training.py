@@ -754,11 +754,11 @@ def _load_pairs(
     settings = {"seed": data.get("seed", 0), "report": report}
     if data.get("feature_cache"):
         folder = os.path.join(data["feature_cache"], split)
-        pairs = load_image_text_pairs(data[split], shuffle_buffer=0, **settings)
+        pairs = load_image_text_pairs(data[split], shuffle_buffer=0, decode=False, **settings)
         model.attach_vision_encoder()  # for the cache, also where no objective asks for pictures
         for part in (model.context_encoder, model.vision_encoder, model.iqformer):
             part.to(args.device)  # the Trainer moves the model later
-        cache_features(model, processor, pairs, folder, pool_grid=data.get("pool_grid"))
+        cache_features(model, processor, pairs, folder, pool_grid=data.get("pool_grid"), report=report)
         return FeatureDataset(folder)
     if split == "validation" or data.get("pairs"):  # read in any order
         return load_image_text_pairs(data[split], streaming=False, **settings)

@@ -16,6 +16,7 @@ from tiny_tokenizers import bert_tokenizer, clip_like_tokenizer, image_processor
 from torch.utils.data import DataLoader
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor, features
+from modeling_vikdf.data import SkipReport
 from modeling_vikdf.features import FeatureDataset, cache_features
 
 
@@ -176,6 +177,31 @@ def test_any_number_of_pictures(pairs, tmp_path, number):
     for _ in range(2):
         assert len(cache_features(model, processor, pairs[:number], tmp_path, shard_size=2)) == number
     assert [example["key"] for example in FeatureDataset(tmp_path)] == [pair["key"] for pair in pairs[:number]]
+
+
+def test_images_are_decoded_once_and_damaged_ones_left_out(pairs, tmp_path, monkeypatch):
+    """Given as files they give the same states; when all is there, none but the damaged is looked at again."""
+
+    def content(image):
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        return buffer.getvalue()
+
+    coded = [{**pair, "image": content(pair["image"])} for pair in pairs]
+    damaged = {**coded[0], "key": "damaged", "image": b"no picture"}
+    coded = [*coded[:2], damaged, *coded[2:], {**damaged, "key": "the last"}]
+    model, processor = build("separate")
+    cache_features(model, processor, pairs, tmp_path / "decoded", shard_size=2)
+    decode, looked_at = features.decode_pair, []
+    monkeypatch.setattr(features, "decode_pair", lambda pair, to: looked_at.append(pair["key"]) or decode(pair, to))
+    for expected in (len(coded), 2):
+        report = SkipReport()
+        cache_features(model, processor, coded, tmp_path / "coded", shard_size=2, report=report)
+        assert len(looked_at) == expected and report.counts() == {"corrupt image": 2}
+        looked_at.clear()
+    assert files(tmp_path / "coded") == files(tmp_path / "decoded")
+    with pytest.raises(ValueError, match="other pairs"):
+        cache_features(model, processor, [*coded, coded[0]], tmp_path / "coded", shard_size=2)
 
 
 OTHER = {
