@@ -22,7 +22,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,8 @@ def evaluate_file(
         raise IsADirectoryError(f"{output} is a folder; name a file to write in it.")
     data_hash = _hash_file(data)
     dialogues = list(load_dialogues(str(data), report=report))
+    if settings.limit is not None and settings.limit >= len(dialogues):
+        settings = replace(settings, limit=None)  # it leaves nothing out: the same evaluation as without
     model, processor = load_model(model_source)
     files = {name: getattr(settings, name) for name in ("visual_words", "word_vectors")}
     files = {name: path for name, path in files.items() if path is not None}

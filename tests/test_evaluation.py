@@ -588,6 +588,14 @@ def test_metrics_of_all_replies_together_are_compared(tmp_path):
     assert one["a"] == 0.5 and one["confidence_95"] == pytest.approx([one["difference"]] * 2)
 
 
+def test_a_limit_that_leaves_nothing_out_is_none(checkpoint, data, tmp_path):
+    reports = [tmp_path / f"{limit}.json" for limit in (None, 1000)]
+    for output, limit in zip(reports, (None, 1000), strict=True):
+        settings = EvaluationSettings(limit=limit, ranking=False, generation=False)
+        assert evaluate_file(checkpoint, data, output, settings)["limit"] is None
+    assert compare(reports[:1], reports[1:])["metrics"]["nll"]["difference"] == 0
+
+
 def test_reports_that_cannot_be_compared(tmp_path):
     a = write_report(tmp_path / "a.json", [1, 2], [1, 1], [0, 1])
     for name, value in (("data_sha256", "y"), ("limit", 2), ("all_references", True)):
