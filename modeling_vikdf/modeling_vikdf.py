@@ -293,6 +293,21 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         gate = self.knowledge_gate.repeat(sources)[:, None]  # [m, 1]
         return base + gate * self.language_projection(knowledge.to(self.language_projection.weight))
 
+    @torch.no_grad()
+    def shrink_knowledge(self, mean: torch.Tensor, share: float) -> None:
+        """
+        From now on the LLM reads mean_i + share * (k_i - mean_i) where it read k_i. Folded into base and gate, it costs
+        nothing and is saved with them. What contexts evoke varies more than most words of replies bear, so a share
+        below 1, chosen on validation dialogues, can make replies likelier.
+
+        Args:
+            mean: [n, h], the mean of the knowledge that many contexts evoke.
+            share: what remains of the differences; 1 changes nothing, 0 leaves the mean alone.
+        """
+        gate = self.knowledge_gate[:, None]  # [n, 1]
+        self.knowledge_base += (1 - share) * gate * self.language_projection(mean)
+        self.knowledge_gate *= share
+
     def embed_prompt(
         self,
         input_ids: torch.Tensor,

@@ -310,6 +310,19 @@ class Refusing(nn.Module):
         raise AssertionError("an encoder ran although the knowledge was given")
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_shrunk_knowledge_is_read_as_nearer_to_its_mean(llama_model, share):
+    model = copy.deepcopy(llama_model)
+    nn.init.normal_(model.knowledge_base), nn.init.normal_(model.knowledge_gate)
+    generator = torch.Generator().manual_seed(0)
+    n, width = model.config.num_knowledge_tokens, model.config.iqformer_config.hidden_size
+    knowledge, mean = (torch.randn(*shape, generator=generator) for shape in ((3, n, width), (n, width)))
+    expected = model.project_knowledge(mean + share * (knowledge - mean))
+    model.shrink_knowledge(mean, share)
+    torch.testing.assert_close(model.project_knowledge(knowledge), expected)
+
+
+
 @torch.no_grad()
 def test_precomputed_knowledge_skips_both_encoders():
     model = tiny_model("qwen", "separate")

@@ -32,8 +32,9 @@ def collector(monkeypatch, tmp_path):
 def test_steps_of_the_study_fit_their_recipes():
     """What a step drops is in its recipe, and all parents are there."""
     steps = yaml.safe_load((ROOT / "configs" / "study.yaml").read_text())["steps"]
-    trained = {name: step for name, step in steps.items() if "untrained" not in step}
+    trained = {name: step for name, step in steps.items() if "recipe" in step}
     assert len(trained) > 40
+    assert all(step["parent"] in trained for step in steps.values() if "shrink" in step)
     for name, step in trained.items():
         assert ("parent" in step) + ("new" in step) + step["recipe"].endswith("distill.yaml") == 1, name
         assert step.get("parent", name) in trained, name
@@ -75,6 +76,24 @@ def test_a_study_trains_each_step_once_and_reports_what_was_asked(monkeypatch, t
         ("seed3/vikdf/chat_replies-own.json", 4, True),
         ("seed3/soft_prompt/chat_replies-own.json", 4, True),
     ]
+
+
+def test_a_step_shrinks_the_knowledge_of_its_parent(monkeypatch, tmp_path):
+    """By the mean of what the contexts of the training dialogues evoke."""
+    model, processor = tiny_model(), make_processor(llama_tokenizer())
+    study = load("study")
+    model.save_pretrained(tmp_path / "seed0" / "vikdf"), processor.save_pretrained(tmp_path / "seed0" / "vikdf")
+    (tmp_path / "seed0" / "vikdf" / "finished.json").write_text("{}")
+    file = tmp_path / "talk.jsonl"
+    turns = [["How are you?", "Well."], ["A dog on the beach.", "It swims.", "In the sea?", "Yes."]]
+    file.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    args = SimpleNamespace(config=ROOT / "configs" / "study.yaml", output=tmp_path, dialogues=str(file))
+    folder = study.train("less", 0, {"less": {"parent": "vikdf", "shrink": 0.5}, "vikdf": {}}, args)
+    before, after = (study.load_model(each)[0] for each in (tmp_path / "seed0" / "vikdf", folder))
+    mean = study.mean_knowledge(before, processor, str(file))
+    knowledge = torch.randn(2, *mean.shape)
+    expected = before.project_knowledge(mean + 0.5 * (knowledge - mean))
+    torch.testing.assert_close(after.project_knowledge(knowledge), expected)
 
 
 def write_dialogues(folder: Path, name: str, nlls: list[float], replies: list[str] | None = None) -> None:
