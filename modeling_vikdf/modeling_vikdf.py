@@ -296,9 +296,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def shrink_knowledge(self, mean: torch.Tensor, share: float) -> None:
         """
-        From now on the LLM reads mean_i + share * (k_i - mean_i) where it read k_i. Folded into base and gate, it costs
-        nothing and is saved with them. What contexts evoke varies more than most words of replies bear, so a share
-        below 1, chosen on validation dialogues, can make replies likelier.
+        From now on the LLM reads mean_i + share * (k_i - mean_i) where it read k_i. Folded into base and gate, it
+        costs nothing and is saved with them. What contexts evoke varies more than most words of replies bear, so a
+        share below 1, chosen on validation dialogues, can make replies likelier.
 
         Args:
             mean: [n, h], the mean of the knowledge that many contexts evoke.

@@ -312,7 +312,7 @@ class Refusing(nn.Module):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_shrunk_knowledge_is_read_as_nearer_to_its_mean(llama_model, share):
-    model = copy.deepcopy(llama_model)
+    model = llama_model
     nn.init.normal_(model.knowledge_base), nn.init.normal_(model.knowledge_gate)
     generator = torch.Generator().manual_seed(0)
     n, width = model.config.num_knowledge_tokens, model.config.iqformer_config.hidden_size
@@ -320,7 +320,6 @@ def test_shrunk_knowledge_is_read_as_nearer_to_its_mean(llama_model, share):
     expected = model.project_knowledge(mean + share * (knowledge - mean))
     model.shrink_knowledge(mean, share)
     torch.testing.assert_close(model.project_knowledge(knowledge), expected)
-
 
 
 @torch.no_grad()

@@ -7,7 +7,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from conftest import build_from
+from tiny_tokenizers import CHATML_WITH_GENERATION
+from torch import nn
 
 
 ROOT = Path(__file__).parents[1]
@@ -78,18 +82,21 @@ def test_a_study_trains_each_step_once_and_reports_what_was_asked(monkeypatch, t
     ]
 
 
-def test_a_step_shrinks_the_knowledge_of_its_parent(monkeypatch, tmp_path):
+def test_a_step_shrinks_the_knowledge_of_its_parent(backbones, tmp_path):
     """By the mean of what the contexts of the training dialogues evoke."""
-    model, processor = tiny_model(), make_processor(llama_tokenizer())
-    study = load("study")
-    model.save_pretrained(tmp_path / "seed0" / "vikdf"), processor.save_pretrained(tmp_path / "seed0" / "vikdf")
-    (tmp_path / "seed0" / "vikdf" / "finished.json").write_text("{}")
+    study, parent = load("study"), tmp_path / "seed0" / "vikdf"
+    model, processor = build_from(backbones, "qwen", "separate")
+    processor.chat_template = CHATML_WITH_GENERATION
+    nn.init.normal_(model.knowledge_gate)
+    model.save_pretrained(parent)
+    processor.save_pretrained(parent)
+    (parent / "finished.json").write_text("{}")
     file = tmp_path / "talk.jsonl"
     turns = [["How are you?", "Well."], ["A dog on the beach.", "It swims.", "In the sea?", "Yes."]]
     file.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
     args = SimpleNamespace(config=ROOT / "configs" / "study.yaml", output=tmp_path, dialogues=str(file))
     folder = study.train("less", 0, {"less": {"parent": "vikdf", "shrink": 0.5}, "vikdf": {}}, args)
-    before, after = (study.load_model(each)[0] for each in (tmp_path / "seed0" / "vikdf", folder))
+    before, after = (study.load_model(each)[0] for each in (parent, folder))
     mean = study.mean_knowledge(before, processor, str(file))
     knowledge = torch.randn(2, *mean.shape)
     expected = before.project_knowledge(mean + 0.5 * (knowledge - mean))
