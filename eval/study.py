@@ -12,18 +12,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
 from modeling_vikdf.backbones import load_model, new_model
-from modeling_vikdf.data import SkipReport, load_dialogues
-from modeling_vikdf.evaluation import EvaluationSettings, compute_knowledge, evaluate_file, prepare
+from modeling_vikdf.data import load_dialogues
+from modeling_vikdf.evaluation import EvaluationSettings, evaluate_file, mean_knowledge, save_shrunk
 from modeling_vikdf.probes import load_items, probe
 from modeling_vikdf.training import run_stage
-
-
-CONTEXTS = 1500  # of the dialogues trained on, to take the mean knowledge of
 
 
 def edit(recipe: dict[str, Any], changes: dict[str, Any], drop: list[str]) -> dict[str, Any]:
@@ -54,23 +49,16 @@ def train(name: str, seed: int, steps: dict[str, dict], args: argparse.Namespace
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     elif "shrink" in step:
-        model, processor = load_model(train(step["parent"], seed, steps, args))
-        model.shrink_knowledge(mean_knowledge(model, processor, args.dialogues), step["shrink"])
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        parent = train(step["parent"], seed, steps, args)
+        model, processor = load_model(parent)
+        mean = mean_knowledge(model, processor, list(load_dialogues(args.dialogues)))
+        model.shrink_knowledge(mean, step["shrink"])
+        data = {"train": Path(args.dialogues).name}
+        save_shrunk(model, processor, parent, folder, {"data": data, "share": step["shrink"]})
     else:
         run(name, seed, folder, steps, args)
     (folder / "finished.json").write_text(json.dumps({"step": name, "seed": seed}) + "\n", encoding="utf-8")
     return folder
-
-
-def mean_knowledge(model: VikdfForConditionalGeneration, processor: VikdfProcessor, file: str) -> torch.Tensor:
-    """The mean of the knowledge [n, h] that the contexts of some of the dialogues evoke."""
-    dialogues = list(load_dialogues(file))
-    some = random.Random(0).sample(dialogues, min(len(dialogues), CONTEXTS))
-    settings, report = EvaluationSettings(ranking=False, generation=False), SkipReport()
-    examples, _ = prepare(model, processor, some, settings, None, report)
-    return compute_knowledge(model, processor, [example.context for example in examples]).mean(0).to(model.device)
 
 
 def load_model_settings(configs: Path) -> dict[str, Any]:

@@ -125,6 +125,24 @@ def _tell(figures: dict, output: str | None) -> None:
         Path(output).write_text(text + "\n", encoding="utf-8")
 
 
+def shrink(args: argparse.Namespace) -> None:
+    """Draws a model's knowledge towards its mean, as far as makes the replies of validation dialogues likeliest."""
+    from .backbones import load_model
+    from .data import load_dialogues
+    from .evaluation import mean_knowledge, nll_by_share, save_shrunk
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    model, processor = load_model(args.model)
+    mean = mean_knowledge(model, processor, list(load_dialogues(args.data)))
+    figures = nll_by_share(model, processor, list(load_dialogues(args.validation)), mean)
+    share = min(figures, key=figures.get)
+    model.shrink_knowledge(mean, share)
+    data = {"train": Path(args.data).name, "validation": Path(args.validation).name}
+    save_shrunk(model, processor, args.model, output, {"data": data, "share": share, "nll_by_share": figures})
+    print(json.dumps({"nll_by_share": figures, "share": share}, indent=2))
+
+
 def retrieve(args: argparse.Namespace) -> None:
     """Reports how often the matching head finds the right picture for a caption, and a right caption for a picture."""
     from .backbones import load_model
@@ -305,6 +323,15 @@ def main(argv: list[str] | None = None) -> None:
             help="settings in place of the recipe's: learning_rate=1e-4, data.train=pairs.tar, model.checkpoint=DIR",
         )
         sub.set_defaults(run=train, stage=stage)
+
+    sub = commands.add_parser(
+        "shrink", help="draw a tuned model's knowledge towards its mean, by validation dialogues"
+    )
+    sub.add_argument("--model", required=True, help="folder or Hub id of a VIKDF model")
+    sub.add_argument("--data", required=True, help="dialogues, JSON Lines, to take the mean of")
+    sub.add_argument("--validation", required=True, help="dialogues, JSON Lines, whose replies are to be likely")
+    sub.add_argument("--output", required=True, help="folder to write the model to")
+    sub.set_defaults(run=shrink)
 
     sub = commands.add_parser("retrieve", help="measure text-image retrieval")
     sub.add_argument("--data", required=True, nargs="+", help="webdataset shards, image folders or Hub datasets")

@@ -20,6 +20,7 @@ import platform
 import random
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -65,6 +66,8 @@ KNOWLEDGE_ARMS = ("own", "shuffled", "mean", "none")
 DISTRACTORS = 9  # replies of other dialogues that the true one is ranked among
 DECODING = {"num_beams": 3, "no_repeat_ngram_size": 3, "max_new_tokens": 32, "do_sample": False}  # the paper's
 END_OF_TURN = 8  # tokens, at most, that a chat template writes behind a reply
+MEAN_OF = 1500  # dialogues
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ENCODER_BATCH = 64  # contexts that the text encoder reads at a time
 NOT_SURE = re.compile(r"i['’]m not sure", re.IGNORECASE)  # how bland replies begin
 WORD = re.compile(r"\w+")
@@ -126,6 +129,9 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
+
+
+LIKELIHOOD_ALONE = EvaluationSettings(ranking=False, generation=False)
 
 
 @dataclass
@@ -527,6 +533,54 @@ def arm_knowledge(
     return knowledge[source.to(knowledge.device)]
 
 
+def mean_knowledge(
+    model: VikdfForConditionalGeneration, processor: VikdfProcessor, dialogues: Sequence[dict[str, Any]]
+) -> torch.Tensor:
+    """The mean [n, h] of the knowledge that the contexts of dialogues evoke, of at most `MEAN_OF` of them."""
+    some = random.Random(0).sample(list(dialogues), min(len(dialogues), MEAN_OF))
+    examples, _ = prepare(model, processor, some, LIKELIHOOD_ALONE, None, SkipReport())
+    return compute_knowledge(model, processor, [example.context for example in examples]).mean(0).to(model.device)
+
+
+def nll_by_share(
+    model: VikdfForConditionalGeneration,
+    processor: VikdfProcessor,
+    dialogues: Sequence[dict[str, Any]],
+    mean: torch.Tensor,
+    shares: Sequence[float] = SHARES,
+) -> dict[float, float]:
+    """Share of the knowledge's differences from its mean -> NLL of the dialogues' replies, nats a token."""
+    weights = model.knowledge_base, model.knowledge_gate
+    before, found = [weight.detach().clone() for weight in weights], {}
+    for share in shares:
+        model.shrink_knowledge(mean, share)
+        found[share] = evaluate_dialogues(model, processor, dialogues, LIKELIHOOD_ALONE)["metrics"]["nll"]
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+    return found
+
+
+def save_shrunk(
+    model: VikdfForConditionalGeneration,
+    processor: VikdfProcessor,
+    source: str | Path,
+    output: Path,
+    stage: dict[str, Any],
+) -> None:
+    """Saves a model whose knowledge was shrunk, with how it was trained: the recipes of its source, and this stage."""
+    import yaml
+
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    state, recipe = (Path(source, name) for name in ("trainer_state.json", "recipe.yaml"))
+    if state.is_file():
+        shutil.copyfile(state, output / state.name)
+    stages = list(yaml.safe_load_all(recipe.read_text(encoding="utf-8"))) if recipe.is_file() else []
+    text = yaml.safe_dump_all([*stages, {"stage": "shrink", **stage}], sort_keys=False, allow_unicode=True)
+    (output / recipe.name).write_text(text, encoding="utf-8")
+
+
 # ---- likelihood ----
 
 
@@ -903,6 +957,9 @@ __all__ = [
     "evaluate_dialogues",
     "evaluate_file",
     "generate_replies",
+    "mean_knowledge",
+    "nll_by_share",
+    "save_shrunk",
     "score_candidates",
     "summarise",
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import build_from
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -586,6 +587,21 @@ def test_metrics_of_all_replies_together_are_compared(tmp_path):
         assert both[name]["difference"] == pytest.approx((ours[name] - theirs[name]) / 2)
     one = compare([write_replies(tmp_path / "one.json", first[:1], references[:1])], [b])["metrics"]["bleu_1"]
     assert one["a"] == 0.5 and one["confidence_95"] == pytest.approx([one["difference"]] * 2)
+
+
+def test_knowledge_is_shrunk_as_far_as_makes_the_replies_likeliest(checkpoint, data, capsys, tmp_path):
+    """What is written is likelier, or as likely, and its likelihood is what was said; the model was not changed."""
+    options = ("--data", data, "--validation", data, "--output", tmp_path / "shrunk")
+    out, _ = run(capsys, "shrink", "--model", checkpoint, *options)
+    told = json.loads(out)
+    nlls = {float(share): nll for share, nll in told["nll_by_share"].items()}
+    assert list(nlls) == [0, 0.25, 0.5, 0.75, 1] and told["share"] == min(nlls, key=nlls.get)
+    settings = EvaluationSettings(ranking=False, generation=False)
+    for folder, share in ((checkpoint, 1.0), (tmp_path / "shrunk", told["share"])):
+        report = evaluate_file(folder, data, tmp_path / f"{share}-{folder.name}.json", settings)
+        assert report["metrics"]["nll"] == pytest.approx(nlls[share], abs=1e-6)
+    stage = yaml.safe_load((tmp_path / "shrunk" / "recipe.yaml").read_text())
+    assert stage["stage"] == "shrink" and stage["share"] == told["share"] and stage["data"]["train"] == data.name
 
 
 def test_a_limit_that_leaves_nothing_out_is_none(checkpoint, data, tmp_path):

@@ -97,7 +97,7 @@ def test_a_step_shrinks_the_knowledge_of_its_parent(backbones, tmp_path):
     args = SimpleNamespace(config=ROOT / "configs" / "study.yaml", output=tmp_path, dialogues=str(file))
     folder = study.train("less", 0, {"less": {"parent": "vikdf", "shrink": 0.5}, "vikdf": {}}, args)
     before, after = (study.load_model(each)[0] for each in (parent, folder))
-    mean = study.mean_knowledge(before, processor, str(file))
+    mean = study.mean_knowledge(before, processor, list(study.load_dialogues(str(file))))
     knowledge = torch.randn(2, *mean.shape)
     expected = before.project_knowledge(mean + 0.5 * (knowledge - mean))
     torch.testing.assert_close(after.project_knowledge(knowledge), expected)

@@ -1024,15 +1024,21 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
             Path(folder).mkdir(parents=True)
             (Path(folder) / "prompt").write_text(self.system_prompt)
 
-    class Trained(Untrained):
-        device, shrunk = "cpu", []
+    class Trained:
+        shrunk = []
 
         def shrink_knowledge(self, mean, share):
             self.shrunk.append((mean, share))
 
+    def save_shrunk(model, processor, source, output, stage):
+        assert str(source) in ran and stage["share"] == model.shrunk[-1][1]
+        output.mkdir()
+
     monkeypatch.setattr(study, "run_stage", check)
-    monkeypatch.setattr(study, "load_model", lambda folder: (Trained(), argparse.Namespace(save_pretrained=str)))
-    monkeypatch.setattr(study, "mean_knowledge", lambda model, processor, file: f"of {file}")
+    monkeypatch.setattr(study, "load_model", lambda folder: (Trained(), None))
+    monkeypatch.setattr(study, "save_shrunk", save_shrunk)
+    monkeypatch.setattr(study, "mean_knowledge", lambda model, processor, dialogues: dialogues)
+    monkeypatch.setattr(study, "load_dialogues", lambda file: [file])
     monkeypatch.setattr(study, "new_model", lambda **settings: (argparse.Namespace(save_pretrained=str), Untrained()))
     few = tmp_path / "few.jsonl"
     few.write_text("".join(f"line {i}\n" for i in range(16)), encoding="utf-8")
@@ -1050,7 +1056,7 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     assert list(map(len, drawn)) == [2, 4, 16] and drawn[0] < drawn[2] == set(few.read_text().splitlines())
     folders = {name: tmp_path / "seed0" / name for name in steps}
     assert sorted(ran) == sorted(str(folder) for name, folder in folders.items() if "recipe" in steps[name])
-    assert Trained.shrunk == [("of d.jsonl", step["shrink"]) for step in steps.values() if "shrink" in step]
+    assert Trained.shrunk == [(["d.jsonl"], step["shrink"]) for step in steps.values() if "shrink" in step]
     prompts = [(folders[f"language_model{each}"] / "prompt").read_text() for each in ("", "_best_prompt")]
     assert prompts[0] == "as packaged" and prompts[1] in (root / "configs" / "system_prompts.txt").read_text()
     assert all((Path(folder) / "finished.json").is_file() for folder in ran)
