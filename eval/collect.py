@@ -22,6 +22,7 @@ from modeling_vikdf.probes import average_probes, compare_probes
 
 
 RESULTS = Path(__file__).parent / "results"
+UNTRAINED = "language_model"  # how the names of such steps begin
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 HEADLINES = (
     "image_chat_test",
@@ -72,7 +73,7 @@ def collect(
         if steps is not None and path.parent.name not in steps:
             continue
         knowledge = path.stem.removeprefix(f"{data}-")
-        own = knowledge == ("none" if path.parent.name.startswith("language_model") else "own")
+        own = knowledge == ("none" if path.parent.name.startswith(UNTRAINED) else "own")
         name = path.parent.name if own else f"{path.parent.name}, {knowledge}"
         found.setdefault(name, []).append(path)
     if reference not in found:
@@ -95,8 +96,16 @@ def _collect_dialogues(found: dict[str, list[Path]], reference: str) -> dict[str
         if len(reports) == 1:
             arms[name]["confidence_95"] = reports[0]["confidence_95"]
         if name != reference:
-            arms[name]["reference_minus_this"] = compare(found[reference], paths)["metrics"]
+            arms[name]["reference_minus_this"] = compare(_same_seeds(found[reference], paths), paths)["metrics"]
     return arms
+
+
+def _same_seeds(paths: list[Path], others: list[Path]) -> list[Path]:
+    """The reports of the seeds that the others are of; all, where these are of a model that was not trained."""
+    if others[0].parent.name.startswith(UNTRAINED):
+        return paths
+    seeds = {path.parents[1].name for path in others}
+    return [path for path in paths if path.parents[1].name in seeds] or paths
 
 
 def _collect_probe(found: dict[str, list[Path]], reference: str) -> dict[str, dict[str, Any]]:

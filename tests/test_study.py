@@ -145,7 +145,9 @@ def test_dialogues(collector, tmp_path):
     assert "confidence_95" not in found["arms"]["vikdf"] and found["arms"]["vikdf"]["seeds"] == 2
     assert found["arms"]["soft_prompt"]["confidence_95"] == {"nll": [1, 2]}
     differences = found["arms"]["soft_prompt"]["reference_minus_this"]
-    assert differences["nll"]["difference"] == pytest.approx((21 - 30) / 8)
+    assert differences["nll"]["difference"] == pytest.approx((20 - 30) / 8)  # of the seed that both have
+    untrained = found["arms"]["language_model"]["reference_minus_this"]
+    assert untrained["nll"]["difference"] == pytest.approx((21 - 36) / 8)  # which has no seed
     assert differences["distinct_1"]["difference"] == pytest.approx(7 / 7 - 1 / 4)  # "a" is an article
     some = collector.collect(study, "chat", "vikdf", ["vikdf", "soft_prompt"], "prompts")
     assert some["data"] == "chat_prompts" and list(some["arms"]) == ["soft_prompt", "vikdf", "vikdf, shuffled"]
@@ -157,7 +159,7 @@ def test_dialogues(collector, tmp_path):
     rows = ["| **vikdf**", "| vikdf, shuffled", "| soft_prompt", "| language_model"]
     assert [line.split(" | ")[0] for line in likelihoods[2:]] == rows
     assert likelihoods[2].startswith("| **vikdf** | 2 | 2.625 | 2.625 |")
-    assert "| -1.1250 [-1." in likelihoods[4]
+    assert "| -1.2500 [-1." in likelihoods[4]
     assert replies[0] == "| arm | seeds | MRR | ROUGE-L | Distinct-1 |" and len(replies) == 4
     assert replies[3] == "| soft_prompt | 1 | 0.500 | 0.250 | 0.250 |"  # four dialogues prove nothing
     differences["distinct_1"] |= {"p_value_holm": 0.01}
