@@ -448,11 +448,15 @@ needs_packages = pytest.mark.skipif(
 def test_the_default_speaks_english():
     pipe = pipeline("vikdf-dialogue")
     question = [{"role": "user", "content": "I spent the whole day at the beach with my dog."}]
-    reply = pipe(question, return_full_text=False)[0]["generated_text"]
-    words = re.findall(r"[a-z']+", reply.lower())
     common = {"the", "a", "you", "i", "it", "is", "and", "to", "of", "that", "your", "in", "was", "with", "so", "for"}
-    assert len(words) >= 4 and len(common & set(words)) >= 2, reply
-    assert all(character.isprintable() or character == "\n" for character in reply), reply
+    others = "I am baking a birthday cake for my sister.", "We saw a rainbow over the hills."
+    for each in (question, *([{"role": "user", "content": text}] for text in others)):
+        reply = pipe(each, return_full_text=False)[0]["generated_text"]
+        words = re.findall(r"[a-z']+", reply.lower())
+        pieces = {piece for word in words for piece in word.split("'")}  # "I'm" says "I", too
+        assert len(words) >= 4 and len(common & pieces) >= 2, reply
+        assert all(character.isprintable() or character == "\n" for character in reply), reply
+    reply = pipe(question, return_full_text=False)[0]["generated_text"]
     assert pipe(question, return_full_text=False)[0]["generated_text"] == reply
     assert "".join(pipe.stream(question)).strip() == reply
 
