@@ -432,6 +432,15 @@ def _stages(folder: Path) -> list[dict[str, Any]]:
     return [portable(stage) for stage in stages]
 
 
+def write_history(stage: dict[str, Any], folder: str | Path, checkpoint: str | Path | None) -> None:
+    """`recipe.yaml` in the folder: the documents of the checkpoint that the stage began with, then the stage's own."""
+    history = []
+    if checkpoint and (recipe := Path(checkpoint, "recipe.yaml")).is_file():
+        history = list(yaml.safe_load_all(recipe.read_text(encoding="utf-8")))
+    text = yaml.safe_dump_all([*history, portable(stage)], sort_keys=False, allow_unicode=True)
+    Path(folder, "recipe.yaml").write_text(text, encoding="utf-8")
+
+
 def portable(value: Any) -> Any:
     """Settings with the last two parts of absolute paths, and without secrets."""
     if isinstance(value, dict):

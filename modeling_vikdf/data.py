@@ -223,7 +223,9 @@ def _decode_images(pairs: IterableDataset, report: SkipReport) -> IterableDatase
 
 
 def decode_pair(row: dict[str, Any], report: SkipReport) -> dict[str, Any] | None:
-    """A pair whose image is the content of a file, with the image decoded; `None`, reported, if it can't be."""
+    """The pair with its image decoded, if that is the content of a file; `None`, reported, if it can't be."""
+    if not isinstance(row["image"], bytes):
+        return row
     try:
         return {**row, "image": decode_image(row["image"])}
     except ValueError as error:

@@ -547,17 +547,18 @@ def nll_by_share(
     processor: VikdfProcessor,
     dialogues: Sequence[dict[str, Any]],
     mean: torch.Tensor,
-    shares: Sequence[float] = SHARES,
 ) -> dict[float, float]:
-    """Share of the knowledge's differences from its mean -> NLL of the dialogues' replies, nats a token."""
-    weights = model.knowledge_base, model.knowledge_gate
-    before, found = [weight.detach().clone() for weight in weights], {}
-    for share in shares:
-        model.shrink_knowledge(mean, share)
-        found[share] = evaluate_dialogues(model, processor, dialogues, LIKELIHOOD_ALONE)["metrics"]["nll"]
-        with torch.no_grad():
-            for weight, value in zip(weights, before, strict=True):
-                weight.copy_(value)
+    """Share of the knowledge's differences from its mean [n, h] -> NLL of the dialogues' replies, nats a token."""
+    examples, _ = prepare(model, processor, dialogues, LIKELIHOOD_ALONE, None, SkipReport())
+    examples.sort(key=lambda example: -len(example.prompt))
+    mean, found, size = mean.cpu(), {}, LIKELIHOOD_ALONE.batch_size
+    own = compute_knowledge(model, processor, [example.context for example in examples])  # [N, n, h]
+    for share in SHARES:
+        knowledge, scores = mean + share * (own - mean), []
+        for start in tqdm(range(0, len(examples), size), desc=f"Share {share}", unit=" batches"):
+            some = slice(start, start + size)
+            scores += [each for [each] in score_candidates(model, processor, examples[some], knowledge[some], size)]
+        found[share] = -torch.cat(scores).double().mean().item()
     return found
 
 
@@ -569,16 +570,13 @@ def save_shrunk(
     stage: dict[str, Any],
 ) -> None:
     """Saves a model whose knowledge was shrunk, with how it was trained: the recipes of its source, and this stage."""
-    import yaml
+    from .cards import write_history
 
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    state, recipe = (Path(source, name) for name in ("trainer_state.json", "recipe.yaml"))
-    if state.is_file():
+    if (state := Path(source, "trainer_state.json")).is_file():
         shutil.copyfile(state, output / state.name)
-    stages = list(yaml.safe_load_all(recipe.read_text(encoding="utf-8"))) if recipe.is_file() else []
-    text = yaml.safe_dump_all([*stages, {"stage": "shrink", **stage}], sort_keys=False, allow_unicode=True)
-    (output / recipe.name).write_text(text, encoding="utf-8")
+    write_history({"stage": "shrink", **stage}, output, source)
 
 
 # ---- likelihood ----

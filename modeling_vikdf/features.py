@@ -146,7 +146,7 @@ def cache_features(
             if path.exists():
                 size = _check_texts(path, stream, shard_size, report, progress)
             else:
-                decoded = filter(None, (_decode(example, report) for example in stream))
+                decoded = filter(None, (decode_pair(example, report) for example in stream))
                 examples = itertools.islice(decoded, shard_size)
                 tensors = _encode(model, processor, examples, batch_size, pool_grid, progress)
                 size = len(tensors["vision_states"]) if tensors else 0
@@ -284,10 +284,6 @@ def _read_texts(file: Any, row: int) -> tuple[str, list[str]]:
     return key, captions
 
 
-def _decode(example: dict[str, Any], report: SkipReport) -> dict[str, Any] | None:
-    return decode_pair(example, report) if isinstance(example["image"], bytes) else example
-
-
 def _check_texts(
     path: Path, stream: Iterator[dict[str, Any]], shard_size: int, report: SkipReport, progress: tqdm
 ) -> int:
@@ -299,7 +295,7 @@ def _check_texts(
         theirs = None
         for example in stream:
             theirs = (example["key"], list(example["captions"]))
-            if theirs == ours or _decode(example, report) is not None:
+            if theirs == ours or decode_pair(example, report) is not None:
                 break
             theirs = None  # left out when the shard was written, too
         if ours != theirs:

@@ -669,28 +669,15 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     trainer.save_model()
     metrics = trainer.evaluate() if validation is not None else {}
     if args.should_save:
-        _write_history(stage, recipe, args.output_dir)
+        from .cards import write_history
+
+        sections = {section: settings for section, settings in recipe.items() if settings}
+        write_history({"stage": stage, **sections}, args.output_dir, checkpoint)
         trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
         with open(os.path.join(args.output_dir, "skipped.txt"), "w", encoding="utf-8") as file:
             file.write(report.summary() + "\n")
     logger.info(report.summary())
     return metrics
-
-
-def _write_history(stage: str, recipe: dict[str, Any], folder: str) -> None:
-    """`recipe.yaml`: the recipes of the checkpoint it began with, then this one, as YAML documents."""
-    import yaml
-
-    from .cards import portable
-
-    history = []
-    checkpoint = recipe["model"].get("checkpoint")
-    if checkpoint and os.path.isfile(path := os.path.join(checkpoint, "recipe.yaml")):
-        with open(path, encoding="utf-8") as file:
-            history = list(yaml.safe_load_all(file))
-    sections = {section: portable(settings) for section, settings in recipe.items() if settings}
-    with open(os.path.join(folder, "recipe.yaml"), "w", encoding="utf-8") as file:
-        yaml.safe_dump_all([*history, {"stage": stage, **sections}], file, sort_keys=False, allow_unicode=True)
 
 
 def _check_recipe(stage: str, recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
