@@ -109,26 +109,28 @@ def _same_seeds(paths: list[Path], others: list[Path]) -> list[Path]:
 
 
 def _collect_probe(found: dict[str, list[Path]], reference: str) -> dict[str, dict[str, Any]]:
-    means = {}
-    for name, paths in found.items():
-        probes = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        means[name] = average_probes(probes, probes[0]["arms"][0])
     arms = {}
-    for name, mean in means.items():
+    for name, paths in found.items():
+        mean = _average(paths)
         parts = {part: mean["subsets"][part] for part in PARTS if part in mean["subsets"]}
         own = _flatten({part: each["arms"]["own"] for part, each in parts.items()})
         arms[name] = {
-            "seeds": len(found[name]),
+            "seeds": len(paths),
             "num_items": mean["subsets"]["all"]["items"],
             "metrics": {key: each["mean"] for key, each in own.items()},
             "confidence_95": {key: each["confidence_95"] for key, each in own.items()},
         }
         if name != reference:
-            differences = _flatten(compare_probes(means[reference], mean))
+            differences = _flatten(compare_probes(_average(_same_seeds(found[reference], paths)), mean))
             arms[name]["reference_minus_this"] = {
                 key: {"difference": each.pop("mean"), **each} for key, each in differences.items()
             }
     return arms
+
+
+def _average(paths: list[Path]) -> dict[str, Any]:
+    probes = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return average_probes(probes, probes[0]["arms"][0])
 
 
 def _flatten(subsets: dict[str, Any]) -> dict[str, dict[str, Any]]:

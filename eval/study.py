@@ -113,13 +113,13 @@ def evaluate(folder: Path, arms: list[str], args: argparse.Namespace) -> None:
                     batch_size=args.batch_size,
                 )
                 print(output, evaluate_file(folder, file, output, settings)["metrics"], flush=True)
-    for file in args.probe:
-        for knowledge in arms:
-            output = folder / f"{Path(file).stem}-{knowledge}.json"
-            if not output.is_file():
-                found = probe(*load_model(folder), load_items(file), [knowledge])
-                output.write_text(json.dumps(found) + "\n", encoding="utf-8")
-                print(output, found["subsets"]["all"]["arms"], flush=True)
+    asked = [(file, arm, folder / f"{Path(file).stem}-{arm}.json") for file in args.probe for arm in arms]
+    asked = [each for each in asked if not each[-1].is_file()]
+    loaded = load_model(folder) if asked else None
+    for file, arm, output in asked:
+        found = probe(*loaded, load_items(file), [arm])
+        output.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        print(output, found["subsets"]["all"]["arms"], flush=True)
 
 
 def main() -> None:

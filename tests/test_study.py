@@ -171,16 +171,19 @@ def test_probes(collector, tmp_path):
     for seed, right in enumerate([[1, 1, 0, 1], [1, 0, 0, 1]]):
         write_probe(study / f"seed{seed}" / "vikdf", "own", right)
         write_probe(study / f"seed{seed}" / "vikdf", "none", [0, 0, 0, 1])
+    write_probe(study / "seed0" / "soft_prompt", "own", [0, 0, 0, 1])
     found = collector.collect(study, "colours", "vikdf")
     arm = found["arms"]["vikdf"]
     assert (arm["seeds"], arm["num_items"]) == (2, 4)
     assert arm["metrics"]["accuracy (raw)"] == 5 / 8 and arm["metrics"]["accuracy (raw), hard"] == 3 / 4
     difference = found["arms"]["vikdf, none"]["reference_minus_this"]["accuracy (pmi)"]
     assert difference["difference"] == 3 / 8 and {"confidence_95", "p_value"} < set(difference)
+    of_one_seed = found["arms"]["soft_prompt"]["reference_minus_this"]["accuracy (pmi)"]
+    assert of_one_seed["difference"] == 2 / 4  # to the seed that both have
     table = collector.tables(found).splitlines()
     assert table[0] == "colours, 4 items"
     assert table[4].startswith("| **vikdf** | 2 | 0.625 | 0.625 | 0.750 | 0.750 |")
-    assert table[5].startswith("| vikdf, none | 2 | 0.250 | 0.250 | 0.000 | 0.000 | +0.3750 [+0.")
+    assert table[6].startswith("| vikdf, none | 2 | 0.250 | 0.250 | 0.000 | 0.000 | +0.3750 [+0.")
 
 
 def test_what_is_rendered(collector, monkeypatch, tmp_path):
