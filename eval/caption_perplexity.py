@@ -24,7 +24,7 @@ from modeling_vikdf.evaluation import (
     EvaluationSettings,
     compute_knowledge,
     prepare,
-    score_candidates,
+    score_replies,
 )
 from modeling_vikdf.features import tokenize_captions
 from modeling_vikdf.resampling import bootstrap_interval
@@ -65,13 +65,10 @@ def main() -> None:
         "wrong_caption": texts.roll(1, 0),
     }
     tokens = torch.tensor([example.tokens[0] for example in examples])  # [N]
-    losses = {name: [] for name in arms}
+    losses = {}
     for name, knowledge in arms.items():
-        for start in tqdm(range(0, len(examples), args.batch_size), unit=" batches", desc=name):
-            some = slice(start, start + args.batch_size)
-            scores = score_candidates(model, processor, examples[some], knowledge[some], args.batch_size)
-            losses[name] += [-caption.sum() for [caption] in scores]
-    losses = {name: torch.stack(each) for name, each in losses.items()}  # each [N]
+        scores = score_replies(model, processor, examples, knowledge, args.batch_size, name)
+        losses[name] = -torch.stack([caption.sum() for caption in scores])  # [N]
     centred = [(each - each.mean(0)).flatten(1) for each in (texts, pictures)]  # [N, n * h]
     similarity = torch.nn.functional.cosine_similarity(*centred)  # [N]
     result = {

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
 from modeling_vikdf.backbones import load_model
 from modeling_vikdf.data import SkipReport, load_image_text_pairs
-from modeling_vikdf.evaluation import EvaluationSettings, arm_knowledge, compute_knowledge, prepare, score_candidates
+from modeling_vikdf.evaluation import EvaluationSettings, arm_knowledge, compute_knowledge, prepare, score_replies
 from modeling_vikdf.resampling import bootstrap_interval
 
 
@@ -91,12 +91,9 @@ def main() -> None:
     visual = [torch.tensor(example.visual[0]) for example in examples]
     losses = {}
     for name, knowledge in arms.items():
-        scores = []
-        for start in tqdm(range(0, len(examples), args.batch_size), unit=" batches", desc=name):
-            some = slice(start, start + args.batch_size)
-            scores += score_candidates(model, processor, examples[some], knowledge[some], args.batch_size)
+        scores = score_replies(model, processor, examples, knowledge, args.batch_size, name)
         losses[name] = -torch.tensor(
-            [[each.sum(), each[mask].sum()] for [each], mask in zip(scores, visual, strict=True)]
+            [[each.sum(), each[mask].sum()] for each, mask in zip(scores, visual, strict=True)]
         )  # [N, all or visual]
     result = {
         "model": "/".join(Path(args.model).parts[-2:]),

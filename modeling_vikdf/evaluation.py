@@ -2,6 +2,7 @@
 
     dialogues -> prepare (prompts, candidate replies)          -> Example
               -> compute_knowledge, arm_knowledge              -> K [N, n, h]
+              -> read_prefixes: the LLM reads each prompt, once for the next two
               -> score_candidates -> perplexity, ranking of the true reply among others
               -> generate_replies -> BLEU, ROUGE-L, Distinct, embedding similarity
               -> summarise        -> metrics with 95 % intervals; compare pairs two such results
@@ -11,6 +12,7 @@ differ in the knowledge alone: a dialogue's own, another's, the mean of all, or 
 """
 
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -22,7 +24,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,7 @@ DECODING = {"num_beams": 3, "no_repeat_ngram_size": 3, "max_new_tokens": 32, "do
 END_OF_TURN = 8  # tokens, at most, that a chat template writes behind a reply
 MEAN_OF = 1500  # dialogues
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+WORKERS = 4  # batches at a time on a CPU; more would wait for each other to run their Python
 ENCODER_BATCH = 64  # contexts that the text encoder reads at a time
 NOT_SURE = re.compile(r"i['’]m not sure", re.IGNORECASE)  # how bland replies begin
 WORD = re.compile(r"\w+")
@@ -107,7 +111,7 @@ class EvaluationSettings:
     ranking, generation: whether to do these, beside the perplexity.
     visual_words: file with a word a line; its words' and the other tokens' likelihood is reported apart.
     word_vectors: file with `word v1 v2 ...` a line, as GloVe's; for the embedding metrics.
-    batch_size: dialogues at a time, and candidates at a time.
+    batch_size: dialogues in a batch, and candidates in one.
     seed: of distractors, shuffled knowledge and resamples.
     """
 
@@ -255,36 +259,48 @@ def evaluate_dialogues(
         groups = [tuple(example.context) for example in examples]
         knowledge = arm_knowledge(knowledge, settings.knowledge, settings.seed, groups)
 
-    def rows(batch: list[int]) -> tuple[list[Example], torch.Tensor | None]:
-        return [examples[i] for i in batch], None if knowledge is None else knowledge[batch]
-
-    def score(batch: list[int]) -> list[dict[str, Any]]:
-        scores = score_candidates(model, processor, *rows(batch), settings.batch_size)
-        return [
-            _likelihood_record(examples[i], each, visual_words is not None)
-            for i, each in zip(batch, scores, strict=True)
-        ]
-
-    def generate(batch: list[int]) -> list[dict[str, Any]]:
-        return [{"reply": reply} for reply in generate_replies(model, processor, *rows(batch))]
+    def evaluate(batch: list[int]) -> list[dict[str, Any]]:
+        some, theirs = [examples[i] for i in batch], None if knowledge is None else knowledge[batch]
+        prefixes = read_prefixes(model, processor, some, theirs)
+        scores = score_candidates(model, processor, some, settings.batch_size, prefixes)
+        split = visual_words is not None
+        records = [_likelihood_record(example, each, split) for example, each in zip(some, scores, strict=True)]
+        if settings.generation:
+            replies = generate_replies(model, processor, some, theirs, prefixes)
+            records = [{**record, "reply": reply} for record, reply in zip(records, replies, strict=True)]
+        return records
 
     # the longest first, so that what does not fit into memory fails at once
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
     batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
     keys = [example.key for example in examples]
-    journal.run("likelihood", score, batches, keys)
-    if settings.generation:
-        journal.run("generation", generate, batches, keys)
-    records = [
-        {"key": key, **journal.records("likelihood", key), **journal.records("generation", key)} for key in keys
-    ]
+    found = journal.run(functools.partial(work_through, evaluate, device=model.device), batches, keys)
+    records = [{"key": key, **record} for key, record in zip(keys, found, strict=True)]
     summary = summarise(records, [example.references for example in examples], settings)
     return {**summary, "num_dialogues": len(examples), "skipped": report.counts(), **shortened, "dialogues": records}
 
 
+def work_through(work: Callable[[Any], Any], batches: Sequence[Any], *, device: torch.device) -> Iterator[Any]:
+    """
+    What `work` returns for each batch, in their order. On a CPU several batches are worked on at a time, each by some
+    of the cores, which wait less for each other than if all shared one.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, WORKERS) if device.type == "cpu" else 1
+    if workers == 1:
+        yield from map(work, batches)
+        return
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    try:
+        yield from pool.map(work, batches)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error the other batches are not begun
+        torch.set_num_threads(threads)  # threads that begin later have as many as this one again
+
+
 class Journal:
     """
-    Work that is done, a line of JSON for each dialogue and part, under a header that says whose work it is.
+    Work that is done, a line of JSON for each dialogue, under a header that says whose work it is.
 
     Args:
         path: where to keep it; by default in memory alone.
@@ -296,7 +312,7 @@ class Journal:
     """
 
     def __init__(self, path: Path | None = None, identity: dict[str, Any] | None = None):
-        self._done: dict[tuple[str, str], dict[str, Any]] = {}
+        self._done: dict[str, dict[str, Any]] = {}
         self._file = None
         if path is None:
             return
@@ -318,27 +334,29 @@ class Journal:
             self._write([identity])
         for line in lines[1:]:
             entry = json.loads(line)
-            self._done[entry["part"], entry["key"]] = entry["record"]
-
-    def records(self, part: str, key: str) -> dict[str, Any]:
-        """What a part has found out about a dialogue; nothing if it was not run."""
-        return self._done.get((part, key), {})
+            self._done[entry["key"]] = entry["record"]
 
     def run(
         self,
-        part: str,
-        work: Callable[[list[int]], list[dict[str, Any]]],
+        work: Callable[[list[list[int]]], Iterator[list[dict[str, Any]]]],
         batches: list[list[int]],
         keys: list[str],
-    ) -> None:
-        """Does the batches that are not done, whole ones, for in another batch rounding would be another."""
-        with tqdm(total=len(keys), desc=part.capitalize(), unit=" dialogues") as bar:
-            for batch in batches:
-                if not all((part, keys[i]) in self._done for i in batch):
-                    records = dict(zip([(part, keys[i]) for i in batch], work(batch), strict=True))
-                    self._write([{"part": part, "key": key, "record": each} for (_, key), each in records.items()])
-                    self._done |= records
+    ) -> list[dict[str, Any]]:
+        """
+        The record of each key. Batches that are not done are, whole ones: in another, rounding would be another.
+
+        Args:
+            work: batches of indices into keys -> the records of each batch, one after the other.
+        """
+        left = [batch for batch in batches if not all(keys[i] in self._done for i in batch)]
+        done = len(keys) - sum(map(len, left))
+        with tqdm(desc="Evaluating", unit=" dialogues", total=len(keys), initial=done) as bar:
+            for batch, found in zip(left, work(left), strict=True):
+                records = dict(zip([keys[i] for i in batch], found, strict=True))
+                self._write([{"key": key, "record": record} for key, record in records.items()])
+                self._done |= records
                 bar.update(len(batch))
+        return [self._done[key] for key in keys]
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         if self._file is not None:
@@ -554,10 +572,7 @@ def nll_by_share(
     mean, found, size = mean.cpu(), {}, LIKELIHOOD_ALONE.batch_size
     own = compute_knowledge(model, processor, [example.context for example in examples])  # [N, n, h]
     for share in SHARES:
-        knowledge, scores = mean + share * (own - mean), []
-        for start in tqdm(range(0, len(examples), size), desc=f"Share {share}", unit=" batches"):
-            some = slice(start, start + size)
-            scores += [each for [each] in score_candidates(model, processor, examples[some], knowledge[some], size)]
+        scores = score_replies(model, processor, examples, mean + share * (own - mean), size, f"Share {share}")
         found[share] = -torch.cat(scores).double().mean().item()
     return found
 
@@ -583,23 +598,20 @@ def save_shrunk(
 
 
 @torch.no_grad()
-def score_candidates(
+def read_prefixes(
     model: VikdfForConditionalGeneration,
     processor: VikdfProcessor,
     examples: list[Example],
     knowledge: torch.Tensor | None,
-    batch_size: int,
-) -> list[list[torch.Tensor]]:
+) -> tuple[Cache, torch.Tensor]:
     """
-    Log-likelihoods of candidate replies, in nats. What an example's candidates begin with is read once; candidates are
-    read from copies of that cache, those of similar length together, which wastes little on padding.
+    What each example's candidates begin with, and what a reply to it is generated from but for its last token.
 
     Args:
         knowledge: [B, n, h], or `None` for prompts without.
-        batch_size: candidates at a time.
 
     Returns:
-        For each example and candidate those of the reply's tokens, its end of turn included, [tokens], float32.
+        The LLM's cache of it, and which of the columns are tokens, [B, P].
     """
     device, padding = model.get_input_embeddings().weight.device, processor.tokenizer.pad_token_id
     prefixes, mask = _pad([example.prefix for example in examples], padding, "left", device)  # [B, P]
@@ -617,6 +629,30 @@ def score_candidates(
         past_key_values=cache,
         use_cache=True,
     ).past_key_values
+    return cache, mask
+
+
+@torch.no_grad()
+def score_candidates(
+    model: VikdfForConditionalGeneration,
+    processor: VikdfProcessor,
+    examples: list[Example],
+    batch_size: int,
+    prefixes: tuple[Cache, torch.Tensor],
+) -> list[list[torch.Tensor]]:
+    """
+    Log-likelihoods of candidate replies, in nats. Candidates are read from copies of the cache of what they begin
+    with, those of similar length together, which wastes little on padding.
+
+    Args:
+        batch_size: candidates at a time.
+        prefixes: of the examples, from [`read_prefixes`].
+
+    Returns:
+        For each example and candidate those of the reply's tokens, its end of turn included, [tokens], float32.
+    """
+    (cache, mask), padding = prefixes, processor.tokenizer.pad_token_id  # mask [B, P]
+    device = mask.device
     scores: list[list[Any]] = [[None] * len(example.candidates) for example in examples]
     rows = [(b, c) for b, example in enumerate(examples) for c in range(len(example.candidates))]
     rows.sort(key=lambda row: len(examples[row[0]].candidates[row[1]]))
@@ -640,6 +676,32 @@ def score_candidates(
             predicted = predicted[len(ids) - 1 - tokens : len(ids) - 1].float()  # [tokens, vocabulary]
             scores[b][c] = -torch.nn.functional.cross_entropy(predicted, targets, reduction="none").cpu()
     return scores
+
+
+def score_replies(
+    model: VikdfForConditionalGeneration,
+    processor: VikdfProcessor,
+    examples: list[Example],
+    knowledge: torch.Tensor,
+    batch_size: int,
+    name: str,
+) -> list[torch.Tensor]:
+    """
+    Log-likelihoods of the tokens of each example's only candidate, in nats, [tokens] each.
+
+    Args:
+        knowledge: [N, n, h].
+        name: what the progress bar says.
+    """
+
+    def score(start: int) -> list[torch.Tensor]:
+        some = slice(start, start + batch_size)
+        prefixes = read_prefixes(model, processor, examples[some], knowledge[some])
+        return [each for [each] in score_candidates(model, processor, examples[some], batch_size, prefixes)]
+
+    starts = range(0, len(examples), batch_size)
+    scored = tqdm(work_through(score, starts, device=model.device), desc=name, unit=" batches", total=len(starts))
+    return [each for batch in scored for each in batch]
 
 
 def select_rows(past: Cache, rows: torch.Tensor) -> Cache:
@@ -680,8 +742,15 @@ def generate_replies(
     processor: VikdfProcessor,
     examples: list[Example],
     knowledge: torch.Tensor | None,
+    prefixes: tuple[Cache, torch.Tensor] | None = None,
 ) -> list[str]:
-    """Replies by the paper's beam search (`DECODING`), given knowledge [B, n, h] or `None`."""
+    """
+    Replies by the paper's beam search (`DECODING`).
+
+    Args:
+        knowledge: [B, n, h], or `None` for prompts without.
+        prefixes: of the examples, from [`read_prefixes`], if they have been read.
+    """
     tokenizer, device = processor.tokenizer, model.get_input_embeddings().weight.device
     theirs = model.generation_config
     config = GenerationConfig(
@@ -691,7 +760,15 @@ def generate_replies(
         pad_token_id=tokenizer.pad_token_id,
     )
     ids, mask = _pad([example.prompt for example in examples], tokenizer.pad_token_id, "left", device)  # [B, T]
-    written = model.generate(input_ids=ids, attention_mask=mask, knowledge=knowledge, generation_config=config)
+    read = {}
+    # a template may ask for a reply otherwise than it writes one that is there
+    if prefixes is not None and all(example.prompt[:-1] == example.prefix for example in examples):
+        past, past_mask = prefixes
+        beams = torch.arange(len(examples), device=device).repeat_interleave(DECODING["num_beams"])
+        read["past_key_values"] = select_rows(past, beams)
+        mask = torch.nn.functional.pad(past_mask, (0, 1), value=1)  # [B, P + 1], as the cache has its columns
+        ids = torch.nn.functional.pad(ids, (mask.shape[1] - ids.shape[1], 0), value=tokenizer.pad_token_id)
+    written = model.generate(input_ids=ids, attention_mask=mask, knowledge=knowledge, generation_config=config, **read)
     replies = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
     return [reply.strip() for reply in replies]
 
@@ -957,7 +1034,10 @@ __all__ = [
     "generate_replies",
     "mean_knowledge",
     "nll_by_share",
+    "read_prefixes",
     "save_shrunk",
     "score_candidates",
+    "score_replies",
     "summarise",
+    "work_through",
 ]

@@ -8,6 +8,8 @@ import random
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -34,8 +36,10 @@ from modeling_vikdf.evaluation import (
     generate_replies,
     load_word_vectors,
     prepare,
+    read_prefixes,
     score_candidates,
     summarise,
+    work_through,
 )
 from modeling_vikdf.metrics import bleu, bleu_statistics, distinct, embedding_similarity, rouge_l
 
@@ -116,7 +120,7 @@ def test_likelihoods_are_those_of_one_chat_at_a_time(dialogues, llm, placing, ar
     assert len(examples) == COUNT if llm == "qwen" else 4 <= len(examples) < COUNT
     examples = examples[:6]
     knowledge = compute_knowledge(model, reader, [each.context for each in examples]) if arm == "own" else None
-    scores = score_candidates(model, reader, examples, knowledge, batch_size=7)
+    scores = score_candidates(model, reader, examples, 7, read_prefixes(model, reader, examples, knowledge))
     dialogues = {dialogue["key"]: dialogue for dialogue in dialogues}
     for example, row in zip(examples, scores, strict=True):
         dialogue = dialogues[example.key]
@@ -382,6 +386,35 @@ def test_replies_do_not_depend_on_the_batch(parts, dialogues):
     together = generate_replies(model, reader, examples, knowledge)
     alone = [generate_replies(model, reader, [each], knowledge[i : i + 1])[0] for i, each in enumerate(examples)]
     assert together == alone
+    choice = EvaluationSettings(ranking=False, batch_size=5)
+    found = evaluate_dialogues(model, reader, dialogues, choice)["dialogues"]
+    assert [record["reply"] for record in found] == together
+
+
+@pytest.mark.parametrize("arm", ["own", "none"])
+@pytest.mark.parametrize(
+    ("llm", "placing"),
+    [("qwen", {}), ("llama", {}), ("qwen", {"knowledge_message": "first_user", "knowledge_placement": "start"})],
+    ids=["qwen", "llama", "first-user"],
+)
+def test_a_prompt_that_was_scored_is_not_read_again(dialogues, llm, placing, arm, monkeypatch):
+    template = {"qwen": CHATML_WITH_GENERATION, "llama": LLAMA_WITH_GENERATION}[llm]
+    reader = processor(llm, system_prompt="Answer.", chat_template=template, **placing)
+    model = dialogue_model(llm=llm, knowledge_token_id=reader.knowledge_token_id).eval()
+    examples, _ = prepare(model, reader, dialogues, EvaluationSettings(arm), None, SkipReport())
+    examples = examples[:6]
+    knowledge = compute_knowledge(model, reader, [each.context for each in examples]) if arm == "own" else None
+    expected = generate_replies(model, reader, examples, knowledge)
+    prefixes = read_prefixes(model, reader, examples, knowledge)
+    read, forward = [], model.language_model.forward
+
+    def counting(*args, **kwargs):
+        read.append(kwargs["inputs_embeds"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.language_model, "forward", counting)
+    assert generate_replies(model, reader, examples, knowledge, prefixes) == expected
+    assert set(read) == {1}
 
 
 def test_bland_replies_are_counted():
@@ -418,6 +451,62 @@ def test_word_vectors(tmp_path):
         load_word_vectors(path, {"sky"})
 
 
+# ---- several batches at a time ----
+
+
+@pytest.fixture()
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_cores_share_the_batches_out_among_them(four_threads, monkeypatch):
+    monkeypatch.setattr(evaluation, "WORKERS", 2)
+    together, cores = threading.Barrier(2), []
+
+    def work(batch: int) -> int:
+        together.wait(timeout=60)  # lets nobody pass alone
+        cores.append(torch.get_num_threads())
+        return -batch
+
+    assert list(work_through(work, range(6), device=torch.device("cpu"))) == [0, -1, -2, -3, -4, -5]
+    assert cores == [2] * 6
+    assert torch.get_num_threads() == 4
+    later = threading.Thread(target=lambda: cores.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert cores[6:] == [4]
+    # an accelerator has its own way to do much at a time
+    caller = threading.get_ident()
+    assert set(work_through(lambda _: threading.get_ident(), range(3), device=torch.device("meta"))) == {caller}
+
+
+def test_after_an_error_the_other_batches_are_not_begun(four_threads):
+    begun = []
+
+    def work(batch: int) -> int:
+        begun.append(batch)
+        if batch == 2:
+            raise Interrupted
+        time.sleep(0.05)
+        return batch
+
+    found = work_through(work, range(1000), device=torch.device("cpu"))
+    with pytest.raises(Interrupted):
+        list(found)
+    assert len(begun) < 100 and torch.get_num_threads() == 4
+
+
+def test_evaluation_does_not_depend_on_how_many_batches_run_at_a_time(parts, dialogues, four_threads, monkeypatch):
+    model, reader = parts
+    choice = EvaluationSettings(batch_size=2)
+    together = evaluate_dialogues(model, reader, dialogues, choice)
+    torch.set_num_threads(1)
+    assert evaluate_dialogues(model, reader, dialogues, choice) == together
+
+
 # ---- interruptions ----
 
 
@@ -440,22 +529,22 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
 
 
 def test_an_interrupted_evaluation_goes_on(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "WORKERS", 1)  # so that it is certain which batch fails
     choice = EvaluationSettings(batch_size=4)
     expected = evaluate_file(checkpoint, data, tmp_path / "whole.json", choice)
     output, partial = tmp_path / "report.json", tmp_path / "report.json.partial.jsonl"
-    for name, calls in (("score_candidates", 2), ("score_candidates", 1), ("generate_replies", 2)):
+    for name, calls in (("score_candidates", 2), ("generate_replies", 1), ("score_candidates", 0)):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             interrupt(patch, name, calls)
             evaluate_file(checkpoint, data, output, choice)
         assert not output.exists()
-    # three batches of four, one of two; of the replies eight
-    parts = [json.loads(line).get("part") for line in partial.read_text().splitlines()]
-    assert parts == [None] + ["likelihood"] * COUNT + ["generation"] * 8
+    # three batches of four, one of two; two batches, then one more, were finished
+    done = [json.loads(line) for line in partial.read_text().splitlines()]
+    assert len(done) == 1 + 12 and all(each["record"]["reply"] is not None for each in done[1:])
     with open(partial, "a") as file:
-        file.write('{"part": "generation", "ke')  # killed while it wrote
+        file.write('{"key": "talk.jsonl:1')  # killed while it wrote
     with monkeypatch.context() as patch:
-        interrupt(patch, "score_candidates", 0)
-        interrupt(patch, "generate_replies", 2)
+        interrupt(patch, "generate_replies", 1)
         assert evaluate_file(checkpoint, data, output, choice) == expected
     assert output.read_text() == (tmp_path / "whole.json").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "whole.json"]
@@ -470,7 +559,7 @@ from modeling_vikdf import evaluation
 write = evaluation.Journal._write
 def write_and_die(self, lines):
     write(self, lines)
-    if "likelihood" in str(lines):
+    if "record" in str(lines):
         os.kill(os.getpid(), signal.SIGKILL)
 evaluation.Journal._write = write_and_die
 choice = evaluation.EvaluationSettings(batch_size=4, ranking=False)
