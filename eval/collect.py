@@ -246,6 +246,21 @@ def latency_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def throughput_table(result: dict[str, Any]) -> str:
+    """Markdown of what eval/throughput.py found."""
+    found = result["throughput"]
+    batched, alone = (found["seconds_a_dialogue"][name] for name in ("in_batches", "one_at_a_time"))
+    return (
+        f"Evaluating {result['num_dialogues']} dialogues ({result['data']}; likelihood, and replies by beam search), "
+        f"{result['threads']} threads:\n\n| | seconds a dialogue | minutes for 5,000 |\n|---|---|---|\n"
+        f"| in batches of {result['batch_size']} | {batched:.2f} | {5000 * batched / 60:.0f} |\n"
+        f"| one at a time | {alone:.2f} | {5000 * alone / 60:.0f} |\n\n{found['times_faster']:.1f} times faster."
+    )
+
+
+TIMES = {"latency": latency_table, "throughput": throughput_table}  # results that are no comparison of arms
+
+
 def render(readme: Path) -> None:
     """Writes a plot for each result, the tables of all into `tables.md` and the headlines into `readme`."""
     text = readme.read_text(encoding="utf-8")
@@ -253,7 +268,7 @@ def render(readme: Path) -> None:
         raise ValueError(f"{readme} lacks the markers {BEGIN} and {END}, between which the tables go.")
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     for name, result in results.items():
-        if "latency" not in result:
+        if not TIMES.keys() & result.keys():
             plot(result, RESULTS / f"{name}.svg")
     headlines = [_show(name, results[name], "eval/results/") for name in HEADLINES if name in results]
     block = f"{BEGIN}\n" + "\n\n".join(headlines) + f"\n{END}"
@@ -264,8 +279,8 @@ def render(readme: Path) -> None:
 
 def _show(name: str, result: dict[str, Any], folder: str) -> str:
     """Markdown of a result: its tables and, from the folder, its plot."""
-    if "latency" in result:
-        return latency_table(result)
+    for kind in TIMES.keys() & result.keys():
+        return TIMES[kind](result)
     return f"{tables(result)}\n\n![{name}]({folder}{name}.svg)"
 
 

@@ -199,6 +199,10 @@ def test_what_is_rendered(collector, monkeypatch, tmp_path):
     points = [{"queries": q, "context_tokens": t, "ratio": 1 + q / t} for t in (20, 1000) for q in (8, 4)]
     latency = {"latency": points, "new_tokens": 32, "threads": 2, "repeats": 5}
     (collector.RESULTS / "latency.json").write_text(json.dumps(latency))
+    seconds = {"in_batches": 0.3, "one_at_a_time": 1.5}
+    throughput = {"throughput": {"seconds_a_dialogue": seconds, "times_faster": 5.0}, "num_dialogues": 7}
+    throughput |= {"data": "chat.jsonl", "batch_size": 16, "threads": 2}
+    (collector.RESULTS / "throughput.json").write_text(json.dumps(throughput))
     monkeypatch.setattr(collector, "HEADLINES", ("chat", "missing"))
     collector.render(readme)
     text, everything = readme.read_text(), (collector.RESULTS / "tables.md").read_text()
@@ -206,6 +210,7 @@ def test_what_is_rendered(collector, monkeypatch, tmp_path):
     assert text.endswith(f"![chat](eval/results/chat.svg)\n{collector.END}\nafter\n")
     assert "old" not in text and "colours" not in text and "colours, 3 items" in everything
     assert "| queries | 20 | 1,000 |\n|---|---|---|\n| 4 | 1.20 | 1.00 |\n| 8 | 1.40 | 1.01 |" in everything
+    assert "| in batches of 16 | 0.30 | 25 |\n| one at a time | 1.50 | 125 |\n\n5.0 times faster." in everything
     plots = {path: path.read_bytes() for path in collector.RESULTS.glob("*.svg")}
     for data in ("chat", "colours"):
         assert f"![{data}]({data}.svg)" in everything
@@ -234,3 +239,29 @@ def test_a_turn_that_a_photograph_replaced_is_the_reply_to_the_turns_before_it(t
     ]
     assert [each["references"] for each in dialogues] == [["d"], ["c"]]
     assert names == ["dog", "sea"]
+
+
+def test_the_time_of_an_evaluation_in_batches_and_one_at_a_time(backbones, monkeypatch, tmp_path, capsys):
+    throughput = load("throughput")
+    model, reader = build_from(backbones, "qwen", "separate")
+    reader.chat_template = CHATML_WITH_GENERATION
+    for part in (model, reader):
+        part.save_pretrained(tmp_path / "model")
+    turns = [["hello there", "the red dog"], ["what is that", "a boat"], ["where is it", "in the sea"]]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"turns": each}) for each in turns))
+    score, read = throughput.score_candidates, []
+
+    def counting(*args):
+        read.append(len(args[2]))
+        return score(*args)
+
+    monkeypatch.setattr(throughput, "score_candidates", counting)
+    options = {"model": tmp_path / "model", "data": tmp_path / "chat.jsonl", "output": tmp_path / "times.json"}
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *arguments])
+    throughput.main()
+    assert read == [1] * 5  # two to warm up
+    report = json.loads((tmp_path / "times.json").read_text())
+    seconds = report["throughput"]["seconds_a_dialogue"]
+    assert report["num_dialogues"] == 3 and min(seconds.values()) > 0
+    assert report["throughput"]["times_faster"] == pytest.approx(seconds["one_at_a_time"] / seconds["in_batches"])
