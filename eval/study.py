@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--probe", nargs="*", default=[], help="files of items for `vikdf probe`")
     parser.add_argument("--knowledge", nargs="+", default=["own", "shuffled"], help="arms of the evaluation")
     parser.add_argument("--limit", type=int, help="dialogues of each file")
-    parser.add_argument("--batch-size", type=int, default=16, help="dialogues at a time")
+    parser.add_argument("--batch-size", type=int, default=16, help="dialogues in a batch")
     parser.add_argument("--whole", action="store_true", help="rank and reply as well, reported as FILE_replies")
     parser.add_argument("--visual-words", help="file with a word a line")
     parser.add_argument("--word-vectors", help="file of word vectors")

@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--no-generation", action="store_true", help="leave out the generation of replies")
     sub.add_argument("--visual-words", help="file with a word a line, whose likelihood is reported apart")
     sub.add_argument("--word-vectors", help="file with 'word v1 v2 ...' a line, for the embedding metrics")
-    sub.add_argument("--batch-size", type=int, default=16, help="dialogues, or candidates, at a time (default: 16)")
+    sub.add_argument("--batch-size", type=int, default=16, help="dialogues, or candidates, in a batch (default: 16)")
     sub.add_argument("--seed", type=int, default=0, help="seed of distractors, shuffling, intervals (default: 0)")
     sub.set_defaults(run=evaluate)
 

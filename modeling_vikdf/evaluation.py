@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig
@@ -274,19 +275,21 @@ def evaluate_dialogues(
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
     batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
     keys = [example.key for example in examples]
-    found = journal.run(functools.partial(work_through, evaluate, device=model.device), batches, keys)
+    found = journal.run(functools.partial(work_through, model, evaluate), batches, keys)
     records = [{"key": key, **record} for key, record in zip(keys, found, strict=True)]
     summary = summarise(records, [example.references for example in examples], settings)
     return {**summary, "num_dialogues": len(examples), "skipped": report.counts(), **shortened, "dialogues": records}
 
 
-def work_through(work: Callable[[Any], Any], batches: Sequence[Any], *, device: torch.device) -> Iterator[Any]:
+def work_through(model: nn.Module, work: Callable[[Any], Any], batches: Sequence[Any]) -> Iterator[Any]:
     """
-    What `work` returns for each batch, in their order. On a CPU several batches are worked on at a time, each by some
-    of the cores, which wait less for each other than if all shared one.
+    What `work` does with the model for each batch, in their order. On a CPU several batches are worked on at a time,
+    each by some of the cores, which wait less for each other than if all shared one.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, WORKERS) if device.type == "cpu" else 1
+    # an accelerator has its own way to do much at a time, and weights that are moved in and out serve one batch
+    alone = model.device.type != "cpu" or hasattr(model, "hf_device_map")
+    workers = 1 if alone else min(threads, WORKERS)
     if workers == 1:
         yield from map(work, batches)
         return
@@ -674,7 +677,7 @@ def score_candidates(
             targets = torch.tensor(ids[-tokens:], device=predicted.device)
             # row by row in float32, which of all rows at once would take much memory
             predicted = predicted[len(ids) - 1 - tokens : len(ids) - 1].float()  # [tokens, vocabulary]
-            scores[b][c] = -torch.nn.functional.cross_entropy(predicted, targets, reduction="none").cpu()
+            scores[b][c] = -nn.functional.cross_entropy(predicted, targets, reduction="none").cpu()
     return scores
 
 
@@ -700,7 +703,7 @@ def score_replies(
         return [each for [each] in score_candidates(model, processor, examples[some], batch_size, prefixes)]
 
     starts = range(0, len(examples), batch_size)
-    scored = tqdm(work_through(score, starts, device=model.device), desc=name, unit=" batches", total=len(starts))
+    scored = tqdm(work_through(model, score, starts), desc=name, unit=" batches", total=len(starts))
     return [each for batch in scored for each in batch]
 
 
@@ -766,8 +769,8 @@ def generate_replies(
         past, past_mask = prefixes
         beams = torch.arange(len(examples), device=device).repeat_interleave(DECODING["num_beams"])
         read["past_key_values"] = select_rows(past, beams)
-        mask = torch.nn.functional.pad(past_mask, (0, 1), value=1)  # [B, P + 1], as the cache has its columns
-        ids = torch.nn.functional.pad(ids, (mask.shape[1] - ids.shape[1], 0), value=tokenizer.pad_token_id)
+        mask = nn.functional.pad(past_mask, (0, 1), value=1)  # [B, P + 1], as the cache has its columns
+        ids = nn.functional.pad(ids, (mask.shape[1] - ids.shape[1], 0), value=tokenizer.pad_token_id)
     written = model.generate(input_ids=ids, attention_mask=mask, knowledge=knowledge, generation_config=config, **read)
     replies = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
     return [reply.strip() for reply in replies]
