@@ -3,6 +3,7 @@
 `make test-browser` installs chromium where it can; without it, or without Playwright, these tests are skipped.
 """
 
+import contextlib
 import re
 import shutil
 import threading
@@ -125,10 +126,14 @@ class Visitor:
 
     def set_length(self, tokens: int) -> None:
         field = self.page.get_by_label("number input for Longest reply")
-        field.fill(str(tokens))
-        field.press("Enter")
-        # the page has taken it when the slider beside it has moved
-        playwright.expect(self.page.get_by_label("range slider for Longest reply")).to_have_value(str(tokens))
+        slider = self.page.get_by_label("range slider for Longest reply")
+        # settings that were just opened may still be filled in by the page, over what is typed: a person types again
+        for _ in range(10):
+            field.fill(str(tokens))
+            field.press("Enter")
+            with contextlib.suppress(AssertionError):  # the page has taken it when the slider beside it has moved
+                return playwright.expect(slider).to_have_value(str(tokens), timeout=1000)
+        raise AssertionError(f"The slider stays at {slider.input_value()}, not {tokens}.")
 
 
 @pytest.fixture
