@@ -12,6 +12,7 @@ Example run:
 """
 
 import argparse
+import functools
 import json
 import re
 from pathlib import Path
@@ -111,7 +112,7 @@ def _same_seeds(paths: list[Path], others: list[Path]) -> list[Path]:
 def _collect_probe(found: dict[str, list[Path]], reference: str) -> dict[str, dict[str, Any]]:
     arms = {}
     for name, paths in found.items():
-        mean = _average(paths)
+        mean = _average(*paths)
         parts = {part: mean["subsets"][part] for part in PARTS if part in mean["subsets"]}
         own = _flatten({part: each["arms"]["own"] for part, each in parts.items()})
         arms[name] = {
@@ -121,14 +122,15 @@ def _collect_probe(found: dict[str, list[Path]], reference: str) -> dict[str, di
             "confidence_95": {key: each["confidence_95"] for key, each in own.items()},
         }
         if name != reference:
-            differences = _flatten(compare_probes(_average(_same_seeds(found[reference], paths)), mean))
+            differences = _flatten(compare_probes(_average(*_same_seeds(found[reference], paths)), mean))
             arms[name]["reference_minus_this"] = {
                 key: {"difference": each.pop("mean"), **each} for key, each in differences.items()
             }
     return arms
 
 
-def _average(paths: list[Path]) -> dict[str, Any]:
+@functools.cache  # the reference is compared with every arm
+def _average(*paths: Path) -> dict[str, Any]:
     probes = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return average_probes(probes, probes[0]["arms"][0])
 

@@ -500,7 +500,7 @@ def test_after_an_error_the_other_batches_are_not_begun(parts, four_threads):
     assert len(begun) < 100 and torch.get_num_threads() == 4
 
 
-def test_evaluation_does_not_depend_on_how_many_batches_run_at_a_time(parts, dialogues, four_threads, monkeypatch):
+def test_evaluation_does_not_depend_on_how_many_batches_run_at_a_time(parts, dialogues, four_threads):
     model, reader = parts
     choice = EvaluationSettings(batch_size=2)
     together = evaluate_dialogues(model, reader, dialogues, choice)

@@ -241,7 +241,7 @@ def test_a_turn_that_a_photograph_replaced_is_the_reply_to_the_turns_before_it(t
     assert names == ["dog", "sea"]
 
 
-def test_the_time_of_an_evaluation_in_batches_and_one_at_a_time(backbones, monkeypatch, tmp_path, capsys):
+def test_the_time_of_an_evaluation_in_batches_and_one_at_a_time(backbones, monkeypatch, tmp_path):
     throughput = load("throughput")
     model, reader = build_from(backbones, "qwen", "separate")
     reader.chat_template = CHATML_WITH_GENERATION
