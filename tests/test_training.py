@@ -591,7 +591,8 @@ def test_dialogues_of_similar_length_may_be_read_together(backbones, stages, tmp
     halves["train_sampling_strategy"] = "batch_rebalance"
     grouped = {"train_sampling_strategy": "group_by_length"}
     for name, parts in (("whole", {}), ("parts", halves), ("grouped", grouped)):
-        training = training_section(tmp_path / name, max_steps=2, **parts)
+        # where a gradient is next to nothing, AdamW would make a whole step of how it is rounded
+        training = training_section(tmp_path / name, max_steps=2, optim="sgd", **parts)
         run_stage("tune", recipe | {"training": training})
         state = json.loads((tmp_path / name / "trainer_state.json").read_text())
         logged.append([[step["loss"], step["grad_norm"]] for step in state["log_history"] if "loss" in step])
