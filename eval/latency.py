@@ -6,17 +6,16 @@ Example run:
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
-import transformers
 import yaml
 from tqdm.auto import tqdm
 
 from modeling_vikdf.backbones import new_model
+from modeling_vikdf.reports import versions
 
 
 HERE = Path(__file__).parent
@@ -69,8 +68,7 @@ def main() -> None:
                 }
             )
             bar.update()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    environment = {"threads": torch.get_num_threads(), "versions": versions | {"python": platform.python_version()}}
+    environment = {"threads": torch.get_num_threads(), "versions": versions()}
     report = {"new_tokens": NEW_TOKENS, "repeats": args.repeats, "latency": points, **environment}
     args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

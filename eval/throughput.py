@@ -6,12 +6,10 @@ Example run:
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 
 from modeling_vikdf import DEFAULT_CHECKPOINT
@@ -26,6 +24,7 @@ from modeling_vikdf.evaluation import (
     read_prefixes,
     score_candidates,
 )
+from modeling_vikdf.reports import versions
 
 
 HERE = Path(__file__).parent
@@ -73,11 +72,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "device": str(model.device),
         "dtype": str(model.language_model.dtype),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))

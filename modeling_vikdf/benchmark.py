@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import multiprocessing
-import platform
 import resource
 import statistics
 import time
@@ -11,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, pipeline
 
 from .configuration_vikdf import OBJECTIVES, VikdfConfig
 from .modeling_distillation import VikdfForPreTraining
+from .reports import versions
 from .training import freeze_unused, use_plain_attention
 
 
@@ -278,5 +277,4 @@ def benchmark_training(repeats: int = 5) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"threads": torch.get_num_threads(), "versions": versions | {"python": platform.python_version()}}
+    return {"threads": torch.get_num_threads(), "versions": versions()}

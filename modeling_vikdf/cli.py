@@ -203,7 +203,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Reports the paired differences of two systems that `evaluate` measured on the same data."""
-    from .evaluation import compare as compare_reports
+    from .reports import compare as compare_reports
 
     if len(args.reports) == 2 and not (args.a or args.b):
         a, b = args.reports[:1], args.reports[1:]

@@ -5,7 +5,7 @@
               -> read_prefixes: the LLM reads each prompt, once for the next two
               -> score_candidates -> perplexity, ranking of the true reply among others
               -> generate_replies -> BLEU, ROUGE-L, Distinct, embedding similarity
-              -> summarise        -> metrics with 95 % intervals; compare pairs two such results
+              -> summarise (reports.py) -> metrics with 95 % intervals
 
 All work is noted in a `Journal` as it is done, so that an evaluation that was interrupted goes on where it was. Arms
 differ in the knowledge alone: a dialogue's own, another's, the mean of all, or none.
@@ -16,9 +16,7 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
-import platform
 import random
 import re
 import shlex
@@ -30,40 +28,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig
 
-from . import __version__
 from .backbones import load_model
 from .collators import align_at_knowledge
 from .data import SkipReport, load_dialogues
-from .metrics import (
-    bleu_from_statistics,
-    bleu_statistics,
-    distinct_from_statistics,
-    distinct_statistics,
-    embedding_similarity_items,
-    rouge_l_items,
-    tokenize,
-)
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import IGNORED, VikdfProcessor
-from .resampling import (
-    CHUNK,
-    RANDOMISATIONS,
-    bootstrap_counts,
-    bootstrap_interval,
-    holm,
-    jackknife_interval,
-    leave_groups_out,
-    number_labels,
-    paired_randomisation,
-)
+from .reports import summarise, versions
+from .resampling import number_labels
 
 
 KNOWLEDGE_ARMS = ("own", "shuffled", "mean", "none")
@@ -74,32 +51,7 @@ MEAN_OF = 1500  # dialogues
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 WORKERS = 4  # batches at a time on a CPU; more would wait for each other to run their Python
 ENCODER_BATCH = 64  # contexts that the text encoder reads at a time
-NOT_SURE = re.compile(r"i['’]m not sure", re.IGNORECASE)  # how bland replies begin
 WORD = re.compile(r"\w+")
-
-# Metrics that are sum(values) / sum(weights) over dialogues: what the sums are called in a dialogue's record.
-RATIOS = {
-    "nll": ("nll", "tokens"),
-    "nll_per_example": ("mean_nll", "examples"),
-    "nll_visual_words": ("visual_nll", "visual_tokens"),
-    "nll_other_words": ("other_nll", "other_tokens"),
-    **{
-        name: (name, None)
-        for name in (
-            "hits_at_1",
-            "mrr",
-            "rouge_l",
-            "embedding_average",
-            "embedding_extrema",
-            "embedding_greedy",
-            "share_im_not_sure",
-        )
-    },
-}
-PERPLEXITIES = {"perplexity": "nll", "perplexity_per_example": "nll_per_example"}  # exp of
-
-# What reports must have in common to be compared, and what if they have it at all.
-SAME, SAME_IF_ANY = ("data_sha256", "limit", "all_references"), ("visual_words_sha256", "word_vectors_sha256")
 
 
 @dataclass(frozen=True)
@@ -200,12 +152,7 @@ def evaluate_file(
         **asdict(settings),
         **{name: Path(path).name for name, path in files.items()},
         **{f"{name}_sha256": _hash_file(path) for name, path in files.items()},
-        "versions": {
-            "modeling_vikdf": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     partial = output.with_name(output.name + ".partial.jsonl")
     with Journal(partial, identity) as journal:
@@ -277,7 +224,7 @@ def evaluate_dialogues(
     keys = [example.key for example in examples]
     found = journal.run(functools.partial(work_through, model, evaluate), batches, keys)
     records = [{"key": key, **record} for key, record in zip(keys, found, strict=True)]
-    summary = summarise(records, [example.references for example in examples], settings)
+    summary = summarise(records, [example.references for example in examples], settings.word_vectors, settings.seed)
     return {**summary, "num_dialogues": len(examples), "skipped": report.counts(), **shortened, "dialogues": records}
 
 
@@ -776,230 +723,6 @@ def generate_replies(
     return [reply.strip() for reply in replies]
 
 
-def load_word_vectors(path: str | Path, words: set[str]) -> dict[str, list[float]]:
-    """
-    The vectors of some words from a text file with `word v1 v2 ...` a line, as GloVe's and fastText's.
-
-    Raises:
-        OSError, ValueError: if it cannot be read, or a line is of another length or no numbers.
-    """
-    vectors, width = {}, None
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            fields = line.rstrip().split(" ")
-            if number == 1 and len(fields) == 2:  # fastText's first line has its numbers of words and dimensions
-                continue
-            width = width or len(fields) - 1
-            word = " ".join(fields[:-width])  # some of GloVe's words have spaces
-            if word in words:
-                try:
-                    vectors[word] = [float(value) for value in fields[-width:]]
-                except ValueError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: expected a word and {width} numbers; {error}."
-                    ) from error
-    if not vectors:
-        raise ValueError(f"{path} has none of the words of the replies: expected lines such as 'word 0.1 0.2 ...'.")
-    return vectors
-
-
-# ---- records -> metrics ----
-
-
-def summarise(
-    records: list[dict[str, Any]], references: list[list[str]], settings: EvaluationSettings
-) -> dict[str, Any]:
-    """
-    Metrics over dialogues, and their 95 % intervals over resamples of dialogues. Each record gets the metrics of its
-    reply.
-
-    `nll` is in nats a token, end of turn included, and `perplexity` its exponential; `perplexity_per_example` is that
-    of the mean over replies of each one's mean, as the authors' code has it. `bleu_n` and `distinct_n` are of all
-    replies together. Resampling repeats replies, which lowers Distinct, so its interval is by the delete-a-group
-    jackknife.
-
-    Args:
-        records: of each dialogue, what the parts of the evaluation found [N].
-        references: of each dialogue [N].
-
-    Returns:
-        `{"metrics": {name: value}, "confidence_95": {name: [low, high]}}`.
-    """
-    metrics, intervals = {}, {}
-    if settings.generation:
-        metrics, intervals = _summarise_replies(records, references, settings)
-    sums = {name: _sums(records, *keys) for name, keys in RATIOS.items() if keys[0] in records[0]}
-    sums = {name: pair for name, pair in sums.items() if pair[1].sum() > 0}
-    values, weights = torch.stack([torch.stack(pair) for pair in sums.values()], dim=2)  # [N, k] each
-    ratios = dict(zip(sums, (values.sum(0) / weights.sum(0)).tolist(), strict=True))
-    ends = zip(*bootstrap_interval(values, weights, seed=settings.seed), strict=True)
-    ends = dict(zip(sums, map(list, ends), strict=True))
-    perplexities = {name: math.exp(ratios[nll]) for name, nll in PERPLEXITIES.items()}
-    perplexity_ends = {name: [math.exp(end) for end in ends[nll]] for name, nll in PERPLEXITIES.items()}
-    return {
-        "metrics": {**perplexities, **ratios, **metrics},
-        "confidence_95": {**perplexity_ends, **ends, **intervals},
-    }
-
-
-def _sums(records: list[dict[str, Any]], value: str, weight: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each dialogue the two sums whose ratio over all is a metric, [N] each."""
-    return (
-        torch.tensor([record[value] for record in records]).double(),
-        torch.tensor([1 if weight is None else record[weight] for record in records]).double(),
-    )
-
-
-def _summarise_replies(
-    records: list[dict[str, Any]], references: list[list[str]], settings: EvaluationSettings
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """BLEU and Distinct of all replies, and their intervals; what is a mean over replies goes into the records."""
-    replies = [" ".join(tokenize(record["reply"])) for record in records]
-    references = [[" ".join(tokenize(text)) for text in texts] for texts in references]
-    items = {"rouge_l": rouge_l_items(replies, references, tokenized=True)}
-    if settings.word_vectors is not None:
-        words = {word for texts in [replies, *references] for text in texts for word in text.split()}
-        vectors = load_word_vectors(settings.word_vectors, words)
-        similarities = embedding_similarity_items(replies, references, vectors, tokenized=True)
-        items |= {f"embedding_{name}": similarities[name] for name in ("average", "extrema", "greedy")}
-    for i, record in enumerate(records):
-        record |= {name: float(values[i]) for name, values in items.items()}
-        record["share_im_not_sure"] = float(NOT_SURE.match(record["reply"]) is not None)
-
-    statistics = bleu_statistics(replies, references, tokenized=True)  # [N, 9]
-    for record, row in zip(records, statistics.tolist(), strict=True):
-        record["bleu"] = row
-    metrics = {name: float(value) for name, value in bleu_from_statistics(statistics.sum(0)).items()}
-    counts = bootstrap_counts(len(replies), seed=settings.seed)
-    resampled = bleu_from_statistics(np.concatenate([times.numpy() @ statistics for times in counts]))
-    intervals = {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in resampled.items()}
-
-    ngrams = distinct_statistics(replies, tokenized=True)
-    without = distinct_from_statistics(ngrams, leave_groups_out(len(replies)))  # [groups] each
-    for name, value in distinct_from_statistics(ngrams, np.ones(len(replies), dtype=bool)).items():
-        metrics[name], intervals[name] = value.item(), jackknife_interval(value.item(), without[name])
-    return metrics, intervals
-
-
-# ---- two reports -> differences ----
-
-
-def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> dict[str, Any]:
-    """
-    Pairs the dialogues of two systems, each evaluated on the same data, once or with several training seeds, over
-    which a dialogue's values are averaged first.
-
-    Args:
-        a, b: reports that [`evaluate_file`] wrote.
-
-    Returns:
-        `a`, `b`: what was evaluated; `num_dialogues`; `metrics`: for each that both have, but perplexity (see `nll`),
-        its value in `a` and `b`, the `difference` a minus b, its paired interval `confidence_95` by bootstrap over
-        dialogues (of BLEU and Distinct by jackknife), the `p_value` of approximate randomisation, and `p_value_holm`,
-        corrected for all the metrics.
-
-    Raises:
-        OSError: if a report cannot be read.
-        ValueError: if one is none, or they are not of the same data.
-    """
-    sides = [[_read_report(path) for path in paths] for paths in (a, b)]
-    reports = [report for side in sides for report in side]
-    for name in (*SAME, *SAME_IF_ANY):
-        found = {path: report.get(name) for path, report in zip([*a, *b], reports, strict=True)}
-        if len({value for value in found.values() if value is not None or name in SAME}) > 1:
-            values = ", ".join(f"{path}: {value}" for path, value in found.items())
-            raise ValueError(f"The reports are not of the same data, for {name} differs: {values}.")
-    seeds = [sorted({report.get("seed") for report in side}) for side in sides]
-    if seeds[0] != seeds[1]:
-        raise ValueError(
-            f"A was evaluated with the seeds {seeds[0]} and B with {seeds[1]}, which draw other distractors."
-        )
-    dialogues = [[{record["key"]: record for record in report["dialogues"]} for report in side] for side in sides]
-    keys = [key for key in dialogues[0][0] if all(key in each for side in dialogues for each in side)]
-    if not keys:
-        raise ValueError("The reports have no dialogue in common.")
-    metrics = {}
-    for name, (value, weight) in RATIOS.items():
-        if not all(value in each[keys[0]] for side in dialogues for each in side):
-            continue
-        pairs = [[_sums([each[key] for key in keys], value, weight) for each in side] for side in dialogues]
-        weights = pairs[0][0][1]  # [N]
-        if any((other != weights).any() for side in pairs for _, other in side):
-            raise ValueError(
-                f"The reports count {weight} differently, so their models have different tokenizers, and likelihoods "
-                "of different tokens cannot be compared."
-            )
-        if weights.sum() == 0:
-            continue
-        ours, theirs = (torch.stack([values for values, _ in side]).mean(0) for side in pairs)  # [N]
-        metrics[name] = {
-            "a": (ours.sum() / weights.sum()).item(),
-            "b": (theirs.sum() / weights.sum()).item(),
-            "difference": ((ours - theirs).sum() / weights.sum()).item(),
-            "confidence_95": list(bootstrap_interval(ours - theirs, weights, seed=seed)),
-            "p_value": paired_randomisation(ours - theirs, seed=seed),
-        }
-    if all("bleu" in each[keys[0]] for side in dialogues for each in side):
-        metrics |= _compare_corpora([[[each[key] for key in keys] for each in side] for side in dialogues], seed)
-    corrected = holm([figures["p_value"] for figures in metrics.values()])
-    for figures, p_value in zip(metrics.values(), corrected, strict=True):
-        figures["p_value_holm"] = p_value
-    described = [
-        [{name: report.get(name) for name in ("model", "weights_sha256", "knowledge", "seed")} for report in side]
-        for side in sides
-    ]
-    return {"a": described[0], "b": described[1], "num_dialogues": len(keys), "metrics": metrics}
-
-
-def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict[str, dict[str, Any]]:
-    """BLEU and Distinct, which are of all replies together, of the records [N] of each report of either side."""
-    pairs = []
-    for number in range(math.lcm(*map(len, sides))):  # so that each report of a side counts as much as the others
-        records = [record for side in sides for record in side[number % len(side)]]  # [2N]
-        replies = [" ".join(tokenize(record["reply"])) for record in records]
-        pairs.append((np.array([record["bleu"] for record in records]), distinct_statistics(replies, tokenized=True)))
-
-    def measure(chosen: np.ndarray) -> dict[str, np.ndarray]:
-        """Metrics [R] of the chosen ones [R, 2N] of both sides' replies."""
-        found = [bleu_from_statistics(chosen @ bleu) | distinct_from_statistics(each, chosen) for bleu, each in pairs]
-        return {name: np.mean([each[name] for each in found], axis=0) for name in found[0]}
-
-    def measure_sides(dialogues: np.ndarray, swapped: np.ndarray) -> tuple[dict[str, np.ndarray], ...]:
-        """Metrics [R] of A and of B in some dialogues [R, N], where in the swapped ones each has the other's reply."""
-        own, others = dialogues & ~swapped, dialogues & swapped
-        return measure(np.concatenate([own, others], axis=1)), measure(np.concatenate([others, own], axis=1))
-
-    everything = np.ones((1, len(sides[0][0])), dtype=bool)
-    a, b = measure_sides(everything, ~everything)
-    left_a, left_b = measure_sides(leave_groups_out(everything.size), ~everything)
-    draw, extreme = np.random.default_rng(seed), dict.fromkeys(a, 0)
-    for rows in torch.arange(RANDOMISATIONS).split(CHUNK):
-        other_a, other_b = measure_sides(everything, draw.random((len(rows), everything.size)) < 0.5)
-        for name in a:  # a tie by another order of summation is a tie
-            bound = abs(a[name] - b[name]) * (1 - 1e-9)
-            extreme[name] += int((abs(other_a[name] - other_b[name]) >= bound).sum())
-    return {
-        name: {
-            "a": a[name].item(),
-            "b": b[name].item(),
-            "difference": (a[name] - b[name]).item(),
-            "confidence_95": jackknife_interval((a[name] - b[name]).item(), left_a[name] - left_b[name]),
-            "p_value": (1 + extreme[name]) / (1 + RANDOMISATIONS),
-        }
-        for name in a
-    }
-
-
-def _read_report(path: str | Path) -> dict[str, Any]:
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no report of an evaluation: {error}") from error
-    if not isinstance(report, dict) or not report.get("dialogues"):
-        raise ValueError(f"{path} is no report of an evaluation: expected a JSON object with dialogues.")
-    return report
-
-
 # ---- helpers ----
 
 
@@ -1030,7 +753,6 @@ __all__ = [
     "EvaluationSettings",
     "Journal",
     "arm_knowledge",
-    "compare",
     "compute_knowledge",
     "evaluate_dialogues",
     "evaluate_file",
@@ -1041,6 +763,5 @@ __all__ = [
     "save_shrunk",
     "score_candidates",
     "score_replies",
-    "summarise",
     "work_through",
 ]
