@@ -113,13 +113,16 @@ def evaluate(folder: Path, arms: list[str], args: argparse.Namespace) -> None:
                     batch_size=args.batch_size,
                 )
                 print(output, evaluate_file(folder, file, output, settings)["metrics"], flush=True)
-    asked = [(file, arm, folder / f"{Path(file).stem}-{arm}.json") for file in args.probe for arm in arms]
-    asked = [each for each in asked if not each[-1].is_file()]
-    loaded = load_model(folder) if asked else None
-    for file, arm, output in asked:
-        found = probe(*loaded, load_items(file), [arm])
-        output.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        print(output, found["subsets"]["all"]["arms"], flush=True)
+    loaded = None
+    for file in args.probe:
+        outputs = {arm: folder / f"{Path(file).stem}-{arm}.json" for arm in arms}
+        missing = {arm: output for arm, output in outputs.items() if not output.is_file()}
+        if missing:
+            loaded, items = loaded or load_model(folder), load_items(file)
+        for arm, output in missing.items():
+            found = probe(*loaded, items, [arm])
+            output.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            print(output, found["subsets"]["all"]["arms"], flush=True)
 
 
 def main() -> None:
