@@ -68,8 +68,13 @@ def main() -> None:
                 }
             )
             bar.update()
-    environment = {"threads": torch.get_num_threads(), "versions": versions()}
-    report = {"new_tokens": NEW_TOKENS, "repeats": args.repeats, "latency": points, **environment}
+    report = {
+        "new_tokens": NEW_TOKENS,
+        "repeats": args.repeats,
+        "latency": points,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
     args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

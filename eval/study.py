@@ -115,8 +115,7 @@ def evaluate(folder: Path, arms: list[str], args: argparse.Namespace) -> None:
                 print(output, evaluate_file(folder, file, output, settings)["metrics"], flush=True)
     loaded = None
     for file in args.probe:
-        outputs = {arm: folder / f"{Path(file).stem}-{arm}.json" for arm in arms}
-        missing = {arm: output for arm, output in outputs.items() if not output.is_file()}
+        missing = {arm: output for arm in arms if not (output := folder / f"{Path(file).stem}-{arm}.json").is_file()}
         if missing:
             loaded, items = loaded or load_model(folder), load_items(file)
         for arm, output in missing.items():

@@ -553,7 +553,7 @@ def test_unfinished_work_of_another_evaluation_is_refused(tmp_path):
     assert path.read_text() == '{"seed": 1}\n'
 
 
-# ---- shrinking ----
+# ---- files and commands ----
 
 
 def test_knowledge_is_shrunk_as_far_as_makes_the_replies_likeliest(checkpoint, data, capsys, tmp_path):
@@ -569,9 +569,6 @@ def test_knowledge_is_shrunk_as_far_as_makes_the_replies_likeliest(checkpoint, d
         assert report["metrics"]["nll"] == pytest.approx(nlls[share], abs=1e-6)
     stage = yaml.safe_load((tmp_path / "shrunk" / "recipe.yaml").read_text())
     assert stage["stage"] == "shrink" and stage["share"] == told["share"] and stage["data"]["train"] == data.name
-
-
-# ---- the commands ----
 
 
 def test_a_limit_that_leaves_nothing_out_is_none(checkpoint, data, tmp_path):
