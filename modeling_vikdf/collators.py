@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging
 
 from .configuration_vikdf import VikdfConfig
-from .data import SkipReport
+from .data import SkipReport, decode_image
 from .features import tokenize_captions
 from .processing_vikdf import VikdfProcessor
 
@@ -128,7 +128,7 @@ class PreTrainingCollator(_Collator):
         Args:
             examples: `{"key", "captions"}` with `"image"` (PIL), or with the cached `"vision_states"` [S, d],
                 `"context_states"` (one [T, d] for each caption) and `"context_input_ids"`; masked image modelling
-                needs the image in either case.
+                needs the image in either case (PIL, or the content of its file).
         """
         weights = self.config.loss_weights
         draws = [_generator(self.seed, example.get("epoch", self.epoch), example["key"]) for example in examples]
@@ -217,10 +217,11 @@ class PreTrainingCollator(_Collator):
         if needed:
             if "image" not in needed[0]:
                 raise ValueError(
-                    "masked_image needs the pictures themselves, and the examples only have the encoder's states. Set "
-                    "its weight to 0, or train without a feature cache."
+                    "masked_image needs the pictures themselves, and the examples only have the encoder's states: "
+                    "give FeatureDataset the images."
                 )
             images = [example["image"] for example in needed]
+            images = [decode_image(image) if isinstance(image, bytes) else image for image in images]
             batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return batch
 

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,15 @@ class FeatureDataset(Dataset):
 
     Args:
         folder: the cache.
+        images: key -> content of the picture's file, for an objective that needs the pictures themselves.
 
     Raises:
         FileNotFoundError: if the folder holds no cache.
         ValueError: if the cache is not complete yet.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, images: Mapping[str, bytes] | None = None):
+        self.folder, self.images = Path(folder), images
         index = _read_index(self.folder)
         if index is None:
             raise FileNotFoundError(f"There are no cached features in {self.folder}: write them with cache_features.")
@@ -64,7 +65,8 @@ class FeatureDataset(Dataset):
         """
         Returns:
             `key`; `captions`, C strings; `vision_states` [S, d_vision] and `context_states`, C tensors [T, d_text],
-            float16; `context_input_ids`, C tensors [T], special tokens included.
+            float16; `context_input_ids`, C tensors [T], special tokens included; `image`, undecoded, where there are
+            `images`.
 
         Raises:
             IndexError: if there is no such picture.
@@ -83,6 +85,7 @@ class FeatureDataset(Dataset):
         offsets = _read(file, "token_offsets", first, last + 1)
         tokens, lengths = offsets[[0, -1]].tolist(), offsets.diff().tolist()
         return {
+            **({} if self.images is None else {"image": self.images[key]}),
             "key": key,
             "captions": captions,
             "vision_states": _read(file, "vision_states", row, row + 1)[0],  # [S, d_vision]

@@ -746,7 +746,9 @@ def _load_pairs(
         for part in (model.context_encoder, model.vision_encoder, model.iqformer):
             part.to(args.device)  # the Trainer moves the model later
         cache_features(model, processor, pairs, folder, pool_grid=data.get("pool_grid"), report=report)
-        return FeatureDataset(folder)
+        # the files themselves, in memory: a masked picture has to be seen anew
+        wanted = getattr(model.config, "loss_weights", {}).get("masked_image")
+        return FeatureDataset(folder, {pair["key"]: pair["image"] for pair in pairs} if wanted else None)
     if split == "validation" or data.get("pairs"):  # read in any order
         return load_image_text_pairs(data[split], streaming=False, **settings)
     settings |= {key: data[key] for key in ("probabilities", "shuffle_buffer") if key in data}

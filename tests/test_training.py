@@ -1151,9 +1151,29 @@ def test_a_stage_trains_on_cached_features(backbones, tmp_path):
         "features-00000.safetensors"
     ]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    recipe["objectives"] = {"masked_image": 1.0}
-    with pytest.raises(ValueError, match="masked_image needs the pictures"):
-        run_stage("distill", recipe | {"training": training_section(tmp_path / "third")})
+
+
+def test_pictures_are_masked_beside_cached_states(backbones, tmp_path):
+    """They are seen anew, for the masked share alone; with all patch states the losses are those without a cache."""
+    shard = str(write_shard(tmp_path / "pairs.tar", pairs(8)))
+    losses = {}
+    for name, data in (
+        ("plain", {}),
+        ("cached", {"feature_cache": str(tmp_path / "all")}),
+        ("pooled", {"feature_cache": str(tmp_path / "some"), "pool_grid": 2}),
+    ):
+        recipe = {
+            "model": model_section(backbones),
+            "objectives": {"text_image_matching": 1.0, "masked_image": 1.0, "masked_text": 1.0},
+            "data": {"train": shard, "validation": shard, **data},
+            "collator": {"masked_share": 0.5},
+        }
+        metrics = run_stage("distill", recipe | {"training": training_section(tmp_path / name, learning_rate=0.0)})
+        losses[name] = {key: value for key, value in metrics.items() if key.startswith("eval_loss_")}
+    assert losses["cached"] == pytest.approx(losses["plain"], rel=1e-3)
+    assert losses["pooled"]["eval_loss_masked_image"] == pytest.approx(
+        losses["plain"]["eval_loss_masked_image"], rel=1e-3
+    )
 
 
 def test_a_stage_goes_on_where_it_was_interrupted(backbones, tmp_path):
