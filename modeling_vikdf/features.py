@@ -84,14 +84,14 @@ class FeatureDataset(Dataset):
         first, last = _read(file, "caption_offsets", row, row + 2).tolist()
         offsets = _read(file, "token_offsets", first, last + 1)
         tokens, lengths = offsets[[0, -1]].tolist(), offsets.diff().tolist()
-        return {
-            **({} if self.images is None else {"image": self.images[key]}),
+        example = {
             "key": key,
             "captions": captions,
             "vision_states": _read(file, "vision_states", row, row + 1)[0],  # [S, d_vision]
             "context_states": list(_read(file, "context_states", *tokens).split(lengths)),  # C x [T, d_text]
             "context_input_ids": list(_read(file, "context_input_ids", *tokens).long().split(lengths)),  # C x [T]
         }
+        return example if self.images is None else {**example, "image": self.images[key]}
 
 
 def cache_features(

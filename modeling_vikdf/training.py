@@ -745,10 +745,12 @@ def _load_pairs(
         model.attach_vision_encoder()  # for the cache, also where no objective asks for pictures
         for part in (model.context_encoder, model.vision_encoder, model.iqformer):
             part.to(args.device)  # the Trainer moves the model later
+        images = None
+        if model.config.loss_weights["masked_image"]:  # a masked picture has to be seen anew: its file stays in memory
+            pairs = list(pairs)
+            images = {pair["key"]: pair["image"] for pair in pairs}
         cache_features(model, processor, pairs, folder, pool_grid=data.get("pool_grid"), report=report)
-        # the files themselves, in memory: a masked picture has to be seen anew
-        wanted = getattr(model.config, "loss_weights", {}).get("masked_image")
-        return FeatureDataset(folder, {pair["key"]: pair["image"] for pair in pairs} if wanted else None)
+        return FeatureDataset(folder, images)
     if split == "validation" or data.get("pairs"):  # read in any order
         return load_image_text_pairs(data[split], streaming=False, **settings)
     settings |= {key: data[key] for key in ("probabilities", "shuffle_buffer") if key in data}
