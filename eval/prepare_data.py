@@ -79,11 +79,23 @@ def draw_alike(windows: list[list[str]], replies: list[str], draw: random.Random
     As many as can be, in their order, with replies no longer than 95 % of the given ones, which end with each mark as
     often. Whether a full stop is written and how often a reply asks back is a habit of each corpus, and what an LLM
     learns from it first.
+
+    Raises:
+        ValueError: if there are no replies to resemble, or one ends in a way that no dialogue's reply does.
     """
+    if not replies:
+        raise ValueError("There is no dialogue whose replies could be resembled; give `--like` a file of dialogues.")
     longest = int(np.quantile([len(reply.split()) for reply in replies], 0.95))
     windows = [window for window in windows if len(window[-1].split()) <= longest]
     shares = {mark: count / len(replies) for mark, count in Counter(map(ending, replies)).items()}
     groups = {mark: [i for i, window in enumerate(windows) if ending(window[-1]) == mark] for mark in shares}
+    for mark, share in shares.items():
+        if not groups[mark]:
+            raise ValueError(
+                f"None of the {len(windows)} dialogues' replies of at most {longest} words ends "
+                f"{f'with {mark!r}' if mark else 'without a mark'}, as {100 * share:.0f} % of those to resemble do; "
+                "give more dialogues to draw from, or leave such replies out of the file of `--like`."
+            )
     total = min(len(groups[mark]) / share for mark, share in shares.items())
     drawn = [i for mark, share in shares.items() for i in draw.sample(groups[mark], round(total * share))]
     return [windows[i] for i in sorted(drawn)]

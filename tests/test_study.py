@@ -87,6 +87,20 @@ def test_dialogues_are_drawn_by_length_and_ending_of_replies():
     assert drawn == [window for window in windows if window in drawn]
 
 
+@pytest.mark.parametrize(
+    ("replies", "complaint"),
+    [
+        (["It is.", "Is it?"], "None of the 9 dialogues' replies of at most 2 words ends with '\\?', as 50 % of"),
+        (["no", "no"], "None of the 0 dialogues' replies of at most 1 words ends without a mark, as 100 % of"),
+        ([], "no dialogue whose replies"),
+    ],
+    ids=["a mark that no reply has", "all replies too long", "nothing to resemble"],
+)
+def test_dialogues_that_cannot_be_drawn_are_said(replies, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        load("prepare_data").draw_alike([["What is it?", "A dog."]] * 9, replies, random.Random(0))
+
+
 def test_a_study_trains_each_step_once_and_reports_what_was_asked(monkeypatch, tmp_path):
     study, stages, reports = load("study"), [], []
 
