@@ -12,12 +12,13 @@ def chat(args: argparse.Namespace) -> None:
     from transformers import pipeline
     from transformers.utils import logging
 
-    from . import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
+    from . import DEFAULT_CHECKPOINT
+    from .backbones import load_model
 
     logging.disable_progress_bar()
     source = args.model or DEFAULT_CHECKPOINT
     # loaded here, because `pipeline` buries the reason of a failure in its own
-    model, processor = VikdfForConditionalGeneration.from_pretrained(source), VikdfProcessor.from_pretrained(source)
+    model, processor = load_model(source)
     pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
     messages = []
 

@@ -46,6 +46,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from . import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
+from .backbones import load_model
 
 
 logger = logging.getLogger(__name__)
@@ -912,15 +913,13 @@ def serve(
     logger.setLevel(logging.INFO)
     name = "vikdf" if source is None else Path(source).resolve().name if Path(source).is_dir() else source
     source = source or DEFAULT_CHECKPOINT
-    model, processor = VikdfForConditionalGeneration.from_pretrained(source), VikdfProcessor.from_pretrained(source)
+    model, processor = load_model(source)
     if processor.image_processor is not None:
         try:
             model.attach_vision_encoder()
         except OSError:
             logger.warning("The vision encoder was not found: requests with pictures are refused.")
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    app = create_app(model.eval(), processor, name, api_key=api_key, **limits)
+    app = create_app(model, processor, name, api_key=api_key, **limits)
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("Anyone who can reach %s:%d can use this server: it asks for no API key.", host, port)
     # uvicorn's own log would show whole addresses, with whatever stands in them

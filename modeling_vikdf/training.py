@@ -39,7 +39,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .backbones import new_model
+from .backbones import half_precision_is_slow, new_model, widen_slow_half_precision
 from .collators import DialogueCollator, JointCollator, PreTrainingCollator
 from .configuration_vikdf import BACKBONE_CONFIGS, OBJECTIVES, VikdfConfig
 from .data import SkipReport, load_dialogues, load_image_text_pairs
@@ -612,7 +612,9 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     """
     recipe = _check_recipe(stage, recipe)
     data, settings = recipe["data"], dict(recipe["model"])
-    args = VikdfTrainingArguments(**recipe["training"])
+    # a recipe's bf16 is to be fast, which it is not everywhere
+    slow = {"bf16": False} if half_precision_is_slow() else {}
+    args = VikdfTrainingArguments(**recipe["training"] | slow)
     set_seed(args.seed)  # of new weights; the Trainer seeds itself
     tuning = stage == "tune"
     objectives = recipe["objectives"] or STAGE_OBJECTIVES[stage]
@@ -629,6 +631,7 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
         model = model_class.from_pretrained(checkpoint, config=config)
     else:
         model, processor = new_model(model_class=model_class, loss_weights=loss_weights, **settings)
+    widen_slow_half_precision(model)
     if args.bf16 and args.device.type == "cpu":
         use_plain_attention(model)
     report = SkipReport(os.path.join(args.output_dir, "skipped"))

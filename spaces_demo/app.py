@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, pipeline
 
-from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfDialoguePipeline, VikdfForConditionalGeneration, VikdfProcessor
+from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfDialoguePipeline, VikdfProcessor
+from modeling_vikdf.backbones import load_model
 from modeling_vikdf.data import decode_image
 from modeling_vikdf.picture_index import Match, PictureIndex
 
@@ -416,9 +417,8 @@ def render_pictures(matches: list[Match]) -> str:
 
 def load(source: str) -> Demo:
     """The demo of a checkpoint, a folder or a Hub id; without pictures if those at hand are another model's."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = VikdfForConditionalGeneration.from_pretrained(source).to(device)
-    pipe = pipeline("vikdf-dialogue", model=model, processor=VikdfProcessor.from_pretrained(source), device=device)
+    model, processor = load_model(source)
+    pipe = pipeline("vikdf-dialogue", model=model, processor=processor, device=model.device)
     index = PictureIndex.load(PICTURES)
     try:
         index.check_model(model)

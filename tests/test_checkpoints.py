@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfProcessor
-from modeling_vikdf.backbones import BackboneNotFoundError
+from modeling_vikdf.backbones import BackboneNotFoundError, load_model
 
 
 PACKAGE_ROOT = Path(__file__).parents[1]
@@ -80,6 +80,22 @@ def names_in(folder: Path) -> set[str]:
         with safe_open(path, framework="pt") as weights:
             names |= set(weights.keys())
     return names
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without an accelerator")
+@pytest.mark.parametrize(("instructions", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+def test_half_precision_is_widened_for_a_cpu_that_is_slow_in_it(llama, tmp_path, monkeypatch, instructions, dtype):
+    """To the same values; and what is saved then still says nothing of it."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    model, _ = load_model(llama)
+    assert model.language_model.dtype == dtype
+    plain = VikdfForConditionalGeneration.from_pretrained(llama)
+    saved = plain.language_model.state_dict()
+    assert saved["lm_head.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(value, saved[name].to(dtype)) for name, value in model.language_model.state_dict().items())
+    for name, each in (("widened", model), ("plain", plain)):
+        each.save_pretrained(tmp_path / name)
+    assert (tmp_path / "widened/config.json").read_text() == (tmp_path / "plain/config.json").read_text()
 
 
 # ---- what is trained, and nothing frozen ----
