@@ -1,5 +1,7 @@
 """IQ-Former and dialogue model: the same numbers as plain torch and the bare LLM give, and clear errors."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import KNOWLEDGE_ID, VOCABULARY, llm_config, pictures, prompt, row, tiny_config, tiny_model
@@ -361,6 +363,11 @@ def test_a_picture_alone(model):
 
 @torch.no_grad()
 def test_only_some_rows_have_a_picture(model):
+    """
+    Weights in float64: alone and in company kernels round differently, on some processors by more than the bounds for
+    float32, which hold then, for the norms still compute in that.
+    """
+    model, bounds = copy.deepcopy(model).double(), {"rtol": 1.3e-6, "atol": 1e-5}
     with_picture, without = prompt([14], sources=2, seed=1), prompt([9], seed=2)
     width, context_width = 14, with_picture["context_input_ids"].shape[1]
     pad = width - 9, context_width - without["context_input_ids"].shape[1]
@@ -372,8 +379,8 @@ def test_only_some_rows_have_a_picture(model):
     }
     pixels = torch.cat([pictures(), torch.zeros(1, 3, 32, 32)])
     logits = model(**batch, pixel_values=pixels, image_mask=torch.tensor([True, False])).logits
-    torch.testing.assert_close(logits[:1], model(**with_picture, pixel_values=pictures()).logits)
-    torch.testing.assert_close(logits[1:, pad[0] :], model(**without).logits)
+    torch.testing.assert_close(logits[:1], model(**with_picture, pixel_values=pictures()).logits, **bounds)
+    torch.testing.assert_close(logits[1:, pad[0] :], model(**without).logits, **bounds)
 
 
 @torch.no_grad()
