@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import pipeline
 
+from modeling_vikdf.backbones import load_model
 from modeling_vikdf.evaluation import DECODING
 
 
@@ -32,7 +33,8 @@ def main() -> None:
         chats.append([{"role": roles[i % 2], "content": turn} for i, turn in enumerate(json.loads(line)["turns"])])
     replies = {}
     for name in args.steps:
-        pipe = pipeline("vikdf-dialogue", model=str(args.study / f"seed{args.seed}" / name))
+        model, processor = load_model(args.study / f"seed{args.seed}" / name)
+        pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
         settings = {**DECODING, "return_full_text": False}
         replies[name] = [reply["generated_text"] for [reply] in pipe(chats, **settings)]
         if name == args.steps[0]:

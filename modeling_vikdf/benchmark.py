@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, pipeline
 
+from .backbones import load_model
 from .configuration_vikdf import OBJECTIVES, VikdfConfig
 from .modeling_distillation import VikdfForPreTraining
 from .reports import versions
@@ -52,7 +53,8 @@ def benchmark_generation(model: str | None = None, repeats: int = 7) -> dict[str
     """
     from . import DEFAULT_CHECKPOINT
 
-    pipe = pipeline("vikdf-dialogue", model=model or str(DEFAULT_CHECKPOINT))
+    loaded, processor = load_model(model or DEFAULT_CHECKPOINT)
+    pipe = pipeline("vikdf-dialogue", model=loaded, processor=processor)
     exactly = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     inputs = pipe.processor([CHAT]).to(pipe.device)
     # the same tokens, so the same length; to the LLM alone a placeholder is a token like any other

@@ -1116,11 +1116,15 @@ def test_dialogues_that_are_too_long_are_skipped_and_told(stages, tmp_path):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without an accelerator")
 @pytest.mark.parametrize(
-    ("instructions", "bf16", "attention", "autocast"),
-    [("AVX512", True, "eager", True), ("AVX512", False, "sdpa", False), ("AVX2", True, "sdpa", False)],
+    ("instructions", "bf16", "attention", "autocast", "dtype"),
+    [
+        ("AVX512", True, "eager", True, torch.bfloat16),
+        ("AVX512", False, "sdpa", False, torch.bfloat16),
+        ("AVX2", True, "sdpa", False, torch.float32),
+    ],
 )
 def test_half_precision_on_a_cpu_is_used_as_it_is_fast_there(
-    stages, tmp_path, monkeypatch, instructions, bf16, attention, autocast
+    stages, tmp_path, monkeypatch, instructions, bf16, attention, autocast, dtype
 ):
     """PyTorch's fused attention has a slow backward pass in bfloat16; without AVX-512 all of bfloat16 is slow."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
@@ -1135,11 +1139,11 @@ def test_half_precision_on_a_cpu_is_used_as_it_is_fast_there(
     def look(self, **_):
         parts = (self.model.language_model, self.model.iqformer.qformer)
         seen.extend(part.config._attn_implementation for part in parts)
-        seen.append(self.args.bf16)
+        seen.extend((self.args.bf16, parts[0].dtype))
 
     monkeypatch.setattr(VikdfTrainer, "train", look)
     run_stage("tune", recipe)
-    assert seen == [attention, attention, autocast]
+    assert seen == [attention, attention, autocast, dtype]
     assert recipe["training"]["bf16"] == bf16, "the recipe is kept as it was written"
 
 
