@@ -30,9 +30,12 @@ CHAT_ARGS ?= --interactive --message "I spent the whole day at the beach with my
 chat: setup
 	@$(VENV)/bin/vikdf chat $(CHAT_ARGS)
 
+# A file of tests to a process, one thread each: tests are small, and threads that wait for each other cost the most.
+PYTEST := -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: setup
 	$(VENV)/bin/ruff check .
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q --ignore=tests/test_browser.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) --ignore=tests/test_browser.py
 
 # The Space in Debian's chromium, installed if it is missing; where it can't be had the tests are skipped and say so.
 test-browser: setup
@@ -56,7 +59,7 @@ $(LOWEST)/.installed: $(VENV)/.installed requirements-lowest.txt
 
 # without what takes several processes, which is torch's and accelerate's
 test-lowest: $(LOWEST)/.installed
-	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest -q -k "not processes and not unequal" $(foreach name,\
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(PYTEST) -k "not processes and not unequal" $(foreach name,\
 		checkpoints generation pipeline processing sharing training,tests/test_$(name).py)
 
 # Trains and evaluates the arms of the study: make study STUDY_ARGS='--pairs ... --dialogues ... --steps vikdf soft_prompt'

@@ -33,7 +33,7 @@ setup(
         "eval": ["evaluate>=0.4.6", "datasets>=4", "nltk>=3.6", "matplotlib"],
         "demo": ["gradio>=6", "datasets>=4"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-        "dev": ["pytest", "hypothesis", "ruff", "playwright"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "playwright"],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )
