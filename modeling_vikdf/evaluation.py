@@ -37,6 +37,7 @@ from transformers import Cache, GenerationConfig
 from .backbones import load_model
 from .collators import align_at_knowledge
 from .data import SkipReport, load_dialogues
+from .modeling_backbones import CACHE
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import IGNORED, VikdfProcessor
 from .reports import summarise, versions
@@ -572,14 +573,14 @@ def read_prefixes(
     cache, before = None, model.tokens_before_knowledge(prefixes)
     if before:  # what all rows begin with, a system prompt, is read in one of them
         cache = model.read_prefix(embeds[:, :before], mask, positions)
-    cache = model.language_model.base_model(
+    outputs = model.language_model.base_model(
         inputs_embeds=embeds[:, before:],
         attention_mask=mask,
         position_ids=positions[:, before:],
-        past_key_values=cache,
         use_cache=True,
-    ).past_key_values
-    return cache, mask
+        **{CACHE: cache},
+    )
+    return getattr(outputs, CACHE), mask
 
 
 @torch.no_grad()
@@ -617,7 +618,7 @@ def score_candidates(
             input_ids=ids,
             attention_mask=torch.cat([past_mask, ids_mask], dim=1),
             position_ids=past_mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=device),
-            past_key_values=past,
+            **{CACHE: past},
         ).logits  # [R, S, vocabulary]
         for (b, c), ids, predicted in zip(some, candidates, logits, strict=True):
             tokens = examples[b].tokens[c]
@@ -715,7 +716,7 @@ def generate_replies(
     if prefixes is not None and all(example.prompt[:-1] == example.prefix for example in examples):
         past, past_mask = prefixes
         beams = torch.arange(len(examples), device=device).repeat_interleave(DECODING["num_beams"])
-        read["past_key_values"] = select_rows(past, beams)
+        read[CACHE] = select_rows(past, beams)
         mask = nn.functional.pad(past_mask, (0, 1), value=1)  # [B, P + 1], as the cache has its columns
         ids = nn.functional.pad(ids, (mask.shape[1] - ids.shape[1], 0), value=tokenizer.pad_token_id)
     written = model.generate(input_ids=ids, attention_mask=mask, knowledge=knowledge, generation_config=config, **read)

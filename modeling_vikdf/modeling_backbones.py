@@ -29,11 +29,16 @@ from transformers import (
     SiglipTextModel,
 )
 from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file, has_file
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_iqformer import CLIP_LOGIT_SCALE, VikdfIQFormer, VikdfMatchingHead
 
+
+# What the installed transformers calls the LLM's cache in arguments and outputs: "past_key_values" up to 5.23, "cache"
+# since 5.24.
+CACHE = {"cache", "past_key_values"}.intersection(CausalLMOutputWithPast.__dataclass_fields__).pop()
 
 # arguments of `from_pretrained` that say which files to read
 _WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -52,7 +57,7 @@ class VikdfPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     # what is trained keeps float32 weights beside a half-precision LLM
     _keep_in_fp32_modules_strict = [
         "iqformer",
@@ -469,6 +474,19 @@ def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in ("cache_dir", "local_files_only", "token") if key in kwargs}
 
 
+def pop_cache(kwargs: dict[str, Any]) -> Any:
+    """
+    The LLM's cache, or `None`, taken out of keyword arguments, where it goes by either of its names.
+
+    Raises:
+        ValueError: if it is given under both.
+    """
+    caches = [cache for name in ("cache", "past_key_values") if (cache := kwargs.pop(name, None)) is not None]
+    if len(caches) > 1:
+        raise ValueError("cache and past_key_values are two names of one argument: pass one of them.")
+    return caches[0] if caches else None
+
+
 def find_backbone(repo_id: str, revision: str | None, **hub_kwargs: Any) -> tuple[str, str | None]:
     """Where to load a backbone from: `(folder or repository id, revision)`."""
     try:
@@ -479,4 +497,4 @@ def find_backbone(repo_id: str, revision: str | None, **hub_kwargs: Any) -> tupl
     return locate_backbone(repo_id, revision, **hub_kwargs), None
 
 
-__all__ = ["VikdfPreTrainedModel", "find_backbone"]
+__all__ = ["CACHE", "VikdfPreTrainedModel", "find_backbone", "pop_cache"]

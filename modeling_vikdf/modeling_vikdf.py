@@ -19,10 +19,11 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
-from .modeling_backbones import VikdfPreTrainedModel, find_backbone
+from .modeling_backbones import CACHE, VikdfPreTrainedModel, find_backbone, pop_cache
 from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert
 
 
@@ -47,18 +48,15 @@ def reply_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor 
 
 
 @dataclass
-class VikdfCausalLMOutputWithPast(ModelOutput):
+class VikdfCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
+    The output of a causal LM of the installed transformers, whatever that calls the cache, with the knowledge.
+
     loss: mean negative log-likelihood of the labels, in nats a token, scalar.
     logits: [B, T, vocabulary]; with `labels` only the positions that predict a label of some row, [B, k, vocabulary].
     knowledge: knowledge vectors [B, m, h]: n of the text, then n of the picture, whichever were given.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     knowledge: torch.Tensor | None = None
 
 
@@ -361,6 +359,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         context_input_ids: torch.Tensor | None = None,
         context_attention_mask: torch.Tensor | None = None,
@@ -377,6 +376,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         Args:
             input_ids: prompt [B, T] with placeholders; or `inputs_embeds` [B, T, d_llm], already spliced.
             attention_mask: 1 for tokens, 0 for padding, [B, T].
+            past_key_values, cache: the LLM's cache of what comes before `input_ids`, by either of its names.
             context_input_ids, context_attention_mask: dialogue context for the text encoder [B, C].
             pixel_values: pictures [B, 3, H, W]; image_mask: rows that have one [B].
             knowledge: precomputed knowledge [B, m, h]; then both encoders are skipped.
@@ -389,6 +389,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: see `embed_prompt`, `project_knowledge` and `get_image_knowledge`.
         """
+        cache = pop_cache({"past_key_values": past_key_values, "cache": cache})
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         self._require("language_model")
@@ -410,14 +411,14 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             else:
                 targets = targets[:, logits_to_keep]
         prefix = 0
-        if labels is not None and input_ids is not None and past_key_values is None:
+        if labels is not None and input_ids is not None and cache is None:
             prefix = self.tokens_before_knowledge(input_ids)
         outputs = self.run_language_model(
             inputs_embeds,
             attention_mask,
             prefix=prefix,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
@@ -427,10 +428,10 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         return VikdfCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             knowledge=knowledge,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def tokens_before_knowledge(self, input_ids: torch.Tensor) -> int:
@@ -478,13 +479,13 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
         positions = kwargs.pop("position_ids", None)  # `None`: the LLM counts them its own way
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "use_cache")}
+        kwargs = {key: value for key, value in kwargs.items() if key not in (CACHE, "use_cache")}
         past = self.read_prefix(inputs_embeds[:, :prefix], attention_mask, positions)
         after = {} if positions is None else {"position_ids": positions[:, prefix:]}
         return language_model(
             inputs_embeds=inputs_embeds[:, prefix:],
             attention_mask=attention_mask,
-            past_key_values=past,
+            **{CACHE: past},
             **after,
             **logits,
             **kwargs,
@@ -508,13 +509,14 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             shared = 0
 
         def read(some: slice, columns: slice, past: Cache | None) -> Cache:
-            return self.language_model.base_model(
+            outputs = self.language_model.base_model(
                 inputs_embeds=embeds[some, columns],
                 attention_mask=attention_mask[some, : columns.stop],
-                past_key_values=past,
                 use_cache=True,
+                **{CACHE: past},
                 **({} if position_ids is None else {"position_ids": position_ids[some, columns]}),
-            ).past_key_values
+            )
+            return getattr(outputs, CACHE)
 
         past = None
         if shared:
@@ -571,6 +573,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             ValueError: for `prefill_chunk_size` (chunks would lose the knowledge); for knowledge with `inputs_embeds`
                 or with an `assistant_model` (it would draft without the knowledge).
         """
+        if (cache := pop_cache(kwargs)) is not None:
+            kwargs[CACHE] = cache
         config = generation_config if generation_config is not None else self.generation_config
         if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
             raise ValueError(
@@ -593,7 +597,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
                 kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), never])
             prompt = kwargs.get("input_ids", inputs)
             if prompt is not None and (cache := self._read_prompt_once(prompt, config, kwargs)) is not None:
-                kwargs["past_key_values"] = cache
+                kwargs[CACHE] = cache
         return super().generate(inputs, generation_config, **kwargs)
 
     def _read_prompt_once(self, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Cache | None:
@@ -606,18 +610,19 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             return kwargs.get(name, getattr(config, name, None))
 
         copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-        planned = ("past_key_values", "cache_implementation", "output_attentions", "output_hidden_states")
+        planned = (CACHE, "cache_implementation", "output_attentions", "output_hidden_states")
         if copies == 1 or input_ids.shape[1] < 2 or setting("use_cache") is False or any(map(setting, planned)):
             return None
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         embeds = self.embed_prompt(input_ids, kwargs["knowledge"], kwargs.get("image_mask"))  # [B, T, d_llm]
-        cache = self.language_model.base_model(
+        outputs = self.language_model.base_model(
             inputs_embeds=embeds[:, :-1],
             attention_mask=mask[:, :-1],
             position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
             use_cache=True,
-        ).past_key_values
+        )
+        cache = getattr(outputs, CACHE)
         cache.batch_repeat_interleave(copies)
         return cache
 

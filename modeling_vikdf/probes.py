@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .evaluation import KNOWLEDGE_ARMS, arm_knowledge, select_rows
+from .modeling_backbones import CACHE
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import VikdfProcessor
 from .resampling import bootstrap_interval, paired_randomisation
@@ -355,9 +356,9 @@ def _score(
         logits = model.language_model(
             # padding on the right is seen by nothing that is scored
             inputs_embeds=torch.cat([embeds[owner, -1:], embed(read.to(device))], dim=1),  # [R, 1 + T, d]
-            past_key_values=select_rows(past, owner),
             use_cache=True,
             logits_to_keep=columns,
+            **{CACHE: select_rows(past, owner)},
         ).logits.float()  # [R, k, vocabulary]
         sums.index_add_(0, reply, logits[i, column, token] - logits.logsumexp(-1)[i, column])
     return sums.cpu()

@@ -9,12 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tiny_models import LLMS, TOWERS, llm_config, speak_up, tiny_model, tower_configs, two_towers
 from tiny_tokenizers import bert_tokenizer, clip_like_tokenizer, image_processor, llama_tokenizer, qwen_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # from the top it may want torchvision
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
+
+
+# No test fails by time: a machine may be slow, or busy with other tests.
+settings.register_profile("vikdf", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vikdf")
 
 
 @pytest.fixture(scope="session", params=[(llm, towers) for llm in LLMS for towers in TOWERS], ids="-".join)

@@ -54,7 +54,7 @@ def drawn(batch: dict[str, torch.Tensor], row: int) -> dict[str, list]:
 EXAMPLES = pairs(12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.lists(st.sampled_from(range(12)), min_size=1, max_size=6, unique=True),
     seed=st.integers(0, 3),
@@ -410,7 +410,7 @@ def test_dialogues_beside_pictures():
 # ---- alignment ----
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7), st.integers(1, 4)), min_size=1, max_size=5),
     extra=st.integers(0, 2),

@@ -640,7 +640,7 @@ def test_dialogues_of_several_files_and_none(tmp_path):
 WORDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5).filter(str.strip)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(turns=st.lists(WORDS, min_size=1, max_size=7), references=st.lists(WORDS, max_size=3))
 def test_roles_alternate_back_from_the_reply_and_render(turns, references):
     if len(turns) + bool(references) < 2:

@@ -259,7 +259,7 @@ def test_too_few_replies_to_rank_among(parts, dialogues):
 
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=30), st.integers(0, 99))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_shuffled_knowledge_is_that_of_another_group(groups, seed):
     knowledge = torch.arange(len(groups)).float()[:, None, None].expand(-1, 2, 3)
     if 2 * max(map(groups.count, groups)) > len(groups):

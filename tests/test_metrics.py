@@ -69,7 +69,7 @@ def test_values_are_those_of_nlg_eval(tokenized):
 
 
 @given(corpora)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_values_are_those_of_the_coco_caption_evaluation(corpus):
     coco_bleu = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu(4)
     coco_rouge = pytest.importorskip("pycocoevalcap.rouge.rouge").Rouge()
@@ -178,7 +178,7 @@ def test_vectors_may_be_a_matrix_and_may_cancel():
 
 
 @given(corpora)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_what_is_said_as_the_reference_says_it_scores_one(corpus):
     predictions = [f"the dog runs {text}" for text, _ in corpus]  # four tokens and a known word at least
     references = [[text, *others] for text, (_, others) in zip(predictions, corpus, strict=True)]
@@ -189,7 +189,7 @@ def test_what_is_said_as_the_reference_says_it_scores_one(corpus):
 
 
 @given(corpora, st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_scores_are_fractions_whatever_the_order(corpus, random):
     shuffled = [(text, random.sample(references, len(references))) for text, references in corpus]
     random.shuffle(shuffled)
@@ -202,7 +202,7 @@ def test_scores_are_fractions_whatever_the_order(corpus, random):
 
 
 @given(corpora, st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_rows_of_statistics_resample_a_corpus(corpus, seed):
     """As a bootstrap does: many resamples at once, and each is the score of the corpus that it draws."""
     predictions, references = zip(*corpus, strict=True)
@@ -237,7 +237,7 @@ def test_tokens_are_those_of_nltk_of_lower_case_sentences(text, tokens):
 
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=3))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_raw_and_tokenized_texts_score_alike(predictions):
     references = [["The dog runs."]] * len(predictions)
     joined = [" ".join(tokenize(text)) for text in predictions]

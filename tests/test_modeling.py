@@ -7,9 +7,10 @@ import torch
 from tiny_models import KNOWLEDGE_ID, VOCABULARY, llm_config, pictures, prompt, row, tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, DynamicCache
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfIQFormer, initialize_from_bert
+from modeling_vikdf.modeling_backbones import CACHE
 from modeling_vikdf.modeling_iqformer import VikdfMatchingHead
 
 
@@ -410,8 +411,32 @@ def test_outputs_as_transformers_models_give_them(llama_model):
     batch = prompt([10])
     outputs = llama_model(**batch, output_hidden_states=True, use_cache=True)
     assert len(outputs.hidden_states) == 3 and outputs.past_key_values.get_seq_length() == 10
+    assert outputs[CACHE] is outputs.past_key_values  # whatever transformers calls it
     as_tuple = llama_model(**batch, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], outputs.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_either_of_its_names(llama_model, name):
+    """transformers 5.24 renamed it; callers and code on the Hub use both."""
+    ids = torch.tensor([[20, 21, 22, 23]])
+    expected = llama_model(input_ids=ids).logits[:, -1:]
+    read = llama_model(input_ids=ids[:, :-1], use_cache=True)
+    logits = llama_model(input_ids=ids[:, -1:], **{name: read[CACHE]}).logits
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert read[CACHE].get_seq_length() == 4  # that very cache was used
+
+    cache = DynamicCache(config=llama_model.config.text_config)
+    llama_model.generate(ids, max_new_tokens=2, do_sample=False, **{name: cache})
+    assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("method", ["forward", "generate"])
+def test_the_cache_under_both_names_at_once(llama_model, method):
+    caches = {name: DynamicCache(config=llama_model.config.text_config) for name in ("cache", "past_key_values")}
+    with pytest.raises(ValueError, match="two names of one argument"):
+        getattr(llama_model, method)(input_ids=torch.tensor([[20, 21]]), **caches)
 
 
 # ---- loss ----

@@ -130,7 +130,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_damaged_files_are_refused_or_whole(tmp_path_factory, data):
     """Cut off or with bytes changed, a file is an index that can be asked, or a ValueError that names it."""
     folder = tmp_path_factory.mktemp("damaged")

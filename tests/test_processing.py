@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_tokenizers import (
@@ -50,7 +50,7 @@ END_OF_TURN = {"chatml": "<|im_end|>", "llama": " </s>", "gemma": "<end_of_turn>
 
 texts = st.text("abcdefg hijklm,.!?'\n-Ääß漢🐕", min_size=1, max_size=30).map(str.strip).filter(bool)
 families = st.sampled_from(sorted(FAMILIES))
-fast = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+fast = settings(max_examples=40)
 
 
 @st.composite

@@ -63,7 +63,7 @@ def test_embeddings_that_tell_nothing_apart_find_nothing(value):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 25))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_recall_is_that_of_a_plain_sort(seed, num_images, num_texts):
     generator = torch.Generator().manual_seed(seed)
     images, texts = torch.nn.functional.normalize(

@@ -130,7 +130,7 @@ def test_dialogues_are_cut_at_a_turn():
 @given(
     st.lists(st.text(alphabet="abz.,!? \n'é雪🐶", min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=5)
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_token_counts_for_its_word(demo, texts):
     """Together the words have what the special tokens leave; whatever does not fit the text encoder is left out."""
     processor = demo.pipe.processor
