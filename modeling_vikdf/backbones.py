@@ -178,7 +178,7 @@ def dequantize_gguf(gguf_file: Path, name: str) -> str:
     if missing:
         raise ImportError(
             f"Unpacking {gguf_file} needs {' and '.join(missing)}, not installed here. "
-            f"Run: pip install {' '.join(missing)}"
+            f"Run: pip install \"modeling_vikdf[default]\", or: pip install {' '.join(missing)}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(f"{target}.lock"):

@@ -287,7 +287,8 @@ def serve(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script `vikdf`."""
     parser = argparse.ArgumentParser(prog="vikdf", description="Visual common sense for a frozen chat LLM.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(extra=None)  # the extra of setup.py that a command needs
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     sub = commands.add_parser("chat", help="talk in the terminal")
     sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
@@ -323,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
             metavar="KEY=VALUE",
             help="settings in place of the recipe's: learning_rate=1e-4, data.train=pairs.tar, model.checkpoint=DIR",
         )
-        sub.set_defaults(run=train, stage=stage)
+        sub.set_defaults(run=train, stage=stage, extra="train")
 
     sub = commands.add_parser(
         "shrink", help="draw a tuned model's knowledge towards its mean, by validation dialogues"
@@ -332,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--data", required=True, help="dialogues, JSON Lines, to take the mean of")
     sub.add_argument("--validation", required=True, help="dialogues, JSON Lines, whose replies are to be likely")
     sub.add_argument("--output", required=True, help="folder to write the model to")
-    sub.set_defaults(run=shrink)
+    sub.set_defaults(run=shrink, extra="eval")
 
     sub = commands.add_parser("retrieve", help="measure text-image retrieval")
     sub.add_argument("--data", required=True, nargs="+", help="webdataset shards, image folders or Hub datasets")
@@ -340,13 +341,13 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--output", help="JSON file to write")
     sub.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the bootstrap intervals (default: 0)")
-    sub.set_defaults(run=retrieve)
+    sub.set_defaults(run=retrieve, extra="eval")
 
     sub = commands.add_parser("index", help="embed pictures for the Space to compare knowledge with")
     sub.add_argument("source", help="folder of pictures, webdataset shards, Hub dataset; or an index, to embed anew")
     sub.add_argument("--output", required=True, help="folder to write index.safetensors to")
     sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
-    sub.set_defaults(run=index)
+    sub.set_defaults(run=index, extra="demo")
 
     sub = commands.add_parser("evaluate", help="measure replies to dialogues: likelihood, ranking, generation")
     sub.add_argument("--data", required=True, help="dialogues, JSON Lines: turns, messages, or turns and references")
@@ -371,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--word-vectors", help="file with 'word v1 v2 ...' a line, for the embedding metrics")
     sub.add_argument("--batch-size", type=int, default=16, help="dialogues, or candidates, in a batch (default: 16)")
     sub.add_argument("--seed", type=int, default=0, help="seed of distractors, shuffling, intervals (default: 0)")
-    sub.set_defaults(run=evaluate)
+    sub.set_defaults(run=evaluate, extra="eval")
 
     sub = commands.add_parser("compare", help="paired differences of two systems that were evaluated")
     sub.add_argument("reports", nargs="*", metavar="REPORT", help="two JSON files that evaluate wrote, A and B")
@@ -379,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--b", nargs="+", metavar="B", help="and of B")
     sub.add_argument("--output", help="JSON file to write")
     sub.add_argument("--seed", type=int, default=0, help="seed of intervals and p-values (default: 0)")
-    sub.set_defaults(run=compare)
+    sub.set_defaults(run=compare, extra="eval")
 
     sub = commands.add_parser("probe", help="ask what things look like, with and without knowledge")
     sub.add_argument("--data", required=True, help="items, JSON Lines; see modeling_vikdf/probes.py")
@@ -397,7 +398,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--limit", type=int, help="items to ask (default: all)")
     sub.add_argument("--batch-size", type=int, default=32, help="prompts at a time (default: 32)")
     sub.add_argument("--seed", type=int, default=0, help="seed of shuffled knowledge and statistics (default: 0)")
-    sub.set_defaults(run=probe)
+    sub.set_defaults(run=probe, extra="eval")
 
     sub = commands.add_parser("convert", help="convert a checkpoint of the authors' code")
     sub.add_argument("checkpoint", help="folder with config.json and a safetensors file")
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--repeats", type=int, default=7, help="timed runs of each arm (default: 7)")
     sub.set_defaults(run=benchmark)
 
-    sub = commands.add_parser("serve", help="answer over HTTP, as OpenAI's chat API does; needs the extra [serve]")
+    sub = commands.add_parser("serve", help="answer over HTTP, as OpenAI's chat API does")
     sub.add_argument("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     sub.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
@@ -433,11 +434,18 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--max-batch", type=int, default=16, help="replies generated together (default: 16)")
     sub.add_argument("--max-queue", type=int, default=64, help="requests that wait before more get 429 (default: 64)")
     sub.add_argument("--timeout", type=float, default=60, help="seconds for an answer (default: 60)")
-    sub.set_defaults(run=serve)
+    sub.set_defaults(run=serve, extra="serve")
 
     args = parser.parse_args(argv)
     try:
         args.run(args)
+    except ModuleNotFoundError as error:
+        if args.extra is None:
+            raise  # no extra brings it
+        sys.exit(
+            f"vikdf: {args.command!r} needs {error.name!r}, which is not installed. It comes with: "
+            f'pip install "modeling_vikdf[{args.extra}]"'
+        )
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"vikdf: {error}")
     except KeyboardInterrupt:
