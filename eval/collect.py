@@ -1,19 +1,21 @@
-"""Turns what a study left behind into tables and plots: eval/results/*.json, from which README and cards are rendered.
+"""Turns what a study left behind into tables and plots: eval/results/*.json, from which pages and cards are rendered.
 
     collect: OUTPUT/seed*/STEP/DATA-KNOWLEDGE.json -> eval/results/DATA.json (means, intervals, paired differences)
-    render:  eval/results/*.json -> eval/results/DATA.svg; all tables in eval/results/tables.md, those of `HEADLINES`
-             between the markers of README.md, too
+    render:  eval/results/*.json -> eval/results/DATA.svg; all tables in eval/results/tables.md; between the markers of
+             eval/RESULTS.md those of `HEADLINES`, between those of README.md the rows of `SUMMARY`. The prose around
+             the markers is written by hand.
 
 Example run:
     python eval/collect.py collect --study outputs/study --data image_chat_test flickr8k_unsaid --reference vikdf
     python eval/collect.py collect --study outputs/study --data image_chat_test --topic queries \
         --steps vikdf with_4_queries with_16_queries
-    python eval/collect.py render --readme README.md
+    python eval/collect.py render
 """
 
 import argparse
 import functools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,16 @@ HEADLINES = (
     "image_chat_test_replies",
     "flickr8k_unsaid",
 )
+SUMMARY = {  # rows of README's table, from image_chat_test: arm -> what it is, in a newcomer's words
+    "vikdf_shrunk": "**VIKDF, as packaged**",
+    "vikdf_shrunk, shuffled": "with another dialogue's knowledge",
+    "vikdf, mean": "with the mean knowledge of all dialogues",
+    "paper": "the authors' recipe, trained here",
+    "no_distillation": "no distillation: learnt from dialogues alone",
+    "caption_only": "captions in place of the photographs",
+    "soft_prompt": "free vectors (a soft prompt), no knowledge",
+    "language_model_best_prompt": "the LLM alone, with the best of nine prompts",
+}
 COMPARED = ("nll", "nll_visual_words")  # whose differences to the reference are told with their intervals
 LIKELIHOOD = {  # columns of a table: metric -> its name there, decimals
     "perplexity": ("perplexity", 2),
@@ -186,9 +198,20 @@ def _table(result: dict[str, Any], names: list[str], columns: dict[str, tuple[st
     return "\n".join(lines)
 
 
-def _signed(difference: dict[str, Any]) -> str:
+def _signed(difference: dict[str, Any], decimals: int = 4) -> str:
     low, high = difference["confidence_95"]
-    return f"{difference['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"{difference['difference']:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}]"
+
+
+def summary_table(result: dict[str, Any]) -> str:
+    """Markdown of the arms of `SUMMARY`: perplexity, and what the reference is ahead (below 0) or behind."""
+    lines = ["| | perplexity | VIKDF minus this, all words | VIKDF minus this, visual words |", "|---|---|---|---|"]
+    for name, title in SUMMARY.items():
+        arm = result["arms"][name]
+        differences = arm.get("reference_minus_this", {})
+        cells = [_signed(differences[key], 3) if differences else "" for key in COMPARED]
+        lines.append(f"| {title} | {arm['metrics']['perplexity']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -263,20 +286,36 @@ def throughput_table(result: dict[str, Any]) -> str:
 TIMES = {"latency": latency_table, "throughput": throughput_table}  # results that are no comparison of arms
 
 
-def render(readme: Path) -> None:
-    """Writes a plot for each result, the tables of all into `tables.md` and the headlines into `readme`."""
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{readme} lacks the markers {BEGIN} and {END}, between which the tables go.")
+def render(page: Path) -> None:
+    """Writes a plot for each result, the tables of all into `tables.md` and the headlines into `page`."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+    folder = f"{os.path.relpath(RESULTS, page.parent)}/"
+    headlines = [_show(name, results[name], folder) for name in HEADLINES if name in results]
+    fill(page, "\n\n".join(headlines))
     for name, result in results.items():
         if not TIMES.keys() & result.keys():
             plot(result, RESULTS / f"{name}.svg")
-    headlines = [_show(name, results[name], "eval/results/") for name in HEADLINES if name in results]
-    block = f"{BEGIN}\n" + "\n\n".join(headlines) + f"\n{END}"
-    readme.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: block, text, flags=re.DOTALL), encoding="utf-8")
     everything = ["# All results", *(_show(name, result, "") for name, result in results.items())]
     (RESULTS / "tables.md").write_text("\n\n".join(everything) + "\n", encoding="utf-8")
+
+
+def render_summary(readme: Path) -> None:
+    """Writes the table of `SUMMARY` into `readme`."""
+    fill(readme, summary_table(json.loads((RESULTS / "image_chat_test.json").read_text(encoding="utf-8"))))
+
+
+def fill(page: Path, block: str) -> None:
+    """
+    Puts a block of Markdown between the markers of a page.
+
+    Raises:
+        ValueError: if the page lacks them.
+    """
+    text = page.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{page} lacks the markers {BEGIN} and {END}, between which the tables go.")
+    text = re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{block}\n{END}", text, flags=re.DOTALL)
+    page.write_text(text, encoding="utf-8")
 
 
 def _show(name: str, result: dict[str, Any], folder: str) -> str:
@@ -298,8 +337,7 @@ def main() -> None:
     sub.add_argument("--topic", help="what these steps are about: the result is called DATA_TOPIC")
     sub.set_defaults(run=_collect)
     sub = commands.add_parser("render")
-    sub.add_argument("--readme", type=Path, default=Path("README.md"))
-    sub.set_defaults(run=lambda args: render(args.readme))
+    sub.set_defaults(run=_render)
     args = parser.parse_args()
     args.run(args)
 
@@ -310,6 +348,11 @@ def _collect(args: argparse.Namespace) -> None:
         result = collect(args.study, data, args.reference, args.steps, args.topic)
         (RESULTS / f"{result['data']}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(tables(result))
+
+
+def _render(args: argparse.Namespace) -> None:
+    render(RESULTS.parent / "RESULTS.md")
+    render_summary(RESULTS.parents[1] / "README.md")
 
 
 if __name__ == "__main__":
