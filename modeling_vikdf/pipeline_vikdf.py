@@ -46,7 +46,7 @@ class VikdfDialoguePipeline(Pipeline):
             use_knowledge: `False` asks the bare LLM.
             return_full_text: for chats, whether `generated_text` is the chat with the reply appended (default) or the
                 reply alone; a string is always answered with the reply alone.
-            streamer, generate_kwargs, and everything that `generate` takes.
+            kwargs: `streamer`, `generate_kwargs`, and everything that `generate` takes.
 
         Returns:
             As the text-generation pipeline: `[{"generated_text": ...}]` for one input, a list of such for several.
@@ -83,7 +83,7 @@ class VikdfDialoguePipeline(Pipeline):
             chat, images, kwargs: as for a call.
 
         Raises:
-            Whatever the generation raises.
+            Exception: whatever the generation raises.
         """
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, errors = _Stop(), []

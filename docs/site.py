@@ -1,0 +1,34 @@
+"""MkDocs hook: the site has the repository's own layout, so that a link works in both.
+
+What is shown besides docs/ lies where readers of the repository look for it: README, results, examples.
+"""
+
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+
+SHOWN = (
+    "README.md",
+    "CHANGELOG.md",
+    "docs/*.md",
+    "eval/*.md",
+    "eval/results/*.md",
+    "eval/results/*.svg",
+    "examples/*",
+    "configs/**/*.yaml",
+    "hub_cards/vikdf.svg",
+    "modeling_vikdf/*.py",
+    "spaces_demo/space.webp",
+)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Replaces the pages of docs/ by all that is shown, each under its path in the repository."""
+    root = Path(config.config_file_path).parent
+    for file in files.documentation_pages():
+        files.remove(file)
+    for path in sorted(path for pattern in SHOWN for path in root.glob(pattern) if path.is_file()):
+        files.append(File.generated(config, path.relative_to(root).as_posix(), abs_src_path=str(path)))
+    return files
