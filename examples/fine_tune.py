@@ -3,6 +3,7 @@
 The file holds a dialogue a line, {"messages": [...]} ending in a reply; without one, eight copies of a dialogue are
 learnt by heart. The tuned model is written to OUTPUT and loads with pipeline("vikdf-dialogue", model=OUTPUT).
 
+Example run:
     python examples/fine_tune.py OUTPUT [DIALOGUES.jsonl [MODEL]]
 """
 

@@ -3,6 +3,7 @@
 The packaged checkpoint's vision encoder, facebook/dinov2-small, comes from the Hub, or from a folder that the
 environment variable VIKDF_BACKBONES names. Give pictures of your own (two files) to ask about these.
 
+Example run:
     python examples/pictures.py [MODEL [PICTURE PICTURE]]
 """
 

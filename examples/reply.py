@@ -1,5 +1,6 @@
 """Prints two replies to one message: that of the LLM with knowledge, and that of the LLM alone.
 
+Example run:
     python examples/reply.py [MODEL]
 """
 

@@ -2,6 +2,7 @@
 
 `vikdf serve` is the same as a command; its clients look like the second half.
 
+Example run:
     python examples/serve.py [MODEL]
 """
 

@@ -1,5 +1,6 @@
 """Prints a dialogue of two turns; each reply appears word by word, as it is generated.
 
+Example run:
     python examples/stream.py [MODEL]
 """
 

@@ -1,5 +1,6 @@
 """examples/: each script prints what it says, and the notebook runs from top to bottom; on tiny models."""
 
+import functools
 import json
 import re
 import runpy
@@ -49,10 +50,12 @@ def run(checkpoint, monkeypatch, capsys):
     return run
 
 
+load = functools.cache(pipeline)
+
+
 def reply(checkpoint: Path, messages: str | list[dict], images=None, **kwargs) -> str:
-    pipe = pipeline("vikdf-dialogue", model=str(checkpoint))
     kwargs = {"return_full_text": False, "max_new_tokens": 40, **kwargs}
-    return pipe(messages, images, **kwargs)[0]["generated_text"]
+    return load("vikdf-dialogue", model=str(checkpoint))(messages, images, **kwargs)[0]["generated_text"]
 
 
 def test_every_example_is_listed_and_short():
@@ -87,9 +90,10 @@ def test_pictures(run, checkpoint, tmp_path):
     for file in files:
         Image.new("RGB", (64, 64), file.stem).save(file)
     own = run("pictures.py", checkpoint, *files).splitlines()
-    assert own[0] == drawn[0] and own[1] != drawn[1] and own[4:] == drawn[4:]  # another picture, another reply
-    without = [{"role": "user", "content": "I have no picture to show."}]
-    assert own[5].removeprefix("vikdf> ") == reply(checkpoint, without)
+    assert own[0::2] == drawn[0::2] and own[5] == drawn[5]
+    for said, replied, picture in zip(own[0::2], own[1::2], [*map(str, files), None], strict=True):
+        message = [{"role": "user", "content": said.removeprefix("you> ")}]
+        assert replied.removeprefix("vikdf> ") == reply(checkpoint, message, picture)
 
 
 def test_fine_tune(run, tmp_path):
