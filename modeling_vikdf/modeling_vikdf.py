@@ -5,6 +5,7 @@ Reads as the data flows: `get_text_knowledge` / `get_image_knowledge` (frozen en
 found, attached and left out of checkpoints stands in modeling_backbones.py.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,17 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    TextGenerationPipeline,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_backbones import CACHE, VikdfPreTrainedModel, find_backbone, pop_cache
 from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert
 
+
+logger = logging.get_logger(__name__)
 
 WORTH_SHARING = 64  # tokens that a shared pass must save to be worth another pass through the LLM's layers
 
@@ -598,6 +602,11 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             prompt = kwargs.get("input_ids", inputs)
             if prompt is not None and (cache := self._read_prompt_once(prompt, config, kwargs)) is not None:
                 kwargs[CACHE] = cache
+        elif _text_generation_calls():
+            logger.warning_once(
+                "The text-generation pipeline writes no places for knowledge into its prompts, so the LLM replies "
+                'without it. For replies with knowledge import modeling_vikdf and use pipeline("vikdf-dialogue").'
+            )
         return super().generate(inputs, generation_config, **kwargs)
 
     def _read_prompt_once(self, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Cache | None:
@@ -634,6 +643,17 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         )
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+def _text_generation_calls() -> bool:
+    """
+    Whether transformers' own pipeline is asking. The frames alone tell: it hands over nothing that a caller who wants
+    the LLM alone would not, and its user has not been asked whether knowledge is wanted.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), TextGenerationPipeline):
+        frame = frame.f_back
+    return frame is not None
 
 
 class _NeverWrite(LogitsProcessor):
