@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
+from transformers.generation import GenerateBeamDecoderOnlyOutput
 from transformers.utils.chat_template_utils import Chat
 
 
@@ -40,6 +41,11 @@ REFUSED = {
     "documents": "write them into a message",
     "assistant_model": "it would draft without the knowledge; prompt_lookup_num_tokens drafts without one",
     "assistant_tokenizer": "there is no assistant_model here",
+}
+# What the processor's errors advise, and what that means here.
+ADVICE = {
+    "raise max_length": "ask for fewer max_new_tokens",
+    "this processor was built without image_processor": "this model has no vision encoder",
 }
 NAMED = 10  # inputs that an error names; the others are in its `errors`
 
@@ -102,7 +108,7 @@ class VikdfDialoguePipeline(Pipeline):
             )
         # kept apart, because a call's generation_config replaces them all, as in text-generation
         names = [name for name in self._forward_params if name in GENERATION_FIELDS or name == "generation_config"]
-        self._generation_defaults = {name: self._forward_params.pop(name) for name in names}
+        self._constructor_settings = {name: self._forward_params.pop(name) for name in names}
         for entry in getattr(self.model.config, "custom_pipelines", {}).values():
             # transformers has put classes in place of their names, which could not be saved
             entry["pt"] = [getattr(each, "__name__", each) for each in entry["pt"]]
@@ -131,8 +137,8 @@ class VikdfDialoguePipeline(Pipeline):
         Raises:
             VikdfInputsError: if inputs of a list are empty or malformed chats, too long, or have a picture that cannot
                 be read, after all others have been answered: it names them by their places, and has the replies to the
-                others. An iterator raises a `ValueError` or `TypeError` where such an input has its place, and goes on
-                behind it with the next `next`.
+                others. An iterator raises a `ValueError` or `TypeError` in the place of such an input, and can be
+                continued behind it.
             ValueError: for a single input like that, for images that do not fit the inputs, and for settings that are
                 unknown or refused.
         """
@@ -218,6 +224,7 @@ class VikdfDialoguePipeline(Pipeline):
         if twice := sorted(set(kwargs) & set(generate_kwargs or {})):
             raise ValueError(f"{', '.join(twice)} is given twice: as an argument and in generate_kwargs.")
         forward = {**kwargs, **(generate_kwargs or {})}
+        forward = {name: value for name, value in forward.items() if name not in REFUSED or value is not None}
         own = inspect.signature(self._sanitize_parameters).parameters
         _refuse(forward, GENERATION_FIELDS | GENERATE_ARGUMENTS | set(own) - {"kwargs"})
         if stop_sequence is not None:
@@ -247,7 +254,7 @@ class VikdfDialoguePipeline(Pipeline):
         inputs = inputs if batched else {name: [value] for name, value in inputs.items()}
         items = [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
         if "generation_config" not in generate_kwargs:
-            generate_kwargs = {**self._generation_defaults, **generate_kwargs}
+            generate_kwargs = {**self._constructor_settings, **generate_kwargs}
         room = self._room_for_prompt(generate_kwargs)
         features, errors = self._read_good(items, use_knowledge=use_knowledge, max_length=room)
         replies = iter(self._generate(features, errors.count(None), generate_kwargs) if features else ())
@@ -273,7 +280,8 @@ class VikdfDialoguePipeline(Pipeline):
             self._read([item], **settings)
         except (TypeError, ValueError) as error:
             text = str(error).removeprefix("row 0, ").removeprefix("row 0: ")
-            text = text.replace("raise max_length", "ask for fewer max_new_tokens")
+            for theirs, ours in ADVICE.items():
+                text = text.replace(theirs, ours)
             explained = type(error)(text if item["place"] is None else f"inputs[{item['place']}]: {text}")
             explained.__cause__ = error
             return explained
@@ -303,6 +311,8 @@ class VikdfDialoguePipeline(Pipeline):
         for name in ("output_attentions", "output_hidden_states"):
             if self._setting(name, generate_kwargs):
                 raise ValueError(f"{name}: a reply has no place for these; call the processor and model.generate.")
+        if self._setting("output_logits", generate_kwargs) and (self._setting("num_beams", generate_kwargs) or 1) > 1:
+            raise ValueError("output_logits with num_beams: they belong to beams and not to replies; leave out one.")
         outputs = self.model.generate(**features, **{"tokenizer": self.processor.tokenizer, **generate_kwargs})
         if isinstance(outputs, torch.Tensor):
             outputs = {"sequences": outputs}
@@ -414,8 +424,9 @@ def _refuse(settings: Iterable[str], known: set[str]) -> None:
 
 def _scores(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Of each reply its `scores` and `logits` [B * replies, T_new, vocabulary], of beams their score [B * replies]."""
-    if outputs.get("sequences_scores") is not None:
-        return {"sequences_scores": outputs["sequences_scores"]}  # [B * replies]
+    if isinstance(outputs, GenerateBeamDecoderOnlyOutput):
+        scores = outputs.sequences_scores  # [B * replies]
+        return {} if scores is None else {"sequences_scores": scores}
     names = [name for name in ("scores", "logits") if outputs.get(name) is not None]
     return {name: torch.stack(outputs[name], dim=1) for name in names}
 

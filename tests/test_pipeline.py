@@ -546,6 +546,13 @@ def test_errors_speak_of_what_the_caller_passed(pipe, chat, message):
         assert "inputs[1]: " in str(listed.value) and not internals.search(str(listed.value))
 
 
+def test_a_picture_for_a_model_that_reads_none(pipe):
+    with patch.object(pipe.processor, "image_processor", None):
+        with pytest.raises(ValueError, match="this model has no vision encoder") as raised:
+            pipe(CHAT, images=picture("red"))
+    assert "image_processor" not in str(raised.value)
+
+
 def test_errors_of_settings_are_not_those_of_inputs(pipe):
     with pytest.raises(ValueError, match="num_return_sequences") as raised:
         pipe([CHAT, LONGER], num_return_sequences=3, do_sample=False)
@@ -610,6 +617,14 @@ def test_scores_of_beams(pipe):
         assert set(replies[0]) == {"generated_text", "sequences_scores"}  # a step's scores belong to no reply
 
 
+def test_logits_of_a_step_belong_to_no_reply_of_beams(pipe):
+    asked = {"return_dict_in_generate": True, "num_beams": 2}
+    with pytest.raises(ValueError, match="output_logits with num_beams"):
+        pipe(CHAT, output_logits=True, **asked)
+    assert pipe(CHAT, **asked) == pipe(CHAT, num_beams=2)  # no scores, for none were asked for
+    assert set(pipe(CHAT, output_logits=True, return_dict_in_generate=True)[0]) == {"generated_text", "logits"}
+
+
 @pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
 @pytest.mark.parametrize("way", ["argument", "config"])
 def test_outputs_that_a_reply_has_no_place_for_are_refused(pipe, name, way):
@@ -644,6 +659,8 @@ def test_settings_of_text_generation_that_have_no_meaning_here_are_refused(parts
         pipe(CHAT, **{name: value})
     with pytest.raises(ValueError, match=f"^{name}"):
         pipeline("vikdf-dialogue", model=model, processor=processor, **{name: value})
+    if name in REFUSED:
+        assert pipe(CHAT, **{name: None}) == pipe(CHAT)
 
 
 def test_every_argument_of_text_generation_is_known_or_refused_by_name(pipe):
