@@ -304,8 +304,13 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
 
         Args:
             mean: [n, h], the mean of the knowledge that many contexts evoke.
-            share: what remains of the differences; 1 changes nothing, 0 leaves the mean alone.
+            share: what remains of the differences; 1 changes nothing, 0 leaves the mean alone, a constant.
+
+        Raises:
+            ValueError: unless the share is between 0 and 1.
         """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share is what remains of the differences from the mean, between 0 and 1; got {share}.")
         gate = self.knowledge_gate[:, None]  # [n, 1]
         self.knowledge_base += (1 - share) * gate * self.language_projection(mean)
         self.knowledge_gate *= share
@@ -349,10 +354,15 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             keep[:, -self.config.num_knowledge_tokens :] = image_mask.to(keep.device)[:, None]
         found, expected = placeholders.sum(1), keep.sum(1)
         if found.shape != expected.shape or (found != expected).any():
+            hint = "Was the prompt written by this model's processor, and not truncated since?"
+            if found.shape == expected.shape and (found - expected == self.config.num_knowledge_tokens).any():
+                hint = (
+                    "There are places for a picture beside a text, but only one was given: pass context_input_ids and "
+                    "pixel_values, with a cache, too, unless it reaches behind all these places."
+                )
             raise ValueError(
                 f"Each row needs one placeholder (id {token_id}) for each knowledge vector: "
-                f"expected {expected.tolist()}, found {found.tolist()}. Was the prompt written by this model's "
-                "processor, and not truncated since?"
+                f"expected {expected.tolist()}, found {found.tolist()}. {hint}"
             )
         return embeds.masked_scatter(placeholders[..., None], vectors[keep].to(embeds.dtype))
 
@@ -547,7 +557,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         if new_ids is None:
             return model_inputs
         reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
-        if knowledge is not None and reads_prompt:
+        if is_first_iteration and new_ids.shape[1] < input_ids.shape[1] and not self._has_placeholders(new_ids):
+            embeds = self.get_input_embeddings()(new_ids)  # all knowledge is cached, and may be left out
+        elif knowledge is not None and reads_prompt:
             # the whole prompt, because the cache may end anywhere in it
             embeds = self.embed_prompt(input_ids.to(new_ids.device), knowledge, image_mask)[:, -new_ids.shape[1] :]
         elif is_first_iteration:
@@ -555,6 +567,10 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         else:  # tokens the LLM wrote are its own, even the one that serves as placeholder
             embeds = self.get_input_embeddings()(new_ids)
         return model_inputs | {"input_ids": None, "inputs_embeds": embeds}
+
+    def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
+        token_id = self.config.knowledge_token_id
+        return token_id is not None and bool((input_ids == token_id).any())
 
     @torch.no_grad()
     def generate(
@@ -571,7 +587,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         """
         Generates replies; everything that `GenerationMixin.generate` takes, and the knowledge inputs of `forward`.
 
-        The knowledge is computed once a row, before rows are copied for beams or several replies.
+        The knowledge is computed once a row, before rows are copied for beams or several replies. With a cache that
+        reaches behind a prompt's places of knowledge neither context nor picture need be given again: the LLM reads
+        what is cached. They must be, where it ends before.
 
         Raises:
             ValueError: for `prefill_chunk_size` (chunks would lose the knowledge); for knowledge with `inputs_embeds`
