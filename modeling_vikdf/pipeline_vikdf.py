@@ -108,7 +108,7 @@ class VikdfDialoguePipeline(Pipeline):
             )
         # kept apart, because a call's generation_config replaces them all, as in text-generation
         names = [name for name in self._forward_params if name in GENERATION_FIELDS or name == "generation_config"]
-        self._constructor_settings = {name: self._forward_params.pop(name) for name in names}
+        self._constructor_settings = _with_length({name: self._forward_params.pop(name) for name in names})
         for entry in getattr(self.model.config, "custom_pipelines", {}).values():
             # transformers has put classes in place of their names, which could not be saved
             entry["pt"] = [getattr(each, "__name__", each) for each in entry["pt"]]
@@ -253,8 +253,8 @@ class VikdfDialoguePipeline(Pipeline):
         batched = isinstance(inputs["is_text"], list)
         inputs = inputs if batched else {name: [value] for name, value in inputs.items()}
         items = [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
-        if "generation_config" not in generate_kwargs:
-            generate_kwargs = {**self._constructor_settings, **generate_kwargs}
+        defaults = {} if "generation_config" in generate_kwargs else self._constructor_settings
+        generate_kwargs = {**defaults, **_with_length(generate_kwargs)}
         room = self._room_for_prompt(generate_kwargs)
         features, errors = self._read_good(items, use_knowledge=use_knowledge, max_length=room)
         replies = iter(self._generate(features, errors.count(None), generate_kwargs) if features else ())
@@ -338,16 +338,17 @@ class VikdfDialoguePipeline(Pipeline):
 
     def _setting(self, name: str, generate_kwargs: dict[str, Any]) -> Any:
         """What `generate` takes for a setting: the argument, that of the configuration given, or the model's own."""
-        configs = generate_kwargs.get("generation_config"), self.model.generation_config
-        values = generate_kwargs.get(name), *(getattr(config, name, None) for config in configs)
-        return next((value for value in values if value is not None), None)
+        if name in generate_kwargs:
+            return generate_kwargs[name]
+        given = getattr(generate_kwargs.get("generation_config"), name, None)
+        return getattr(self.model.generation_config, name, None) if given is None else given
 
     def _room_for_prompt(self, generate_kwargs: dict[str, Any]) -> int | None:
         """
         How many tokens the prompt may have so that the reply still fits into the LLM's window.
 
         Raises:
-            ValueError: if the reply alone may be longer than that.
+            ValueError: if the reply alone, or both together, may be longer than that.
         """
         window = getattr(self.model.config.text_config, "max_position_embeddings", None)
         new_tokens = self._setting("max_new_tokens", generate_kwargs) or 0
@@ -355,6 +356,9 @@ class VikdfDialoguePipeline(Pipeline):
             raise ValueError(
                 f"max_new_tokens={new_tokens} leaves no room for a prompt: the language model reads {window} tokens."
             )
+        length = generate_kwargs.get("max_length")
+        if None not in (window, length) and length > window:
+            raise ValueError(f"max_length={length} is too long: the language model reads {window} tokens.")
         return None if window is None else window - new_tokens
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -420,6 +424,17 @@ def _refuse(settings: Iterable[str], known: set[str]) -> None:
         if name not in known:
             near = get_close_matches(name, sorted(known), n=1)
             raise ValueError(f"{name} is no setting of vikdf-dialogue{f'; did you mean {near[0]}?' if near else '.'}")
+
+
+def _with_length(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which a total length, if it is given, does not lose against another's number of new tokens."""
+    config = settings.get("generation_config")
+    for source in (settings, {} if config is None else vars(config)):
+        if source.get("max_new_tokens") is not None:
+            return settings
+        if source.get("max_length") is not None:
+            return {**settings, "max_length": source["max_length"], "max_new_tokens": None}
+    return settings
 
 
 def _scores(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

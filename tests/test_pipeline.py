@@ -585,6 +585,30 @@ def test_other_settings_of_the_constructor_stay_beside_a_generation_config(parts
     assert quiet(CHAT, generation_config=config) == expected
 
 
+@pytest.mark.parametrize("way", ["argument", "config", "constructor", "beside the constructor's"])
+def test_a_total_length_is_not_lost_to_the_models_number_of_new_tokens(parts, pipe, way, caplog):
+    model, processor = parts
+    total = processor([CHAT])["input_ids"].shape[1] + 3
+    built = {"constructor": {"max_length": total}, "beside the constructor's": {"max_new_tokens": 5}}.get(way, {})
+    own = pipeline("vikdf-dialogue", model=model, processor=processor, **built)
+    settings = {"max_length": total}
+    if way == "config":
+        settings = {"generation_config": GenerationConfig(**settings)}
+    asked = {} if way == "constructor" else settings
+    expected = pipe(CHAT, max_new_tokens=3)
+    caplog.clear()
+    assert own(CHAT, **asked) == expected
+    assert not [message for message in caplog.messages if "precedence" in message]
+    assert own(CHAT, max_new_tokens=3) == expected
+
+
+def test_a_total_length_beyond_the_llms_window_is_refused(pipe):
+    with pytest.raises(ValueError, match="max_length=100000.*reads"):
+        pipe(CHAT, max_length=100_000)
+    with pytest.raises(ValueError, match="max_length"):
+        pipe(CHAT, max_length=3)
+
+
 def test_a_generation_config_without_length_leaves_the_room_that_the_models_asks_for(pipe):
     window = pipe.model.config.text_config.max_position_embeddings
     with patch.object(pipe.model.generation_config, "max_new_tokens", window - 1):
