@@ -30,15 +30,14 @@ from typing import Any
 import datasets
 import fsspec
 from datasets import Dataset, Features, IterableDataset, List, Value
-from PIL import Image, ImageOps
 from transformers.utils import logging
+
+from .processing_vikdf import read_picture
 
 
 logger = logging.get_logger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # none that starts other programs, as EPS does
-MAX_PIXELS = 64_000_000  # more is taken for a decompression bomb
 METADATA = "metadata.jsonl"
 IMAGE_COLUMNS = ("image", "img", "picture", *IMAGE_EXTENSIONS)
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentence", "text", "txt", "raw", "json")
@@ -197,27 +196,6 @@ def load_image_text_pairs(
     return _decode_images(pairs, report) if decode else pairs
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Decodes an image file: upright, RGB, what is transparent on white.
-
-    Raises:
-        ValueError: If it is damaged, truncated, larger than `MAX_PIXELS` or in none of `IMAGE_FORMATS`.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, of which Pillow would make white
-            image = image.point(lambda value: value / 256).convert("L")
-        if image.has_transparency_data:  # under which there may be anything, often black
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as error:  # damaged files make decoders raise nearly anything
-        raise ValueError(str(error) or type(error).__name__) from error
-
-
 def _decode_images(pairs: IterableDataset, report: SkipReport) -> IterableDataset:
     return _map_or_drop(pairs, decode_pair, DECODED_PAIRS, report=report)
 
@@ -227,13 +205,13 @@ def decode_pair(row: dict[str, Any], report: SkipReport) -> dict[str, Any] | Non
     if not isinstance(row["image"], bytes):
         return row
     try:
-        return {**row, "image": decode_image(row["image"])}
+        return {**row, "image": read_picture(row["image"])}
     except ValueError as error:
         return report.add("corrupt image", row["key"], str(error))
 
 
 def _decode_column(rows: dict[str, list]) -> dict[str, list]:
-    return {**rows, "image": [decode_image(data) for data in rows["image"]]} if "image" in rows else rows
+    return {**rows, "image": [read_picture(data) for data in rows["image"]]} if "image" in rows else rows
 
 
 def _generate_pairs(shards: list[tuple[str, str, int, int]], report: SkipReport) -> Iterator[dict[str, Any]]:

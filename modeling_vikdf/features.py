@@ -193,8 +193,7 @@ def _encode(
     device = model.iqformer.query_tokens.device  # the encoders', wherever a device map put the LLM
     texts, captions, vision_states = [], [], []
     while batch := list(itertools.islice(examples, batch_size)):
-        images = [example["image"] for example in batch]
-        pixel_values = processor.image_processor(images=images, return_tensors="pt")["pixel_values"].to(device)
+        pixel_values = processor.pixel_values(example["image"] for example in batch).to(device)
         states = _pool(model.encode_images(pixel_values), pixel_values, model, pool_grid)  # [B, S, d_vision]
         vision_states.append(_to_half(states))
         captions += [list(example["captions"]) for example in batch]

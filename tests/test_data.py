@@ -26,7 +26,7 @@ from tiny_tokenizers import CHATML, qwen_tokenizer
 from torch.utils.data import DataLoader
 
 from modeling_vikdf import data
-from modeling_vikdf.data import SkipReport, decode_image, expand_braces, load_dialogues, load_image_text_pairs
+from modeling_vikdf.data import SkipReport, expand_braces, load_dialogues, load_image_text_pairs
 
 
 DATA = Path(os.environ.get("VIKDF_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
@@ -204,50 +204,6 @@ def test_what_does_not_exist_is_named(tmp_path):
     for load in (load_image_text_pairs, load_dialogues):
         with pytest.raises(ValueError, match="No sources"):
             load([])
-
-
-# ---- images ----
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
-def test_images_come_as_rgb(mode):
-    image = decode_image(picture(255, "TIFF", mode))
-    assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize(("mode", "color"), [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0))])
-def test_what_is_transparent_is_white(mode, color):
-    file = io.BytesIO()
-    Image.new(mode, (2, 2), color).save(file, "PNG")
-    assert decode_image(file.getvalue()).getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_sixteen_bits_become_eight():
-    for mode, format in (("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF")):
-        file = io.BytesIO()
-        Image.new(mode, (2, 2), 100 * 256).save(file, format)
-        assert decode_image(file.getvalue()).getpixel((0, 0)) == (100, 100, 100)
-
-
-def test_images_come_upright():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # lying on its side
-    assert decode_image(picture(format="JPEG", size=(8, 2), exif=exif)).size == (2, 8)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\xff\xd8 no JPEG", PNG[:-30], picture(format="JPEG", size=(64, 64))[:-40], b"%!PS-Adobe-3.0 EPSF"],
-)
-def test_damaged_and_foreign_images_are_refused(content):
-    with pytest.raises(ValueError):
-        decode_image(content)
-
-
-def test_decompression_bombs_are_refused(monkeypatch):
-    monkeypatch.setattr(data, "MAX_PIXELS", 15)
-    with pytest.raises(ValueError, match="4 x 4 pixels"):
-        decode_image(PNG)
 
 
 # ---- faults ----

@@ -14,8 +14,9 @@ from tiny_models import tiny_model
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration
 from modeling_vikdf.cli import main
-from modeling_vikdf.data import SkipReport, decode_image
+from modeling_vikdf.data import SkipReport
 from modeling_vikdf.picture_index import INDEX_NAME, PictureIndex, fingerprint, load_pictures
+from modeling_vikdf.processing_vikdf import read_picture
 
 
 SHIPPED = Path(__file__).parents[1] / "spaces_demo" / "pictures"
@@ -82,7 +83,7 @@ def test_a_picture_is_nearest_to_itself(parts):
         pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         best = index.nearest(model.get_image_embeddings(pixels), k=1)[0][0]
         assert best.title == title and best.score == pytest.approx(1, abs=1e-5)
-        thumbnail = decode_image(best.thumbnail)
+        thumbnail = read_picture(best.thumbnail)
         assert max(thumbnail.size) == 128 and thumbnail.width > thumbnail.height  # the shape is kept
 
 
