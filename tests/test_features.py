@@ -296,8 +296,7 @@ def test_a_picture_that_was_replaced_under_its_name_is_seen(pairs, tmp_path, as_
     assert not torch.allclose(before, after, atol=1e-2)
 
 
-@pytest.mark.parametrize("moment", ["reading", "writing"])
-def test_an_interrupted_change_leaves_no_complete_cache(pairs, tmp_path, monkeypatch, moment):
+def test_an_interrupted_change_leaves_no_complete_cache(pairs, tmp_path, monkeypatch):
     model, processor = build("separate")
     cache_features(model, processor, pairs, tmp_path / "old", shard_size=2)
     changed = [recoloured(pair) for pair in pairs]
