@@ -448,7 +448,8 @@ def _begin(folder: Path, index: dict[str, Any]) -> bool:
     try:
         found = _read_index(folder)
     except OSError as error:
-        found = logger.warning(str(error))  # which shards are what it described they know themselves
+        logger.warning(str(error))
+        found = None  # the shards know themselves what they were made with
     if found is not None:
         earlier = found["key"].get("format", 1) < FORMAT
         _check_key({**found["key"], "format": FORMAT} if earlier else found["key"], index["key"], folder)

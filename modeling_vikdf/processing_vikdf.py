@@ -596,9 +596,13 @@ def read_picture(picture: bytes | str | os.PathLike | Image.Image, max_pixels: i
     if width * height > max_pixels:
         raise ValueError(f"the picture has {width} x {height} pixels; at most {max_pixels} are read.")
     try:
-        return _to_rgb(ImageOps.exif_transpose(picture))
+        upright = ImageOps.exif_transpose(picture)  # which decodes it
     except Exception as error:  # damaged files make decoders raise nearly anything
         raise ValueError(f"cannot read the picture: it is no whole {_formats()} picture ({error}).") from error
+    try:
+        return _to_rgb(upright)
+    except ValueError as error:
+        raise ValueError(f"cannot read the picture: {error}.") from error
 
 
 def _open_picture(content: bytes, max_pixels: int) -> Image.Image:
@@ -616,7 +620,7 @@ def _formats() -> str:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("F", "I;16N"):  # floating-point values have no agreed white, and Pillow converts I;16N wrongly
-        raise ValueError(f"values of mode {image.mode} cannot be scaled: make it 8 bits a channel, mode L or RGB")
+        raise ValueError(f"values of mode {image.mode} cannot be scaled, make it 8 bits a channel, mode L or RGB")
     if image.mode.startswith("I"):
         image = _to_eight_bits(image)
     if image.has_transparency_data:  # under which there may be anything, often black

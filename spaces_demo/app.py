@@ -204,7 +204,8 @@ class Demo:
             try:
                 picture = read_picture(Path(path).read_bytes())
             except ValueError as error:
-                raise gr.Error(f"This picture cannot be read ({error}). PNG, JPEG and WebP can.") from error
+                reason = str(error).removeprefix("cannot read the picture: ")
+                raise gr.Error(f"This picture cannot be read: {reason}") from error
         settings = {
             "max_new_tokens": int(length),
             "num_beams": int(beams),

@@ -109,7 +109,10 @@ REFUSED = {
     "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no whole PNG"),
     "0 x 0": (png(0, 0, 8, 0, b""), "no whole PNG"),  # which the format does not allow
     "50000 x 50000": (png(50_000, 50_000, 8, 0, b"\0"), "too many pixels"),
-    "floating point": (content(Image.new("F", (2, 2), 0.5), "TIFF"), "mode F cannot be scaled"),
+    "floating point": (
+        content(Image.new("F", (2, 2), 0.5), "TIFF"),
+        "cannot read the picture: values of mode F cannot be scaled",
+    ),
     "32 bits": (content(Image.new("I", (2, 2), 70_000), "TIFF"), r"\(70000, 70000\) exceed 16 bits"),
 }
 
