@@ -549,7 +549,7 @@ def test_what_ships_needs_nothing_else():
     for name in CODE:
         text = (PACKAGE_ROOT / "modeling_vikdf" / name).read_text()
         top_level = {match for match in re.findall(r"^(?:from|import) ([\w.]+)", text, flags=re.MULTILINE)}
-        known = {"huggingface_hub", "safetensors", "torch", "transformers", ""} | set(sys.stdlib_module_names)
+        known = {"PIL", "huggingface_hub", "safetensors", "torch", "transformers", ""} | set(sys.stdlib_module_names)
         assert {each.split(".")[0] for each in top_level} <= known
         for module in re.findall(r"^\s*from \.(\S*) import", text, flags=re.MULTILINE):
             assert f"{module}.py" in CODE
