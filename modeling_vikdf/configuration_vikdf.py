@@ -91,6 +91,8 @@ class VikdfConfig(PreTrainedConfig):
             `{"repo_id": ..., "revision": ...}` of a backbone that is not stored in this checkpoint.
         backbone_dtypes (`dict`): role -> dtype of a backbone that is stored in this checkpoint, where it may differ
             from that of the trained weights; written by `save_pretrained`.
+        saved_in (`str`, *optional*): sub-folder that the checkpoint is read from while its save is not finished, see
+            atomic_saving.py; never saved.
 
     Raises:
         ValueError: for an unknown model type, an unknown role in `backbones`, or widths that do not fit.
@@ -120,6 +122,7 @@ class VikdfConfig(PreTrainedConfig):
     detach_knowledge_target: bool = True
     backbones: dict | None = None
     backbone_dtypes: dict | None = None
+    saved_in: str | None = None
     initializer_range: float = 0.02
     # The language model ties its own embeddings if it wants to; nothing is tied across the parts.
     tie_word_embeddings: bool = False
@@ -162,6 +165,12 @@ class VikdfConfig(PreTrainedConfig):
                 "VikdfForConditionalGeneration.from_backbones makes a new checkpoint around a language model."
             )
         return fields, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are saved."""
+        fields = super().to_dict()
+        fields.pop("saved_in", None)
+        return fields
 
     def encoder_width(self, key: str) -> int:
         """Width of the states that the encoder described by `key` (`context_config`, `vision_config`) hands over."""

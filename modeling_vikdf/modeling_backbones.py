@@ -6,11 +6,11 @@ It knows nothing of what the model computes.
 
 import contextlib
 import copy
-import fnmatch
+import glob
 import json
 import os
-import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file, has_file
 
+from .atomic_saving import check_saved_in, replace_files
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_iqformer import CLIP_LOGIT_SCALE, VikdfIQFormer, VikdfMatchingHead
 
@@ -149,18 +150,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
         dtype = kwargs.pop("torch_dtype", None) or dtype  # its former name
         if attn_implementation is not None:
             kwargs["attn_implementation"] = attn_implementation
-        config = kwargs.pop("config", None)
-        if not isinstance(config, PreTrainedConfig):
-            where = {key: kwargs.pop(key) for key in _WHERE if key in kwargs}
-            config, kwargs = cls.config_class.from_pretrained(
-                config or pretrained_model_name_or_path, return_unused_kwargs=True, **where, **kwargs
-            )
-            kwargs |= where
-        config = copy.deepcopy(config)
-        if not os.path.isdir(pretrained_model_name_or_path):
-            _check_repository_ids(config, pretrained_model_name_or_path)
-        where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
-        _check_weight_files(pretrained_model_name_or_path, **where, **_hub_kwargs(kwargs))
+        path = pretrained_model_name_or_path
+        config, source, kwargs = cls._locate(path, kwargs.pop("config", None), kwargs)
         if dtype != "auto":
             config.backbone_dtypes = {}
         placement = {"device_map": device_map}
@@ -176,9 +167,9 @@ class VikdfPreTrainedModel(PreTrainedModel):
             )
         else:
             load_kwargs = placement
-        with _clear_errors(pretrained_model_name_or_path):
+        with _clear_errors(path):
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
+                source,
                 *model_args,
                 config=config,
                 dtype=dtype,
@@ -189,14 +180,41 @@ class VikdfPreTrainedModel(PreTrainedModel):
             )
         if info["missing_keys"]:
             raise OSError(
-                f"The checkpoint {pretrained_model_name_or_path!r} lacks {len(info['missing_keys'])} weights of "
+                f"The checkpoint {path!r} lacks {len(info['missing_keys'])} weights of "
                 f"{cls.__name__}, such as {sorted(info['missing_keys'])[:3]}. It is incomplete or of another model."
             )
         model.attach_backbones(
             dtype=dtype, quantization_config=quantization_config, **placement, **_hub_kwargs(kwargs)
         )
+        model.config.name_or_path = model.name_or_path = str(path or "")
         model.eval()
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _locate(
+        cls, path: str | os.PathLike | None, config: Any, kwargs: dict[str, Any]
+    ) -> tuple[VikdfConfig, str | os.PathLike | None, dict[str, Any]]:
+        """The configuration, the folder or repository of the weights, and the other arguments of `from_pretrained`."""
+        if not isinstance(config, PreTrainedConfig):
+            where = {key: kwargs.pop(key) for key in _WHERE if key in kwargs}
+            config, kwargs = cls.config_class.from_pretrained(
+                config or path, return_unused_kwargs=True, **where, **kwargs
+            )
+            kwargs |= where
+        config = copy.deepcopy(config)
+        aside = check_saved_in(config.saved_in, "config.json")
+        config.saved_in = None
+        if path is None:
+            return config, None, kwargs
+        if os.path.isdir(path):
+            # joined here: given a folder, transformers looks for generation defaults beside the `subfolder`, too
+            path = os.path.normpath(os.path.join(path, kwargs.pop("subfolder", ""), aside))
+        else:
+            _check_repository_ids(config, path)
+            kwargs["subfolder"] = os.path.join(kwargs.get("subfolder", ""), aside)
+        where = {key: kwargs[key] for key in ("revision", "subfolder", "variant") if key in kwargs}
+        _check_weight_files(path, **where, **_hub_kwargs(kwargs))
+        return config, path, kwargs
 
     def attach_backbones(
         self,
@@ -320,8 +338,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
         """
         Writes what was trained and nothing frozen (safetensors); with `include_backbones` a self-contained checkpoint.
 
-        All files are written aside and then moved into place, so that an interrupted save leaves the previous
-        checkpoint as it was.
+        The folder's checkpoint is replaced as a whole or not at all, wherever the process is killed; see
+        atomic_saving.py.
         """
         push = {key: kwargs.pop(key) for key in ("push_to_hub", "repo_id", "commit_message") if key in kwargs}
         if push.get("push_to_hub"):
@@ -331,24 +349,16 @@ class VikdfPreTrainedModel(PreTrainedModel):
                 "A quantised LLM cannot be part of a self-contained checkpoint. Load the model without "
                 "quantization_config to save it with its backbones, or save it without them."
             )
-        os.makedirs(save_directory, exist_ok=True)
-        aside = tempfile.mkdtemp(dir=save_directory, prefix=".saving-")
-        try:
-            if include_backbones and self.config.vision_config is not None:
-                self.attach_vision_encoder()
-            with self._as_saved(include_backbones):
-                super().save_pretrained(aside, **kwargs)
-            saved = os.listdir(aside)
-            # weights first: a configuration never describes weights that are not there yet
-            for name in sorted(saved, key=lambda name: (name.endswith(".json"), name)):
-                os.replace(os.path.join(aside, name), os.path.join(save_directory, name))
-            if any(name.endswith(".safetensors") for name in saved):
-                # of an earlier checkpoint with more or fewer shards
-                stale = set(fnmatch.filter(os.listdir(save_directory), "model*.safetensors*")) - set(saved)
-                for name in stale:
-                    os.remove(os.path.join(save_directory, name))
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        if include_backbones and self.config.vision_config is not None:
+            self.attach_vision_encoder()
+        if kwargs.get("is_main_process", True):
+            place = replace_files(save_directory, "config.json")
+        else:  # takes part in gathering what is to be saved, and writes nothing
+            os.makedirs(save_directory, exist_ok=True)
+            place = tempfile.TemporaryDirectory()
+        with place as folder, self._as_saved(include_backbones):
+            super().save_pretrained(folder, **kwargs)
+            _name_shards(folder)
 
     def push_to_hub(self, repo_id: str, *, processor: Any = None, **kwargs: Any) -> Any:
         """
@@ -427,6 +437,20 @@ def _clear_errors(source: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
+def _name_shards(folder: str) -> None:
+    """Names the shards after this save alone: no reader finds the shards of one save by the index of another."""
+    save = uuid.uuid4().hex[:8]
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors.index*.json")):
+        with open(path, encoding="utf-8") as file:
+            index = json.load(file)
+        names = {name: name.replace("model", f"model-{save}", 1) for name in set(index["weight_map"].values())}
+        for old, new in names.items():
+            os.rename(os.path.join(folder, old), os.path.join(folder, new))
+        index["weight_map"] = {weight: names[name] for weight, name in index["weight_map"].items()}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(index, file, indent=2, sort_keys=True)
+
+
 def _check_repository_ids(config: VikdfConfig, source: str) -> None:
     """A repository has no say in which folders of this machine are read."""
     for role, backbone in config.backbones.items():
@@ -440,9 +464,13 @@ def _check_repository_ids(config: VikdfConfig, source: str) -> None:
 
 
 def _check_weight_files(
-    source: str | os.PathLike, revision: str | None = None, subfolder: str = "", **hub_kwargs: Any
+    source: str | os.PathLike,
+    revision: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
+    **hub_kwargs: Any,
 ) -> None:
-    """Refuses weights that are only there as pickles, and an index that leads out of its folder or repository."""
+    """Refuses weights that are only there as pickles, and an index that names others or what is not beside it."""
     where = {"revision": revision, **hub_kwargs}
 
     def find(name: str) -> str | None:
@@ -451,15 +479,21 @@ def _check_weight_files(
         except OSError:  # where nothing can be found for other reasons, loading says so
             return None
 
-    if find("model.safetensors"):
+    dotted = f".{variant}" if variant else ""
+    if find(f"model{dotted}.safetensors"):
         return
     pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-    if path := find("model.safetensors.index.json"):
+    if path := find(f"model.safetensors.index{dotted}.json"):
         with open(path, encoding="utf-8") as file:
             names = set(json.load(file)["weight_map"].values())
         if outside := sorted(name for name in names if os.path.basename(name) != name):
             raise ValueError(
                 f"{os.path.basename(path)} of {str(source)!r} names {outside[0]!r}, which is not beside it."
+            )
+        if others := sorted(name for name in names if not name.endswith(".safetensors")):
+            raise ValueError(
+                f"{os.path.basename(path)} of {str(source)!r} names {others[0]!r}. VIKDF loads safetensors only: "
+                "pickled weights can run code."
             )
     elif pickled := [name for name in pickles if has_file(source, os.path.join(subfolder, name), **where)]:
         raise OSError(

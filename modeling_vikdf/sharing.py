@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .atomic_saving import check_saved_in
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_distillation import VikdfForPreTraining
 from .modeling_vikdf import VikdfForConditionalGeneration
@@ -41,7 +42,8 @@ AUTO_CLASSES = {
 }
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 # What a saved folder gives a repository, the processor aside. Training leaves optimizer states and pickles beside it.
-MODEL_FILES = ("config.json", "generation_config.json", "recipe.yaml", "trainer_state.json", *WEIGHTS)
+MODEL_FILES = ("config.json", "generation_config.json", *WEIGHTS)
+TRAINING_FILES = ("recipe.yaml", "trainer_state.json")
 
 
 def push_to_hub(
@@ -177,8 +179,12 @@ def write_repository(
             model = (VikdfForPreTraining if pretraining else VikdfForConditionalGeneration).from_pretrained(model)
         else:
             _check_backbones(config)
-            source = model if os.path.isdir(model) else snapshot_download(model, allow_patterns=list(MODEL_FILES))
-            for path in (path for pattern in MODEL_FILES for path in Path(source).glob(pattern)):
+            patterns = [*MODEL_FILES, *TRAINING_FILES]
+            source = model if os.path.isdir(model) else snapshot_download(model, allow_patterns=patterns)
+            saved = Path(source, check_saved_in(config.saved_in, "config.json"))
+            for path in (path for pattern in MODEL_FILES for path in saved.glob(pattern)):
+                shutil.copyfile(path, folder / path.name)
+            for path in (path for name in TRAINING_FILES for path in Path(source).glob(name)):
                 shutil.copyfile(path, folder / path.name)
     if isinstance(model, PreTrainedModel):
         if not include_backbones:

@@ -72,6 +72,7 @@ CHAT = [{"role": "user", "content": "What is your dog doing?"}]
 CODE = {
     f"{name}.py"
     for name in (
+        "atomic_saving",
         "configuration_vikdf",
         "modeling_backbones",
         "modeling_distillation",
