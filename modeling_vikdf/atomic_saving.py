@@ -27,7 +27,7 @@ from pathlib import Path
 
 # head of a save -> what an earlier one may have left and the new one not replaced
 HEADS = {
-    "config.json": ("model*.safetensors*", "generation_config.json", "adapters/*/*"),
+    "config.json": ("model*.safetensors*", "generation_config.json", "adapter/*"),
     "processor_config.json": (
         "tokenizer*",
         "vocab.*",

@@ -91,6 +91,8 @@ class VikdfConfig(PreTrainedConfig):
             `{"repo_id": ..., "revision": ...}` of a backbone that is not stored in this checkpoint.
         backbone_dtypes (`dict`): role -> dtype of a backbone that is stored in this checkpoint, where it may differ
             from that of the trained weights; written by `save_pretrained`.
+        adapter (`str`, *optional*): name of the PEFT adapter that is stored in this checkpoint, in `adapter/`; written
+            by `save_pretrained`.
         saved_in (`str`, *optional*): sub-folder that the checkpoint is read from while its save is not finished, see
             atomic_saving.py; never saved.
 
@@ -122,6 +124,7 @@ class VikdfConfig(PreTrainedConfig):
     detach_knowledge_target: bool = True
     backbones: dict | None = None
     backbone_dtypes: dict | None = None
+    adapter: str | None = None
     saved_in: str | None = None
     initializer_range: float = 0.02
     # The language model ties its own embeddings if it wants to; nothing is tied across the parts.
