@@ -13,13 +13,14 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -78,6 +79,7 @@ class VikdfPreTrainedModel(PreTrainedModel):
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
         self._load_kwargs = {}  # how `attach_backbones` was asked to load, for what follows later
+        self._waiting_adapters = []  # arguments of `load_adapter`, until the backbones are attached
         self._loaded_weights = {}  # role -> name -> checksums of the weights that a repository gave
         for role, key in BACKBONE_CONFIGS.items():
             sub_config = getattr(config, key)
@@ -102,6 +104,15 @@ class VikdfPreTrainedModel(PreTrainedModel):
     def train(self, mode: bool = True) -> "VikdfPreTrainedModel":
         """Sets the trained parts to training mode; the frozen backbones stay in evaluation mode (no dropout)."""
         super().train(mode)
+        encoders = [role for role in ("context_encoder", "vision_encoder") if getattr(self, role) is not None]
+        if mode and (
+            hit := [role for role in encoders if any(each.requires_grad for each in getattr(self, role).parameters())]
+        ):
+            logger.warning_once(
+                f"The {' and '.join(hit)} has trainable parameters, but the encoders are computed without gradient: "
+                "these will not learn. PEFT's target_modules='all-linear', or a bare list of names, hits the encoders "
+                r"too; name the LLM's modules instead: target_modules=r'language_model\..*\.(q_proj|v_proj)'."
+            )
         for role in BACKBONE_CONFIGS:
             if getattr(self, role) is not None:
                 getattr(self, role).eval()
@@ -150,6 +161,15 @@ class VikdfPreTrainedModel(PreTrainedModel):
             OSError: if the weights are missing, truncated or incomplete, or a backbone cannot be found.
             ValueError: if the weights or a backbone do not fit the configuration.
         """
+        if base := _base_of_adapter(pretrained_model_name_or_path):
+            settings = {
+                "dtype": dtype,
+                "device_map": device_map,
+                "quantization_config": quantization_config,
+                "attn_implementation": attn_implementation,
+            }
+            adapter = {"adapter_kwargs": {"_adapter_model_path": str(pretrained_model_name_or_path)}}
+            return cls.from_pretrained(base, *model_args, **settings, **adapter, **kwargs)
         if kwargs.get("use_safetensors") is False:
             raise ValueError(
                 "VIKDF loads safetensors only: pickled weights can run code. Leave use_safetensors unset."
@@ -198,7 +218,7 @@ class VikdfPreTrainedModel(PreTrainedModel):
         if (adapter := model.config.adapter) is not None:
             folder = os.path.join(kwargs.get("subfolder", ""), ADAPTER_FOLDER)
             where = {key: kwargs[key] for key in ("revision",) if key in kwargs} | _hub_kwargs(kwargs)
-            model.load_adapter(source, adapter, adapter_kwargs={"subfolder": folder, **where})
+            model.load_adapter(source, adapter_name=adapter, adapter_kwargs={"subfolder": folder, **where})
         model.eval()
         return (model, info) if wants_info else model
 
@@ -286,6 +306,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
             if getattr(self, role) is not None:
                 getattr(self, role).requires_grad_(False).eval()  # also those that came with the checkpoint
         self.post_init()  # what the parts tie and keep in float32 is now known to the whole
+        while self._waiting_adapters:
+            self.load_adapter(**self._waiting_adapters.pop(0))
 
     def attach_vision_encoder(self) -> None:
         """
@@ -299,6 +321,45 @@ class VikdfPreTrainedModel(PreTrainedModel):
             raise ValueError("This model has no vision encoder (config.vision_config is None): it takes no pictures.")
         if self.vision_encoder is None:
             self.vision_encoder = self._load_backbone("vision_encoder").to(self._input_device())
+
+    def load_adapter(self, peft_model_id: str | os.PathLike | None = None, **kwargs: Any) -> Any:
+        """
+        Loads an adapter of PEFT, as transformers does (see its arguments), in the dtype in which it is saved. What was
+        trainable stays so. An adapter that comes before the backbones are attached waits for them.
+
+        Raises:
+            OSError: if there is no adapter, or it is not saved as safetensors.
+        """
+        if any(getattr(self, role) is None for role in self.config.backbones if role != "vision_encoder"):
+            kwargs.pop("load_config", None)  # of the model, which is not loaded yet
+            self._waiting_adapters.append({"peft_model_id": peft_model_id, **kwargs})
+            return SimpleNamespace(to_dict=lambda: {"missing_keys": set(), "unexpected_keys": set()})
+        if peft_model_id is None:  # given as tensors
+            return super().load_adapter(**kwargs)
+        where = kwargs.get("adapter_kwargs") or {}
+        saved = load_file(cached_file(peft_model_id, "adapter_model.safetensors", **where))
+        saved = {name.removeprefix("base_model.model."): weight for name, weight in saved.items()}
+        if any(name.startswith("vision_encoder.") for name in saved):
+            self.attach_vision_encoder()
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        conversions = getattr(self, "_weight_conversions", None)
+        info = super().load_adapter(str(peft_model_id), **kwargs)
+        self._weight_conversions = conversions  # or the model itself would be saved under an adapter's names
+        self._restore_adapter(saved, kwargs.get("adapter_name") or "default")
+        for name, parameter in self.named_parameters():
+            if name in trainable:
+                parameter.requires_grad_()
+        return info
+
+    def _restore_adapter(self, saved: dict[str, torch.Tensor], adapter: str) -> None:
+        """An adapter's weights in the dtype in which they are saved; transformers has loaded them in the model's."""
+        from peft import set_peft_model_state_dict
+
+        for name, parameter in self.named_parameters():
+            name = name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")
+            if name in saved:
+                parameter.data = parameter.data.to(saved[name].dtype)
+        set_peft_model_state_dict(self, saved, adapter)
 
     def _require(self, role: str) -> None:
         if getattr(self, role) is None:
@@ -430,10 +491,7 @@ class VikdfPreTrainedModel(PreTrainedModel):
 
     def _name_without_adapter(self, name: str) -> str | None:
         """What a weight is called without PEFT's adapter in the model; `None` for the adapter's own."""
-        adapters = getattr(self, "peft_config", {})
-        if not adapters:
-            return name
-        if set(name.split(".")) & set(adapters):
+        if set(name.split(".")) & set(getattr(self, "peft_config", {})):
             return None
         return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
@@ -620,6 +678,16 @@ def _name_shards(folder: str) -> None:
         index["weight_map"] = {weight: names[name] for weight, name in index["weight_map"].items()}
         with open(path, "w", encoding="utf-8") as file:
             json.dump(index, file, indent=2, sort_keys=True)
+
+
+def _base_of_adapter(path: str | os.PathLike | None) -> str | None:
+    """The model to which the adapter in a folder belongs that PEFT saved, without the model."""
+    if path is None or not os.path.isfile(settings := os.path.join(path, "adapter_config.json")):
+        return None
+    if os.path.isfile(os.path.join(path, "config.json")):
+        return None
+    with open(settings, encoding="utf-8") as file:
+        return json.load(file).get("base_model_name_or_path")
 
 
 def _check_repository_ids(config: VikdfConfig, source: str) -> None:

@@ -10,6 +10,7 @@ from conftest import build_from
 from test_checkpoints import LOADERS, inputs_of, logits, names_in
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from modeling_vikdf import VikdfForConditionalGeneration
 
@@ -78,12 +79,12 @@ def test_an_llm_that_was_trained(trained, tmp_path, caplog):
 def test_no_change_is_too_small(trained, tmp_path, role, amount):
     """Nor does it matter that `data` is written, of which autograd's version counter knows nothing."""
     trained.attach_vision_encoder()
-    weight = next(p for p in getattr(trained, role).parameters() if p.dim() == 2).data
+    weight = max(getattr(trained, role).parameters(), key=torch.numel).data.flatten(1)
     bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
     if amount == "one bit of one weight":
         bits[-1, -1] ^= 1
     else:
-        bits[0, :2] = bits[0, :2].flip(0).clone()
+        bits[-1, :2] = bits[-1, :2].flip(0).clone()
     loaded = saved_and_loaded(trained, tmp_path)
     assert roles_in(tmp_path) == {role}
     loaded.attach_vision_encoder() if role == "vision_encoder" else None
@@ -103,8 +104,9 @@ def test_another_precision_is_no_change(trained, tmp_path, dtype):
     assert roles_in(tmp_path) == set()
     weight = trained.language_model.get_input_embeddings().weight.data
     weight.view(torch.int32 if dtype == torch.float32 else torch.int16)[0, 0] ^= 1
-    assert torch.equal(logits(saved_and_loaded(trained, tmp_path)), logits(trained))
+    loaded = saved_and_loaded(trained, tmp_path)
     assert roles_in(tmp_path) == {"language_model"}
+    assert torch.equal(loaded.get_input_embeddings().weight, weight)
 
 
 def test_a_vocabulary_that_was_resized(trained, tmp_path):
@@ -244,6 +246,7 @@ def test_the_base_of_a_peft_model(trained, tmp_path, peft):
 
 
 def test_all_linear_hits_the_encoders_and_says_so(trained, tmp_path, peft, caplog):
+    logging.warning_once.cache_clear()  # or another test may have had the warning
     trained.attach_vision_encoder()
     adapted = peft.get_peft_model(trained, settings(peft, target_modules="all-linear"))
     assert "context_encoder" not in caplog.text
