@@ -10,6 +10,7 @@ import functools
 import glob
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -27,9 +28,12 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
+    MT5EncoderModel,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipTextModel,
+    T5EncoderModel,
+    UMT5EncoderModel,
 )
 from transformers import initialization as init
 from transformers.integrations.accelerate import load_offloaded_parameter
@@ -37,7 +41,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file, has_file, logging
 
 from .atomic_saving import check_saved_in, replace_files
-from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
+from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig, nearest_name
 from .modeling_iqformer import CLIP_LOGIT_SCALE, VikdfIQFormer, VikdfMatchingHead
 
 
@@ -51,6 +55,22 @@ ADAPTER_FOLDER = "adapter"  # of a checkpoint; PEFT's files in the folder itself
 
 # arguments of `from_pretrained` that say which files to read
 _WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# and others that are used here
+_ARGUMENTS = (
+    "attn_implementation",
+    "config",
+    "device_map",
+    "dtype",
+    "ignore_mismatched_sizes",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "output_loading_info",
+    "quantization_config",
+    "state_dict",
+    "trust_remote_code",
+    "variant",
+)
 
 
 class VikdfPreTrainedModel(PreTrainedModel):
@@ -137,7 +157,7 @@ class VikdfPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
@@ -150,7 +170,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
         names, each from its own source.
 
         Args:
-            pretrained_model_name_or_path: folder or repository id of a VIKDF checkpoint.
+            pretrained_model_name_or_path: folder or repository id of a VIKDF checkpoint; `None` with `config` and
+                `state_dict`.
             dtype: of the backbones; `"auto"` keeps each one's saved dtype. The trained part stays in float32.
             device_map, quantization_config, attn_implementation: for the LLM, as in its own `from_pretrained`, and so
                 are `max_memory`, `offload_folder` and `offload_buffers`. The encoders and the trained part follow its
@@ -159,7 +180,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: if the weights are missing, truncated or incomplete, or a backbone cannot be found.
-            ValueError: if the weights or a backbone do not fit the configuration.
+            TypeError: for an argument that is none.
+            ValueError: if the weights or a backbone do not fit the configuration, or weights are not finite.
         """
         if base := _base_of_adapter(pretrained_model_name_or_path):
             settings = {
@@ -195,7 +217,7 @@ class VikdfPreTrainedModel(PreTrainedModel):
             )
         else:
             load_kwargs = placement
-        with _clear_errors(path):
+        with _clear_errors(path), _clear_argument_errors():
             model, info = super().from_pretrained(
                 source,
                 *model_args,
@@ -211,6 +233,7 @@ class VikdfPreTrainedModel(PreTrainedModel):
                 f"The checkpoint {path!r} lacks {len(info['missing_keys'])} weights of "
                 f"{cls.__name__}, such as {sorted(info['missing_keys'])[:3]}. It is incomplete or of another model."
             )
+        _check_finite(model, path)
         model.attach_backbones(
             dtype=dtype, quantization_config=quantization_config, **placement, **_hub_kwargs(kwargs)
         )
@@ -230,6 +253,11 @@ class VikdfPreTrainedModel(PreTrainedModel):
         cls, path: str | os.PathLike | None, config: Any, kwargs: dict[str, Any]
     ) -> tuple[VikdfConfig, str | os.PathLike | None, dict[str, Any]]:
         """The configuration, the folder or repository of the weights, and the other arguments of `from_pretrained`."""
+        if path is None and (config is None or kwargs.get("state_dict") is None):
+            raise ValueError(
+                "Name a folder or repository to load from, or pass None with config= and state_dict= to load from "
+                "memory."
+            )
         if not isinstance(config, PreTrainedConfig):
             where = {key: kwargs.pop(key) for key in _WHERE if key in kwargs}
             config, kwargs = cls.config_class.from_pretrained(
@@ -589,10 +617,13 @@ class VikdfPreTrainedModel(PreTrainedModel):
 
 
 def _backbone_class(role: str, config: PreTrainedConfig) -> Any:
-    """The class that holds a backbone: CLIP's towers with their projections, else what the Auto class finds."""
+    """The class that holds a backbone: CLIP's towers with their projections, T5's encoder, else the Auto class's."""
     if role == "language_model":
         return AutoModelForCausalLM
     towers = {
+        "t5": T5EncoderModel,  # the Auto class would take the decoder, too
+        "mt5": MT5EncoderModel,
+        "umt5": UMT5EncoderModel,
         "clip_text_model": CLIPTextModelWithProjection,
         "clip_vision_model": CLIPVisionModelWithProjection,
         "siglip_text_model": SiglipTextModel,  # the Auto class knows SigLIP's vision tower only
@@ -667,6 +698,32 @@ def _is_unchanged(weight: torch.Tensor, loaded: dict[torch.dtype, int]) -> bool:
     dtype = next(iter(loaded))
     original = weight.detach().to(dtype)
     return torch.equal(original.to(weight.dtype), weight) and _checksum(original) == loaded[dtype]
+
+
+def _check_finite(model: nn.Module, source: str | os.PathLike | None) -> None:
+    """Refuses weights with which every computation would give NaN, and every reply token 0."""
+    for name, weight in model.state_dict().items():
+        # what is offloaded or in eight bits was not trained here
+        if not weight.is_meta and weight.is_floating_point() and weight.itemsize > 1 and not weight.isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinite values in the checkpoint {str(source)!r}: its training diverged, or it "
+                "was damaged. Load an earlier checkpoint, and train on with a lower learning rate."
+            )
+
+
+@contextlib.contextmanager
+def _clear_argument_errors() -> Iterator[None]:
+    """What transformers' `from_pretrained` does not know it hands to the model, which knows none."""
+    try:
+        yield
+    except TypeError as error:
+        if not (match := re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))):
+            raise
+        known = {*VikdfConfig.__dataclass_fields__, *_WHERE, *_ARGUMENTS}
+        raise TypeError(
+            f"from_pretrained got an unexpected argument {match[1]!r}, which is no field of the configuration either."
+            f"{nearest_name(match[1], known)}"
+        ) from error
 
 
 def _name_shards(folder: str) -> None:
