@@ -9,6 +9,8 @@ A save is many files, and no file system replaces many at once. So one of them, 
     4. one rename replaces the head by the plain one: now the new save loads from its own places;
     5. the sub-folder is removed.
 
+A save of model and processor together has one head, `config.json`; then that says where the processor is, too.
+
 Killed before step 2, the old save loads; killed after it, the new one, from the sub-folder as long as that is named.
 Nothing has to be repaired before loading, so folders may be read-only. The next save finishes what a killed one left.
 
@@ -54,7 +56,8 @@ def replace_files(folder: str | os.PathLike, head: str) -> Iterator[str]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _finish(folder, head)
+    for each in HEADS:
+        _finish(folder, each)
     aside = folder / f".saving-{head}-{uuid.uuid4().hex[:8]}"
     aside.mkdir()
     try:
@@ -69,11 +72,19 @@ def replace_files(folder: str | os.PathLike, head: str) -> Iterator[str]:
 
 def saved_in(folder: str | os.PathLike, head: str) -> str:
     """
-    The sub-folder in which the current save is, where its own places do not hold it yet; else "".
+    The sub-folder in which the current save of `head` is, where its own place does not hold it yet; else "".
 
     Raises:
-        ValueError: if the head names another folder than a save makes.
+        ValueError: if a head names another folder than a save makes.
     """
+    for each in ("config.json", head):  # the first may be of a save of both
+        if (name := _pointer(folder, each)) and Path(folder, name, head).is_file():
+            return name
+    return ""
+
+
+def _pointer(folder: str | os.PathLike, head: str) -> str:
+    """The sub-folder that a head names, or ""."""
     try:
         fields = json.loads(Path(folder, head).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none, or none that any loader reads
@@ -101,12 +112,12 @@ def _commit(aside: Path, head: str) -> None:
 
 def _finish(folder: Path, head: str) -> None:
     """Steps 3 to 5, from wherever they were interrupted; and what was never committed is removed."""
-    aside = folder / saved_in(folder, head)
+    aside = folder / _pointer(folder, head)
     if aside != folder and aside.is_dir():
         names = {path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()}
         for name in sorted(names - {head}):
             _link(aside, folder, name, head)
-        for pattern in HEADS[head]:
+        for pattern in (pattern for each in HEADS if each in names for pattern in HEADS[each]):
             for path in folder.glob(pattern):
                 if path.is_file() and path.relative_to(folder).as_posix() not in names:
                     path.unlink()

@@ -30,7 +30,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .atomic_saving import check_saved_in, replace_files
+from .atomic_saving import replace_files, saved_in
 
 
 logger = logging.get_logger(__name__)
@@ -466,12 +466,12 @@ class VikdfProcessor(ProcessorMixin):
             ValueError: If a tokenizer is not the one that was saved.
         """
         path = pretrained_model_name_or_path
+        folder = os.path.join(path, kwargs.get("subfolder", ""))
+        if os.path.isdir(folder) and (aside := saved_in(folder, "processor_config.json")):
+            kwargs["subfolder"] = os.path.join(kwargs.get("subfolder", ""), aside)
         settings, overrides = cls.get_processor_dict(path, **kwargs)
         if "vocabulary_sizes" not in settings:
             raise OSError(f"{path} holds no VIKDF processor; build one with VikdfProcessor.from_backbones.")
-        if aside := check_saved_in(settings.pop("saved_in", None), "processor_config.json"):
-            kwargs["subfolder"] = os.path.join(kwargs.get("subfolder", ""), aside)
-            settings, overrides = cls.get_processor_dict(path, **kwargs)
         where = {key: value for key, value in kwargs.items() if key not in overrides}
         root = where.pop("subfolder", "")
         # Tokenizers are given a configuration so that AutoTokenizer looks for none: the one in the root is the whole

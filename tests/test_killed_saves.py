@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 from conftest import build_from
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
 from modeling_vikdf.sharing import export
@@ -273,3 +273,42 @@ def test_a_killed_save_is_shared_as_it_loads(llama, new, tmp_path):
         assert marks_in(tmp_path / f"{number}") == {2, "self-contained"}
         assert (tmp_path / f"{number}/recipe.yaml").exists() and "saved_in" not in files_of(tmp_path / f"{number}")
         assert b"saved_in" not in (tmp_path / f"{number}/config.json").read_bytes()
+
+
+@pytest.mark.parametrize("before", ["nothing", "both", "both, the processor unfinished"])
+def test_a_pipeline_is_replaced_together(llama, old, new, tmp_path, before):
+    """A processor of another model writes other placeholders than this one reads."""
+    processors = [marked_processor(llama, mark) for mark in (1, 2)]
+    folder, nothing = tmp_path / "folder", before == "nothing"
+    folder.mkdir()
+    if not nothing:
+        pipeline("vikdf-dialogue", model=old, processor=processors[0]).save_pretrained(folder)
+    if before == "both, the processor unfinished":
+        with kill_points(folder) as states:
+            processors[0].save_pretrained(folder)
+        restore(states[1], folder)
+    with kill_points(folder) as states:
+        pipeline("vikdf-dialogue", model=new, processor=processors[1]).save_pretrained(folder)
+    assert not list(folder.glob(".saving*"))
+    found = []
+    for state in states:
+        killed = restore(state, tmp_path / "killed")
+        if "config.json" not in state:
+            found.append(None)
+            continue
+        model, processor = marks_in(killed), marks_of(VikdfProcessor.from_pretrained(killed))
+        assert model == {*processor, "trained part"}
+        assert marks_of(AutoProcessor.from_pretrained(killed)) == processor
+        found += processor
+    switch = found.index(2)
+    assert found == [None if nothing else 1] * switch + [2] * (len(found) - switch) and 0 < switch < len(found) - 3
+
+
+def test_a_processor_saved_over_an_unfinished_pipeline(llama, old, new, tmp_path):
+    with kill_points(tmp_path) as states:
+        pipeline("vikdf-dialogue", model=old, processor=marked_processor(llama, 1)).save_pretrained(tmp_path)
+    unfinished = next(state for state in states if b"saved_in" in state.get("config.json", b""))
+    restore(unfinished, tmp_path / "folder")
+    marked_processor(llama, 2).save_pretrained(tmp_path / "folder")
+    assert marks_in(tmp_path / "folder") == {1, "trained part"}
+    assert marks_of(VikdfProcessor.from_pretrained(tmp_path / "folder")) == {2}
