@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import glob
+import importlib
 import json
 import os
 import re
@@ -384,13 +385,12 @@ class VikdfPreTrainedModel(PreTrainedModel):
 
     def _restore_adapter(self, saved: dict[str, torch.Tensor], adapter: str) -> None:
         """An adapter's weights in the dtype in which they are saved; transformers has loaded them in the model's."""
-        from peft import set_peft_model_state_dict
-
+        peft = importlib.import_module("peft")
         for name, parameter in self.named_parameters():
             name = name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")
             if name in saved:
                 parameter.data = parameter.data.to(saved[name].dtype)
-        set_peft_model_state_dict(self, saved, adapter)
+        peft.set_peft_model_state_dict(self, saved, adapter)
 
     def _require(self, role: str) -> None:
         if getattr(self, role) is None:
@@ -546,13 +546,12 @@ class VikdfPreTrainedModel(PreTrainedModel):
         """Writes the adapter that PEFT put into the model, as PEFT would, into a sub-folder of its own."""
         if self.config.adapter is None:
             return
-        from peft import get_peft_model_state_dict  # whoever has put an adapter in has it
-
+        peft = importlib.import_module("peft")  # an `import` would make every user of the code install it
         name = self.config.adapter
         settings = copy.deepcopy(self.peft_config[name])
         settings.inference_mode, settings.base_model_name_or_path = True, None  # the model is in the folder above
         settings.save_pretrained(os.path.join(folder, ADAPTER_FOLDER))
-        weights = get_peft_model_state_dict(self, state_dict=state, adapter_name=name)
+        weights = peft.get_peft_model_state_dict(self, state_dict=state, adapter_name=name)
         weights = {f"base_model.model.{key}": weight.contiguous() for key, weight in weights.items()}
         save_file(weights, os.path.join(folder, ADAPTER_FOLDER, "adapter_model.safetensors"), {"format": "pt"})
 
