@@ -75,7 +75,7 @@ _ARGUMENTS = (
 
 
 class VikdfPreTrainedModel(PreTrainedModel):
-    """Where the frozen backbones live: built in, or attached after the trained part was loaded, and saved if changed."""
+    """Where the frozen backbones live: built in, or attached after the trained part was loaded, saved if changed."""
 
     config: VikdfConfig
     config_class = VikdfConfig
