@@ -69,6 +69,8 @@ class VikdfInputsError(ValueError):
             lines.append("The replies to the others are this error's `replies`.")
         super().__init__("\n".join(lines))
 
+from .atomic_saving import replace_files
+
 
 class VikdfDialoguePipeline(Pipeline):
     """
@@ -362,9 +364,13 @@ class VikdfDialoguePipeline(Pipeline):
         return None if window is None else window - new_tokens
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes model and processor into one folder that `pipeline("vikdf-dialogue", model=folder)` loads."""
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory)
+        """
+        Writes model and processor into one folder that `pipeline("vikdf-dialogue", model=folder)` loads. Both are
+        replaced together or not at all, wherever the process is killed; see atomic_saving.py.
+        """
+        with replace_files(save_directory, "config.json") as folder:
+            self.model.save_pretrained(folder, **kwargs)
+            self.processor.save_pretrained(folder)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """

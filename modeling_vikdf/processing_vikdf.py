@@ -38,6 +38,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .atomic_saving import replace_files, saved_in
+
 
 logger = logging.get_logger(__name__)
 
@@ -457,6 +459,24 @@ class VikdfProcessor(ProcessorMixin):
         """The settings, and the sizes of the vocabularies, by which `from_pretrained` recognises the tokenizers."""
         return {**super().to_dict(), "vocabulary_sizes": [len(self.tokenizer), len(self.context_tokenizer)]}
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
+        """Writes tokenizers, chat template and settings.
+
+        The folder's processor is replaced as a whole or not at all, wherever the process is killed; see
+        atomic_saving.py.
+
+        Returns:
+            The path of the settings, as transformers does.
+
+        Raises:
+            ValueError: For `push_to_hub=True`; there is `push_to_hub`.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained(push_to_hub=True) is not supported: call push_to_hub(repo_id) instead.")
+        with replace_files(save_directory, "processor_config.json") as folder:
+            paths = super().save_pretrained(folder, **kwargs)
+        return [os.path.join(save_directory, os.path.basename(path)) for path in paths]
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "VikdfProcessor":
         """Loads what `save_pretrained` wrote; the context tokenizer has a folder of its own, `context_tokenizer/`.
@@ -470,6 +490,9 @@ class VikdfProcessor(ProcessorMixin):
             ValueError: If a tokenizer is not the one that was saved.
         """
         path = pretrained_model_name_or_path
+        folder = os.path.join(path, kwargs.get("subfolder", ""))
+        if os.path.isdir(folder) and (aside := saved_in(folder, "processor_config.json")):
+            kwargs["subfolder"] = os.path.join(kwargs.get("subfolder", ""), aside)
         settings, overrides = cls.get_processor_dict(path, **kwargs)
         if "vocabulary_sizes" not in settings:
             raise OSError(f"{path} holds no VIKDF processor; build one with VikdfProcessor.from_backbones.")
