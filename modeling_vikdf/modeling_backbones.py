@@ -96,6 +96,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
         for role in BACKBONE_CONFIGS:
             if getattr(self, role) is not None:
                 getattr(self, role).eval()
+        if hasattr(self.get_input_embeddings(), "neftune_noise_alpha"):
+            self.get_input_embeddings().train(mode)  # transformers' hook adds the noise in training mode alone
         return self
 
     def get_input_embeddings(self) -> nn.Module | None:
