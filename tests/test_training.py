@@ -667,13 +667,15 @@ def test_the_best_checkpoint_is_kept(stage, stages):
     assert json.loads((stages / f"{stage}.json").read_text())["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
 
 
+WORST = {"load_best_model_at_end": True, "greater_is_better": True}  # of a loss: the first, and not the last
+
+
 @pytest.mark.parametrize(
     ("settings", "evaluations"),
     [
         ({"eval_strategy": "steps", "eval_steps": 2}, [2, 4]),
         ({"eval_strategy": "steps", "eval_steps": 3}, [3, 4]),
-        # the worst, so that it is not the last
-        ({"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}, [2, 4]),
+        ({"eval_strategy": "steps", "eval_steps": 2, **WORST}, [2, 4]),
         ({}, [4]),
     ],
     ids=["at the end", "before the end", "the best", "none"],
