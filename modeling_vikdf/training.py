@@ -518,10 +518,10 @@ class VikdfTrainer(Trainer):
         however the data was cut into batches. Only matching depends on the batch size, which sets its negatives. A
         masked objective that nothing was drawn for has none.
         """
-        self.eval_sums, self.eval_counts = defaultdict(float), defaultdict(float)
+        self.eval_sums, self.eval_counts, self.unlabelled = defaultdict(float), defaultdict(float), False
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if output.num_samples and not self.eval_counts:
-            return output  # predictions for data without labels
+        if self.unlabelled:
+            return output  # there are predictions, and no loss
         losses = {}
         for name in self.loss_weights or ["knowledge_to_text"]:
             whole = torch.tensor([self.eval_sums[name], self.eval_counts[name]], device=self.args.device)
@@ -533,7 +533,8 @@ class VikdfTrainer(Trainer):
         if lacking or not losses:
             raise ValueError(
                 f"The evaluation data ({output.num_samples} examples) hold nothing to score for "
-                f"{', '.join(lacking) or 'any objective'}. Is every label -100, because all examples are too long?"
+                f"{', '.join(lacking) or 'any objective'}. Is every label -100, because all examples are too long, or "
+                "every batch smaller than dataloader_drop_last keeps?"
             )
         if self.is_pretraining:
             output.metrics.update({f"{metric_key_prefix}_loss_{name}": loss for name, loss in losses.items()})
@@ -559,8 +560,8 @@ class VikdfTrainer(Trainer):
         counts = self._counts(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if not counts:
-                logits = model(**inputs).logits if predicts else None
-                return None, logits, None
+                self.unlabelled = True
+                return None, model(**inputs).logits if predicts else None, None
             if predicts:
                 columns = _supervised(labels)
                 labels = labels[:, columns]

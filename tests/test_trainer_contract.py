@@ -701,9 +701,13 @@ def test_optimizers_that_group_by_themselves_are_refused(chosen, tmp_path):
 TOO_LONG = {"max_length": 22}  # tokens: less than the knowledge and any of the turns
 
 
-@pytest.mark.parametrize("data", [dialogues(3), []], ids=["too long", "none"])
-def test_an_evaluation_of_nothing_is_an_error(data, tmp_path):
-    trainer = make_trainer(tmp_path, None, evaluation=data, collator=TOO_LONG if data else None)
+@pytest.mark.parametrize(
+    ("data", "settings"),
+    [(dialogues(3), {"collator": TOO_LONG}), ([], {}), (dialogues(3), {"dataloader_drop_last": True})],
+    ids=["too long", "none", "dropped"],
+)
+def test_an_evaluation_of_nothing_is_an_error(data, settings, tmp_path):
+    trainer = make_trainer(tmp_path, None, evaluation=data, **settings)
     with pytest.raises(ValueError, match=f"{len(data)} examples.* nothing to score"):
         trainer.evaluate()
 
