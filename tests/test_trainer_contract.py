@@ -167,6 +167,27 @@ def test_checkpointing_with_lora():
     assert saved_bytes(lambda: model(**batch)) < plain / 2
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_dropout_of_lora_is_on_in_training(checkpointing):
+    """Its own and no other's in the LLM, and the same in both passes over a checkpointed layer."""
+    model = lora(dialogue_model(), dropout=0.5)
+    llm, batch = model.get_base_model().language_model, batch_of(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    expected = gradients(model.train(), **batch)
+    assert nn.Dropout in {type(module) for module in llm.modules() if module.training}
+    assert not any(layer.training for layer in llm.model.layers)
+    if checkpointing:
+        enable_checkpointing(model.get_base_model())
+        found = gradients(model, **batch)
+        assert all(torch.allclose(found[name], value, rtol=1e-4, atol=1e-6) for name, value in expected.items())
+    with torch.no_grad():
+        losses = [[model.train(mode)(**batch).loss.item() for _ in range(2)] for mode in (True, False)]
+    assert losses[0][0] != losses[0][1] and losses[1][0] == losses[1][1]
+
+
 def test_a_cache_of_ones_own_is_read_and_not_written_with_checkpointing():
     model = dialogue_model()
     ids = torch.randint(10, 390, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -191,9 +212,10 @@ def test_an_llm_whose_layers_cannot_checkpoint_says_so():
 # ---- what the loss is ----
 
 
-def lora(model: nn.Module) -> nn.Module:
+def lora(model: nn.Module, dropout: float = 0.0) -> nn.Module:
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(
+        lora_dropout=dropout,
         target_modules=r"language_model\..*\.(q_proj|v_proj)",
         modules_to_save=["iqformer", "language_projection"],
         task_type="CAUSAL_LM",
