@@ -60,7 +60,7 @@ UNUSABLE = {
     "label_names": ([None, ["labels"]], "the collators call them labels"),
     "train_sampling_strategy": (
         ["random", "sequential", "group_by_length", "batch_rebalance"],
-        "it is no strategy that is known here",
+        "Trainer would take it for 'random'",
     ),
     "hub_strategy": (["end", "every_save"], "what is committed is the model, never the state of its training"),
     "optim_target_modules": ([None], "optimizers that choose modules know nothing of learning_rates"),
@@ -78,6 +78,7 @@ UNUSABLE_IN_PRETRAINING = {
     "include_num_input_tokens_seen": (["no"], "the objectives read several inputs; tokens_per_s is logged"),
     "average_tokens_across_devices": ([True], "the objectives are means over the batches of all processes"),
 }
+GROUPED = ("group_by_length", "batch_rebalance")  # the sampling strategies that need to know lengths
 # What Trainer leaves to scripts: `run_stage` has its own ways.
 FOR_SCRIPTS = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
 
@@ -85,7 +86,8 @@ FOR_SCRIPTS = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "l
 def _refuse_unusable(settings: dict[str, Any], unusable: dict[str, tuple[list, str]]) -> None:
     for name, (usable, reason) in unusable.items():
         if name in settings and settings[name] not in usable:
-            raise ValueError(f"{name}={settings[name]!r} cannot be used here: {reason}.")
+            expected = " or ".join(map(repr, usable))
+            raise ValueError(f"{name}={settings[name]!r} cannot be used here: {reason}. Expected {expected}.")
 
 
 def _plain(name: str) -> str:
@@ -131,7 +133,8 @@ class VikdfTrainingArguments(TrainingArguments):
         super().__post_init__()
         _refuse_unusable(vars(self), UNUSABLE)
         get_reporting_integration_callbacks(self.report_to)  # raises for what is no tracker
-        missing = sorted({*self.report_to} - {*get_available_reporting_integrations(), "flyte"})
+        # two that are not listed, or not always, where they are installed
+        missing = sorted({*self.report_to} - {*get_available_reporting_integrations(), "azure_ml", "flyte"})
         if missing:
             raise ImportError(
                 f"report_to={missing} is not installed. Install it (pip install 'modeling_vikdf[track]' has trackio), "
@@ -178,13 +181,10 @@ class VikdfTrainer(Trainer):
             )
         if args.n_gpu > 1:
             args._n_gpu = 1  # replicas that each see a slice know nothing of the rest: one process a GPU, by torchrun
-        if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-            kwargs |= {
-                name: _with_lengths(kwargs[name], args.length_column_name)
-                for name in ("train_dataset", "eval_dataset")
-                if kwargs.get(name) is not None
-            }
-        self.args, self.data_collator, self.others = args, data_collator, kwargs
+        self.args, self.data_collator = args, data_collator
+        for name in {"train_dataset", "eval_dataset"} & {*kwargs}:
+            kwargs[name] = self._with_lengths(kwargs[name])
+        self.others = kwargs
         if model is not None:
             self._prepare_model(model)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
@@ -211,7 +211,7 @@ class VikdfTrainer(Trainer):
             _refuse_unusable({**vars(args), **others}, UNUSABLE_IN_PRETRAINING)
         data = others.get("train_dataset")
         stream = data is not None and not has_length(data)
-        grouped = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        grouped = args.train_sampling_strategy in GROUPED
         loading = args.accelerator_config
         ignored = {
             "label_smoothing_factor: no objective of positive weight predicts tokens": args.label_smoothing_factor
@@ -301,6 +301,17 @@ class VikdfTrainer(Trainer):
 
     # ---- data ----
 
+    def _with_lengths(self, data: Any) -> Any:
+        """A `datasets.Dataset` of dialogues, or several by name, with their lengths, if these are to be grouped by."""
+        if isinstance(data, dict):
+            return {name: self._with_lengths(dataset) for name, dataset in data.items()}
+        columns = data.column_names if isinstance(data, datasets.Dataset) else ()
+        column = self.args.length_column_name
+        if self.args.train_sampling_strategy not in GROUPED or column in columns or "messages" not in columns:
+            return data
+        lengths = [sum(len(message["content"]) for message in chat) for chat in data["messages"]]  # in characters
+        return data.add_column(column, lengths)
+
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's; a stream goes on from epoch to epoch, each process with its own share of it."""
         if self.train_dataset is None or has_length(self.train_dataset):
@@ -344,7 +355,8 @@ class VikdfTrainer(Trainer):
                 if key in batch:
                     self.sums["tokens"] += batch[key].sum() * self.args.world_size
         if not (self.is_pretraining and batches):
-            self.scored += sum(sum(self._counts(batch).values()) for batch in batches)
+            for counts in map(self._counts, batches):
+                self.scored += sum(counts.values()) if counts else 1  # what a loss of one's own scores is not known
             return batches, items
         batches = [self._prepare_inputs(batch) for batch in batches]
         counts = self._whole_counts(batches)
@@ -490,12 +502,12 @@ class VikdfTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the Trainer's, with the same masks, captions and prompts each time."""
         with self._evaluation_collator():
-            return super().get_eval_dataloader(_with_lengths(eval_dataset, self.args.length_column_name))
+            return super().get_eval_dataloader(self._with_lengths(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As `get_eval_dataloader`."""
         with self._evaluation_collator():
-            return super().get_test_dataloader(_with_lengths(test_dataset, self.args.length_column_name))
+            return super().get_test_dataloader(self._with_lengths(test_dataset))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`; raises ValueError where the data hold nothing to score."""
@@ -980,17 +992,6 @@ def _load_pairs(
     settings |= {key: data[key] for key in ("probabilities", "shuffle_buffer") if key in data}
     readers = args.world_size * max(args.dataloader_num_workers, 1)
     return load_image_text_pairs(data[split], num_shards=readers, **settings)
-
-
-def _with_lengths(data: Any, column: str) -> Any:
-    """A `datasets.Dataset` of dialogues, or several by name, with their lengths in characters, to be grouped by."""
-    if isinstance(data, dict):
-        return {name: _with_lengths(each, column) for name, each in data.items()}
-    columns = data.column_names if isinstance(data, datasets.Dataset) else ()
-    if column in columns or "messages" not in columns:
-        return data
-    lengths = [sum(len(message["content"]) for message in chat) for chat in data["messages"]]
-    return data.add_column(column, lengths)
 
 
 def _supervised(labels: torch.Tensor) -> torch.Tensor:
