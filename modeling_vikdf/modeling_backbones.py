@@ -123,7 +123,10 @@ class VikdfPreTrainedModel(PreTrainedModel):
             init.ones_(module.knowledge_gate)
 
     def train(self, mode: bool = True) -> "VikdfPreTrainedModel":
-        """Sets the trained parts to training mode; the frozen backbones stay in evaluation mode (no dropout)."""
+        """
+        Sets the trained parts to training mode, PEFT's layers in the LLM among them, which may have dropout of their
+        own; the frozen backbones stay in evaluation mode (no dropout).
+        """
         super().train(mode)
         encoders = [role for role in ("context_encoder", "vision_encoder") if getattr(self, role) is not None]
         if mode and (
@@ -136,7 +139,11 @@ class VikdfPreTrainedModel(PreTrainedModel):
             )
         for role in BACKBONE_CONFIGS:
             if getattr(self, role) is not None:
-                getattr(self, role).eval()
+                for module in getattr(self, role).eval().modules():
+                    if hasattr(module, "adapter_layer_names"):
+                        module.train(mode)
+        if hasattr(self.get_input_embeddings(), "neftune_noise_alpha"):
+            self.get_input_embeddings().train(mode)  # transformers' hook adds the noise in training mode alone
         return self
 
     def get_input_embeddings(self) -> nn.Module | None:

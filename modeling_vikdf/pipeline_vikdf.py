@@ -21,6 +21,8 @@ from transformers import (
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 from transformers.utils.chat_template_utils import Chat
 
+from .atomic_saving import replace_files
+
 
 GENERATION_FIELDS = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
 # what else goes through to `generate`: its own arguments, and some of those that it takes by `**kwargs`
@@ -68,8 +70,6 @@ class VikdfInputsError(ValueError):
         if len(errors) < len(replies):
             lines.append("The replies to the others are this error's `replies`.")
         super().__init__("\n".join(lines))
-
-from .atomic_saving import replace_files
 
 
 class VikdfDialoguePipeline(Pipeline):
