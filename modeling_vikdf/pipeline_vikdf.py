@@ -46,6 +46,8 @@ class VikdfDialoguePipeline(Pipeline):
             use_knowledge: `False` asks the bare LLM.
             return_full_text: for chats, whether `generated_text` is the chat with the reply appended (default) or the
                 reply alone; a string is always answered with the reply alone.
+            continue_final_message: whether the reply continues the last message, and is appended to it; by default it
+                does if that is the assistant's. `False` adds a message behind it.
             streamer, generate_kwargs, and everything that `generate` takes.
 
         Returns:
@@ -85,7 +87,7 @@ class VikdfDialoguePipeline(Pipeline):
         Raises:
             Whatever the generation raises.
         """
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _ReplyStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, errors = _Stop(), []
         criteria = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), stop])
 
@@ -110,12 +112,15 @@ class VikdfDialoguePipeline(Pipeline):
         self,
         use_knowledge: bool | None = None,
         return_full_text: bool | None = None,
+        continue_final_message: bool | None = None,
         generate_kwargs: dict | None = None,
         **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
         forward = {**kwargs, **(generate_kwargs or {})}
         if use_knowledge is not None:
             forward["use_knowledge"] = use_knowledge
+        if continue_final_message is not None:
+            forward["continue_final_message"] = continue_final_message
         return {}, forward, {} if return_full_text is None else {"return_full_text": return_full_text}
 
     def preprocess(self, item: Any) -> dict[str, Any]:
@@ -129,7 +134,13 @@ class VikdfDialoguePipeline(Pipeline):
             raise ValueError(f"A chat is a string or a list of messages with role and content, got {chat!r}.")
         return {"messages": messages, "image": item["image"], "is_text": isinstance(chat, str)}
 
-    def _forward(self, inputs: dict[str, Any], use_knowledge: bool = True, **generate_kwargs: Any) -> dict[str, Any]:
+    def _forward(
+        self,
+        inputs: dict[str, Any],
+        use_knowledge: bool = True,
+        continue_final_message: bool | None = None,
+        **generate_kwargs: Any,
+    ) -> dict[str, Any]:
         batched = isinstance(inputs["is_text"], list)
         chats = inputs["messages"] if batched else [inputs["messages"]]
         images = inputs["image"] if batched else [inputs["image"]]
@@ -137,21 +148,39 @@ class VikdfDialoguePipeline(Pipeline):
             chats,
             images=images if any(image is not None for image in images) else None,
             use_knowledge=use_knowledge,
+            continue_final_message=continue_final_message,
             max_length=self._room_for_prompt(generate_kwargs),
         ).to(self.device)
+        if isinstance(streamer := generate_kwargs.get("streamer"), _ReplyStreamer):
+            streamer.continued = features.continued[0]
         sequences = self.model.generate(**features, **generate_kwargs)
         if not isinstance(sequences, torch.Tensor):
             sequences = sequences.sequences
         new_tokens = sequences[:, features["input_ids"].shape[1] :]  # [B * replies, T_new]
-        return {"generated": new_tokens.reshape(len(chats), -1, new_tokens.shape[1]).cpu(), **inputs}
+        # a reply that continues a message is decoded behind its last token: alone it may lose the space between them
+        continued = torch.tensor(features.continued)  # [B]
+        last = features["input_ids"][:, -1].cpu()  # [B]
+        generated = new_tokens.reshape(len(chats), -1, new_tokens.shape[1]).cpu()
+        return {"generated": generated, "continued": continued, "last": last, **inputs}
 
     def postprocess(self, outputs: dict[str, Any], return_full_text: bool = True) -> list[dict[str, Any]]:
         """Token ids of the replies to one chat [1, replies, T_new] -> `[{"generated_text": ...}, ...]`."""
+        if outputs["continued"][0]:
+            return self._continue(outputs, return_full_text)
         replies = self.processor.batch_decode(outputs["generated"][0], skip_special_tokens=True)
         if outputs["is_text"] or not return_full_text:
             return [{"generated_text": reply.strip()} for reply in replies]
         messages = list(outputs["messages"])
         return [{"generated_text": [*messages, {"role": "assistant", "content": reply.strip()}]} for reply in replies]
+
+    def _continue(self, outputs: dict[str, Any], return_full_text: bool) -> list[dict[str, Any]]:
+        """The same for replies that continue the last message."""
+        *messages, message = outputs["messages"]
+        last = outputs["last"][:1].tolist()
+        replies = [self.processor.decode_behind(last, reply).rstrip() for reply in outputs["generated"][0].tolist()]
+        if not return_full_text:
+            return [{"generated_text": reply} for reply in replies]
+        return [{"generated_text": [*messages, _extend(message, reply)]} for reply in replies]
 
     def _room_for_prompt(self, generate_kwargs: dict[str, Any]) -> int | None:
         """
@@ -186,6 +215,30 @@ class VikdfDialoguePipeline(Pipeline):
             ValueError: if the model would not load elsewhere.
         """
         return self.model.push_to_hub(repo_id, processor=self.processor, **kwargs)
+
+
+def _extend(message: dict[str, Any], reply: str) -> dict[str, Any]:
+    """A message with more text at the end of its content, a string or a list of parts."""
+    if isinstance(message["content"], str):
+        return {**message, "content": message["content"] + reply}
+    parts = list(message["content"])
+    last = max(index for index, part in enumerate(parts) if part["type"] == "text")
+    parts[last] = {**parts[last], "text": parts[last]["text"] + reply}
+    return {**message, "content": parts}
+
+
+class _ReplyStreamer(TextIteratorStreamer):
+    """Decodes a reply that continues a message behind that message's last token."""
+
+    continued = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt [1, T], then one token [1] after the other."""
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value)
+        if is_prompt and self.continued:
+            self.token_cache = value.flatten()[-1:].tolist()
+            self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
 
 
 class _Stop(StoppingCriteria):

@@ -230,7 +230,8 @@ class VikdfProcessor(ProcessorMixin):
             Tensors: `input_ids` and `attention_mask` [B, T], padded on the left; `labels` [B, T] if asked for; with
             knowledge `context_input_ids` and `context_attention_mask` [B, C]; and if any chat shows a picture
             `pixel_values` [B, 3, H, W], zeros for the others, and `image_mask` [B]. The attributes `dropped_turns` and
-            `dropped_context_turns` (lists of B numbers) say how many turns each prompt and context lost.
+            `dropped_context_turns` (lists of B numbers) say how many turns each prompt and context lost; `continued`
+            (B times True or False), which prompts end inside the last message.
 
         Raises:
             TypeError, ValueError: If a chat, a picture or an argument is not as described above; the error names row
@@ -245,18 +246,19 @@ class VikdfProcessor(ProcessorMixin):
         if not use_knowledge:
             pictures = [None] * len(chats)
 
-        prompts, labels, contexts, dropped_turns, dropped_context_turns = [], [], [], [], []
+        prompts, labels, contexts, continued, dropped_turns, dropped_context_turns = [], [], [], [], [], []
         for row, (turns, picture) in enumerate(zip(chats, pictures, strict=True)):
             slots = self.num_knowledge_tokens * (use_knowledge + (picture is not None))
             try:
                 ending = _prompt_ending(turns, add_generation_prompt, continue_final_message, return_labels)
                 cut = limit if truncation not in (False, "do_not_truncate") else None
-                kept, ids, dropped = self._fit(turns, slots, cut, **ending, **variables)
+                kept, rendered, ids, dropped = self._fit(turns, slots, cut, **ending, **variables)
                 if return_labels:
-                    labels.append(self._label(kept, **ending, **variables))
+                    labels.append(self._label(kept, rendered, **ending, **variables))
             except ValueError as error:
                 raise ValueError(f"row {row}: {error}") from error
             prompts.append(ids)
+            continued.append(ending["continue_final_message"])
             dropped_turns.append(dropped)
             context, dropped = self._encode_context(turns) if use_knowledge else ([], 0)
             contexts.append(context)
@@ -279,12 +281,18 @@ class VikdfProcessor(ProcessorMixin):
         inputs = BatchFeature({name: _convert(value, name, return_tensors) for name, value in data.items()})
         # Attributes and not entries, for `model.generate(**inputs)` must not receive them.
         inputs.dropped_turns, inputs.dropped_context_turns = dropped_turns, dropped_context_turns
+        inputs.continued = continued
         if any(dropped_turns) or any(dropped_context_turns):
             logger.warning(
                 f"Too long: {sum(dropped_turns)} of the oldest turns were left out of the prompts and "
                 f"{sum(dropped_context_turns)} out of the contexts; see dropped_turns and dropped_context_turns."
             )
         return inputs
+
+    def decode_behind(self, before: list[int], ids: list[int]) -> str:
+        """The text of ids that stand behind others, special tokens aside; alone they may lose their first space."""
+        before_text = self.tokenizer.decode(before, skip_special_tokens=True)
+        return self.tokenizer.decode([*before, *ids], skip_special_tokens=True)[len(before_text) :]
 
     def apply_chat_template(
         self,
@@ -388,26 +396,28 @@ class VikdfProcessor(ProcessorMixin):
             pictures.append(shown[0] if shown else None)
         return all_turns, pictures
 
-    def _fit(self, turns: list[dict], slots: int, limit: int | None, **how: Any) -> tuple[list[dict], list[int], int]:
-        """Leaves out as few of the oldest turns as it can: the turns kept, their ids, how many were left out."""
+    def _fit(
+        self, turns: list[dict], slots: int, limit: int | None, **how: Any
+    ) -> tuple[list[dict], str, list[int], int]:
+        """Leaves out as few of the oldest turns as it can: the turns kept, rendered, their ids, how many went."""
         head = int(turns[0]["role"] == "system")
         # Templates want a dialogue to begin with the user, so a cut is only made in front of a user turn.
         cuts = [head] + [index for index, turn in enumerate(turns) if turn["role"] == "user" and index > head]
 
         @cache
-        def attempt(cut: int) -> tuple[list[dict], list[int]]:
+        def attempt(cut: int) -> tuple[list[dict], str, list[int]]:
             kept = self._place(self._spoken(turns[:head] + turns[cut:], **how), slots)
-            return kept, self._encode_prompt(kept, slots, **how)
+            rendered = self._render(kept, **how)
+            return kept, rendered, self._encode_prompt(rendered, slots)
 
         def fits(cut: int) -> bool:
-            ids = attempt(cut)[1]
-            return limit is None or len(ids) <= limit
+            return limit is None or len(attempt(cut)[2]) <= limit
 
         first = 0 if fits(head) else bisect_left(cuts, True, lo=1, key=fits)
         if first == len(cuts):
             raise ValueError(
                 f"the system message, the newest turn and {slots} knowledge placeholders take "
-                f"{len(attempt(cuts[-1])[1])} tokens; at most {limit} are allowed. Shorten them or raise max_length."
+                f"{len(attempt(cuts[-1])[2])} tokens; at most {limit} are allowed. Shorten them or raise max_length."
             )
         return *attempt(cuts[first]), cuts[first] - head
 
@@ -475,8 +485,8 @@ class VikdfProcessor(ProcessorMixin):
         written = self._apply_template(escaped, **how)
         return self.text_tokenizer.spell_out(written) == self._apply_template(turns, **how)
 
-    def _encode_prompt(self, turns: list[dict], slots: int, **how: Any) -> list[int]:
-        ids = self.text_tokenizer.encode(self._render(turns, **how))
+    def _encode_prompt(self, rendered: str, slots: int) -> list[int]:
+        ids = self.text_tokenizer.encode(rendered)
         if slots and ids.count(self.knowledge_token_id) != slots:
             raise ValueError(
                 f"{slots} times {self.knowledge_token!r} went into the chat and "
@@ -484,9 +494,8 @@ class VikdfProcessor(ProcessorMixin):
             )
         return ids
 
-    def _label(self, turns: list[dict], **how: Any) -> list[int]:
+    def _label(self, turns: list[dict], rendered: str, **how: Any) -> list[int]:
         """The prompt's ids where the assistant speaks or ends its turn, `IGNORED` elsewhere."""
-        rendered = self._render(turns, **how)
         marked = GENERATION_BLOCK.search(how["chat_template"])
         replies = (self._marked_replies if marked else self._rendered_replies)(turns, rendered, **how)
         if self.knowledge_message != "last_user":  # the knowledge has read the earlier replies and must not whisper
@@ -545,11 +554,16 @@ class VikdfProcessor(ProcessorMixin):
         """The ids of as many of the newest turns as the text encoder reads, and how many older ones there are."""
         dialogue = [turn for turn in turns[: _last_user(turns) + 1] if turn["role"] != "system"]
         limit = self.max_context_length or self.context_tokenizer.model_max_length
+
+        def encode(first: int) -> list[int]:
+            spoken = [turn["content"] for turn in dialogue[first:] if not _is_empty(turn)]
+            return self.context_text_tokenizer("\n".join(spoken))["input_ids"]
+
+        if len(ids := encode(0)) <= limit:  # as most do
+            return ids, 0
         ids = encode_truncated(self.context_text_tokenizer, dialogue[-1]["content"], limit)
         for older in range(len(dialogue) - 1, 0, -1):
-            spoken = [turn["content"] for turn in dialogue[older - 1 :] if not _is_empty(turn)]
-            longer = self.context_text_tokenizer("\n".join(spoken))["input_ids"]
-            if len(longer) > limit:
+            if len(longer := encode(older - 1)) > limit:
                 return ids, older
             ids = longer
         return ids, 0
@@ -651,31 +665,35 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, placeholder_id: int | None = None):
-        self.truncation_side, self._unknown = tokenizer.truncation_side, tokenizer.unk_token
+        self.truncation_side = tokenizer.truncation_side
         added = tokenizer.added_tokens_decoder.items()
         controls = {id_: token for id_, token in added if token.special or not WORDS.fullmatch(token.content)}
         self._tokenizer = copy.deepcopy(tokenizer)
         self._tokenizer.split_special_tokens = True  # for good: what is set for a call is set for all threads
         ordinary = [AddedToken(token.content, special=True) for token in controls.values() if not token.special]
         self._tokenizer.add_tokens(ordinary, special_tokens=True)
+        self._spellings = self._find_spellings(controls)
 
         edges = dict.fromkeys(edge for token in controls.values() for edge in _edges(token.content))
         self._escapes = {ord(edge): chr(FIRST_ESCAPE + number) for number, edge in enumerate(edges)}
         self._written = {escape: chr(edge) for edge, escape in self._escapes.items()}  # in a chat -> for the tokenizer
         self._unescapes = {ord(escape): edge for escape, edge in self._written.items()}
-        # Some vocabularies lead from characters to a control token (T5's to </s>): it is then spelt out.
-        self._meant = {id_: self._spell(token.content, controls) for id_, token in controls.items()}
-        self._surplus: dict[int, int] = {}  # by how much a mark is longer than what it stands for
-        if not tokenizer.is_fast:  # those written in Python do not
-            self._meant.clear()
+        self._marked: dict[int, int] = {}  # what a mark stands for
+        self._surplus: dict[int, int] = {}  # by how much it is longer than that
         if placeholder_id is not None:
             self._add_marks(controls, placeholder_id)
         longest_first = sorted(self._written, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def _spell(self, content: str, controls: dict[int, AddedToken]) -> tuple[int, ...]:
-        ids = self._tokenizer.convert_tokens_to_ids(list(content))
-        return tuple(id_ for id_ in ids if id_ is not None and id_ not in controls)
+    def _find_spellings(self, controls: dict[int, AddedToken]) -> dict[int, tuple[int, ...]]:
+        """Control tokens that the vocabulary leads to from ordinary characters (T5's </s>), spelt out."""
+        if not self._tokenizer.is_fast:  # those written in Python lead to none
+            return {}
+        spellings = {}
+        for id_, token in controls.items():
+            ids = self._tokenizer.convert_tokens_to_ids(list(token.content))
+            spellings[id_] = tuple(each for each in ids if each is not None and each not in controls)
+        return spellings
 
     def _add_marks(self, controls: dict[int, AddedToken], placeholder_id: int) -> None:
         stand_for = [*((token.content, id_) for id_, token in controls.items()), (PLACEHOLDER, placeholder_id)]
@@ -692,7 +710,7 @@ class TextTokenizer:
             ids = self._tokenizer(mark, add_special_tokens=False)["input_ids"]
             if len(ids) == 1:  # else a normalizer is in the way, and of the control token as well
                 self._written[content] = mark
-                self._meant[ids[0]] = (id_,)
+                self._marked[ids[0]] = id_
                 self._surplus[ids[0]] = len(mark) - len(content)
 
     def __deepcopy__(self, memo: dict) -> "TextTokenizer":
@@ -709,27 +727,36 @@ class TextTokenizer:
             `input_ids`, and `offset_mapping` if asked for: lists, or lists of them for a list of texts.
         """
         texts = [_whole_characters(each) for each in ([text] if isinstance(text, str) else text)]
-        encoding = self._tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_special_tokens_mask=True,
-            **{**kwargs, "verbose": False},
-        )
-        rows = list(map(self._interpret, texts, encoding["input_ids"], encoding["special_tokens_mask"]))
-        result = {"input_ids": [list(itertools.chain.from_iterable(row)) for row in rows]}
-        if "offset_mapping" in encoding:
-            result["offset_mapping"] = [
-                [span for span, ids in zip(spans, row, strict=True) for _ in ids]
-                for spans, row in zip(encoding["offset_mapping"], rows, strict=True)
-            ]
+        kwargs |= {"add_special_tokens": add_special_tokens, "verbose": False}
+        encoding = self._tokenizer(texts, **kwargs)
+        result = {name: encoding[name] for name in ("input_ids", "offset_mapping") if name in encoding}
+        framing = self._tokenizer.num_special_tokens_to_add() if add_special_tokens else 0
+        for row, ids in enumerate(encoding["input_ids"]):
+            if self._count_controls(texts[row], ids) > framing:
+                spelt = self._spell(texts[row], ids, add_special_tokens)
+                for name, values in result.items():
+                    copied = [[value] * len(each) for value, each in zip(values[row], spelt, strict=True)]
+                    values[row] = list(itertools.chain(*(spelt if name == "input_ids" else copied)))
         return {name: values[0] for name, values in result.items()} if isinstance(text, str) else result
 
-    def _interpret(self, text: str, ids: list[int], framing: list[int]) -> list[tuple[int, ...]]:
-        """What each token means: itself, what its mark stands for, or the characters of a control token."""
-        meant = self._meant
-        if self._unknown and self._unknown not in text:  # then it is an unknown character
-            meant = {**meant, self._tokenizer.unk_token_id: (self._tokenizer.unk_token_id,)}
-        return [(id_,) if frame else meant.get(id_, (id_,)) for id_, frame in zip(ids, framing, strict=True)]
+    def _count_controls(self, text: str, ids: list[int]) -> int:
+        """How many control tokens there are, unknown characters aside."""
+        found = self._spellings.keys() & set(ids)
+        if self._tokenizer.unk_token_id in found and self._tokenizer.unk_token not in text:
+            found.remove(self._tokenizer.unk_token_id)
+        return sum(map(ids.count, found))
+
+    def _spell(self, text: str, ids: list[int], add_special_tokens: bool) -> list[tuple[int, ...]]:
+        """The tokens of a text, its control tokens spelt out; those around it and unknown characters stay."""
+        wanted = {"return_special_tokens_mask": True, "return_offsets_mapping": True, "verbose": False}
+        encoding = self._tokenizer(text, add_special_tokens=add_special_tokens, **wanted)
+        unknown, unknown_id = self._tokenizer.unk_token, self._tokenizer.unk_token_id
+        spelt = []
+        places = zip(ids, encoding["special_tokens_mask"], encoding["offset_mapping"], strict=True)
+        for id_, framing, (start, stop) in places:
+            stays = framing or (id_ == unknown_id and text[start:stop].strip() != unknown)
+            spelt.append((id_,) if stays else self._spellings.get(id_, (id_,)))
+        return spelt
 
     # ---- rendered chats ----
 
@@ -746,21 +773,21 @@ class TextTokenizer:
 
     def encode(self, rendered: str) -> list[int]:
         """The ids of a rendered chat; only the template and `PLACEHOLDER` give control tokens."""
-        text = self._pattern.sub(lambda match: self._written[match[0]], rendered)
-        return self(text, add_special_tokens=False)["input_ids"]
+        ids = self(self._with_marks(rendered), add_special_tokens=False)["input_ids"]
+        return [self._marked.get(id_, id_) for id_ in ids]
 
     def locate(self, rendered: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The same, and from where to where in the rendered chat the characters of each token are."""
-        text = self._pattern.sub(lambda match: self._written[match[0]], rendered)
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, spans, shift = [], [], 0
-        meant = self._interpret(text, encoding["input_ids"], [0] * len(encoding["input_ids"]))
-        for id_, each, (start, stop) in zip(encoding["input_ids"], meant, encoding["offset_mapping"], strict=True):
+        encoding = self(self._with_marks(rendered), add_special_tokens=False, return_offsets_mapping=True)
+        spans, shift = [], 0
+        for id_, (start, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
             surplus = self._surplus.get(id_, 0)
-            ids += each
-            spans += [(start - shift, stop - shift - surplus)] * len(each)
+            spans.append((start - shift, stop - shift - surplus))
             shift += surplus
-        return ids, spans
+        return [self._marked.get(id_, id_) for id_ in encoding["input_ids"]], spans
+
+    def _with_marks(self, rendered: str) -> str:
+        return self._pattern.sub(lambda match: self._written[match[0]], rendered)
 
 
 # ---- helpers that need no processor ----
@@ -802,7 +829,7 @@ def _read_chat(chat: Any, row: int) -> tuple[list[dict[str, Any]], list[Any]]:
             raise ValueError(f"{where}: the content is empty; give it some text or leave the message out.")
         turns.append(_map_strings(_whole_characters, {**message, "content": text}))
         pictures += shown
-    if all(_is_empty(turn) for turn in turns):
+    if all(map(_is_empty, turns)):
         raise ValueError(f"row {row}: all messages of the chat are empty.")
     return turns[_is_empty(turns[0]) and turns[0]["role"] == "system" :], pictures
 

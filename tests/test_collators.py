@@ -479,7 +479,7 @@ def test_a_dialogue_that_is_too_long_loses_its_oldest_turns():
 
 BAD_DIALOGUES = {
     "too long": [{"role": "user", "content": "rain " * 300}, {"role": "assistant", "content": "yes"}],
-    "reserved": [{"role": "user", "content": "<|knowledge|>"}, {"role": "assistant", "content": "yes"}],
+    "empty reply": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": " "}],
     "no reply": [{"role": "user", "content": "hello"}],
     "no dialogue": "hello",
 }

@@ -183,7 +183,7 @@ def test_another_chat_template_replaces_the_tokenizers():
 def test_apply_chat_template_gives_text_or_inputs():
     processor, chat = FAMILIES["chatml"], [user([{"type": "text", "text": "hi"}])]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert text == f"<|im_start|>user\nhi{'<|knowledge|>' * N}<|im_end|>\n<|im_start|>assistant\n"
     assert processor.apply_chat_template([chat], add_generation_prompt=True) == [text]
     inputs = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -457,7 +457,6 @@ two_pictures = [{"type": "image", "image": picture()}] * 2
         ([[user("a")], [{"role": "user"}]], {}, ValueError, "row 1, message 0: content missing"),
         ([{}], {}, ValueError, "row 0, message 0: role and content missing"),
         ([user("a"), {"role": "tool", "content": "b"}], {}, ValueError, "row 0, message 1: role must be one of"),
-        ([user("a"), system("b")], {}, ValueError, "row 0, message 1: only the first message"),
         ([user(" \n")], {}, ValueError, "row 0, message 0: the content is empty"),
         ([user([])], {}, ValueError, "row 0, message 0: the content is empty"),
         ([user(None)], {}, TypeError, "row 0, message 0: a content must be a string or a list"),
@@ -466,9 +465,6 @@ two_pictures = [{"type": "image", "image": picture()}] * 2
         ([user([{"type": "text"}])], {}, ValueError, "row 0, message 0: a part must be"),
         ([user([{"type": "image"}])], {}, ValueError, "row 0, message 0: a part must be"),
         ([user(["text"])], {}, ValueError, "row 0, message 0: a part must be"),
-        ([user("a <|knowledge|>")], {}, ValueError, "row 0, message 0: .*reserved"),
-        ([user("a <|knowledge|>")], {"use_knowledge": False}, ValueError, "row 0, message 0: .*reserved"),
-        ([user("a"), assistant("b")], {}, ValueError, "row 0: the last message is the assistant's"),
         ([user("a")], {"return_labels": True}, ValueError, "row 0: return_labels=True needs an assistant"),
         ([system("a")], {}, ValueError, "row 0: knowledge is drawn from what the user says"),
         ([user(two_pictures)], {}, ValueError, "row 0: the chat shows 2 pictures"),
@@ -512,7 +508,6 @@ def test_knowledge_in_the_system_message_needs_one():
         ({"knowledge_placement": "middle"}, "knowledge_placement must be one of"),
         ({"num_knowledge_tokens": 0}, "num_knowledge_tokens must be at least 1"),
         ({"max_context_length": 2}, "max_context_length must exceed the 2 special tokens"),
-        ({"system_prompt": "a <|knowledge|>"}, "reserved"),
         ({"knowledge_token": "<|im_knowledge|>", "vocab_size": 400}, "would have the id 400"),
     ],
 )
