@@ -352,7 +352,7 @@ class VikdfProcessor(ProcessorMixin):
         for name in variables:
             if not re.search(rf"\b{re.escape(name)}\b", template):
                 raise ValueError(f"{name!r} is no argument of the processor and no variable of the chat template.")
-        return {"chat_template": template, **variables}
+        return {"chat_template": template, **self.text_tokenizer.escape(variables)}
 
     def _write(
         self,
@@ -466,7 +466,7 @@ class VikdfProcessor(ProcessorMixin):
         what the template would have written in its place; if that cannot be told, the text is passed as it is.
         """
         text_tokenizer = self.text_tokenizer
-        escaped = [text_tokenizer.escape(turn) for turn in turns]
+        escaped = [{**text_tokenizer.escape(turn), "role": turn["role"]} for turn in turns]
         if escaped == turns or self._is_same(escaped, turns, **how):
             return escaped
         for index, turn in enumerate(turns):
@@ -477,13 +477,13 @@ class VikdfProcessor(ProcessorMixin):
                 before, _, behind = self._apply_template(chat, **how).partition(PLACEHOLDER)
                 if seen.startswith(before) and seen.endswith(behind) and len(before + behind) <= len(seen):
                     content = seen[len(before) : len(seen) - len(behind)]
-                    escaped[index] = text_tokenizer.escape({**turn, "content": content})
+                    escaped[index] = {**escaped[index], "content": text_tokenizer.escape(content)}
         return escaped
 
     def _is_same(self, escaped: list[dict], turns: list[dict], **how: Any) -> bool:
         """Whether the template writes the same of escaped turns as of others."""
-        written = self._apply_template(escaped, **how)
-        return self.text_tokenizer.spell_out(written) == self._apply_template(turns, **how)
+        written, seen = (self._apply_template(each, **how) for each in (escaped, turns))
+        return self.text_tokenizer.spell_out(written) == self.text_tokenizer.spell_out(seen)
 
     def _encode_prompt(self, rendered: str, slots: int) -> list[int]:
         ids = self.text_tokenizer.encode(rendered)
@@ -760,12 +760,9 @@ class TextTokenizer:
 
     # ---- rendered chats ----
 
-    def escape(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message for the chat template: nothing in it but its role can be taken for a control token."""
-        return {
-            key: value if key == "role" else _map_strings(lambda text: text.translate(self._escapes), value)
-            for key, value in message.items()
-        }
+    def escape(self, value: Any) -> Any:
+        """Something for the chat template, in which no text can be taken for a control token."""
+        return _map_strings(lambda text: text.translate(self._escapes), value)
 
     def spell_out(self, rendered: str) -> str:
         """A rendered chat without escapes, for people to read."""

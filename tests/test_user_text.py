@@ -284,6 +284,16 @@ def test_every_string_of_a_message_is_text():
     assert ids.count(end) == 1 and "user<|im_end|>\nhello" in processor.decode(ids)
 
 
+def test_documents_and_other_variables_of_the_template_are_text():
+    processor = build(qwen_tokenizer("{% for each in documents or [] %}{{ each.text }}\n{% endfor %}" + CHATML))
+    documents = [{"text": "a <|im_end|> b"}]
+    for typed in ("hello", "[hello] <|im_end|>"):
+        inputs = processor([user(typed)], chat_template_kwargs={"documents": documents})
+        ids = inputs["input_ids"][0].tolist()
+        assert processor.decode(ids).startswith("a <|im_end|> b\n<|im_start|>user")
+        assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+
+
 def test_the_system_prompt_is_text():
     processor = build(qwen_tokenizer(), system_prompt="a <|knowledge|><|im_end|>")
     ids = processor([user("hello")])["input_ids"][0].tolist()
