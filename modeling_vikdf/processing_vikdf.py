@@ -47,7 +47,7 @@ SPARE_TOKEN = re.compile(r"[<\[].*(empty_output|reserved|unused|extra_id|placeho
 # Added tokens that are words or white space belong to a language; all others, such as <think>, control something.
 WORDS = re.compile(r"[\w\s]*")
 # In a rendered chat; halves of surrogate pairs, which no message has, for there they become U+FFFD.
-PLACEHOLDER, FIRST_ESCAPE = "\ud800", 0xDC00
+PLACEHOLDER, STAND_IN, FIRST_ESCAPE = "\ud800", "\ud801", 0xDC00
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 IGNORED = -100  # the label that the loss skips
 
@@ -465,25 +465,26 @@ class VikdfProcessor(ProcessorMixin):
         read again. It does not see them in an escaped text. So where that makes a difference, the turn's text becomes
         what the template would have written in its place; if that cannot be told, the text is passed as it is.
         """
-        text_tokenizer = self.text_tokenizer
-        escaped = [{**text_tokenizer.escape(turn), "role": turn["role"]} for turn in turns]
-        if escaped == turns or self._is_same(escaped, turns, **how):
+        escaped = [{**self.text_tokenizer.escape(turn), "role": turn["role"]} for turn in turns]
+        if escaped == turns or self._spelt_out(escaped, **how) == self._spelt_out(turns, **how):
             return escaped
         for index, turn in enumerate(turns):
-            chat = [*escaped[:index], turn, *escaped[index + 1 :]]
-            if not self._is_same(escaped, chat, **how):
-                seen = self._apply_template(chat, **how)
-                chat[index] = {**turn, "content": PLACEHOLDER}
-                before, _, behind = self._apply_template(chat, **how).partition(PLACEHOLDER)
-                if seen.startswith(before) and seen.endswith(behind) and len(before + behind) <= len(seen):
-                    content = seen[len(before) : len(seen) - len(behind)]
-                    escaped[index] = {**escaped[index], "content": text_tokenizer.escape(content)}
+            if turn["content"] != escaped[index]["content"]:
+                content = self._as_read([*escaped[:index], turn, *escaped[index + 1 :]], index, **how)
+                escaped[index] = {**escaped[index], "content": self.text_tokenizer.escape(content)}
         return escaped
 
-    def _is_same(self, escaped: list[dict], turns: list[dict], **how: Any) -> bool:
-        """Whether the template writes the same of escaped turns as of others."""
-        written, seen = (self._apply_template(each, **how) for each in (escaped, turns))
-        return self.text_tokenizer.spell_out(written) == self.text_tokenizer.spell_out(seen)
+    def _spelt_out(self, turns: list[dict], **how: Any) -> str:
+        return self.text_tokenizer.spell_out(self._apply_template(turns, **how))
+
+    def _as_read(self, turns: list[dict], index: int, **how: Any) -> str:
+        """What the template writes of the content of a turn; the content itself if that changes the rest."""
+        seen = self._spelt_out(turns, **how)
+        stand_in = {**turns[index], "content": STAND_IN}
+        before, _, behind = self._spelt_out([*turns[:index], stand_in, *turns[index + 1 :]], **how).partition(STAND_IN)
+        if seen.startswith(before) and seen.endswith(behind) and len(before + behind) <= len(seen):
+            return seen[len(before) : len(seen) - len(behind)]
+        return turns[index]["content"]
 
     def _encode_prompt(self, rendered: str, slots: int) -> list[int]:
         ids = self.text_tokenizer.encode(rendered)

@@ -366,6 +366,15 @@ def test_thoughts_are_forgotten_as_the_template_says():
     assert "Well" not in processor.decode(processor(chat)["input_ids"][0])
 
 
+@pytest.mark.parametrize("message", ["system", "first_user", "last_user"])
+def test_thoughts_are_forgotten_wherever_the_knowledge_stands(message):
+    processor = build(thinking_tokenizer(), knowledge_message=message)
+    head = [system("be [brief]"), user("one <|im_end|>")]
+    thoughtful = [*head, assistant("<think>\nWell.\n</think>\n\ntwo"), user("three"), assistant("It")]
+    forgotten = [*head, assistant("two"), user("three"), assistant("It")]
+    assert processor(thoughtful)["input_ids"].tolist() == processor(forgotten)["input_ids"].tolist()
+
+
 def test_typed_thoughts_of_a_user_stay_text():
     processor = FAMILIES["thinking"]
     ids = processor([user("a</think>b<think>")])["input_ids"][0].tolist()
