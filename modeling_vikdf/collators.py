@@ -272,8 +272,8 @@ class PreTrainingCollator(_Collator):
         return {f"draw_{key}": value for key, value in align_at_knowledge(cut, self.processor).items()}
 
     def _readable(self, caption: str) -> str:
-        """What the LLM may read of a caption; the token that holds the place of knowledge is not for captions."""
-        return caption.replace(self.processor.knowledge_token, " ")[:MAX_CAPTION].strip() or "..."
+        """What the LLM may read of a caption."""
+        return caption[:MAX_CAPTION].strip() or "..."
 
 
 class DialogueCollator(_Collator):

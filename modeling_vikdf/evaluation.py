@@ -392,7 +392,7 @@ def _prepare(
     scored = references if settings.all_references else references[:1]
     texts = [*scored, *distractors]
     # room for the longest reply, so that all candidates, and what is generated, follow the same turns
-    longest = max(map(len, processor.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
+    longest = max(map(len, processor.text_tokenizer(texts, add_special_tokens=False)["input_ids"]))
     room, use_knowledge = max(longest + END_OF_TURN, DECODING["max_new_tokens"]), settings.knowledge != "none"
     asked = processor(messages, use_knowledge=use_knowledge, max_length=window - room)
     head = int(messages[0]["role"] == "system")
@@ -411,10 +411,8 @@ def _prepare(
         if row < len(scored):
             visual.append([False] * (stop - start))
             if visual_words:
-                text = processor.apply_chat_template(chat)  # without placeholders, and behind them the same tokens
-                offsets = processor.tokenizer(
-                    text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-                )["offset_mapping"]
+                # without placeholders, and behind them the same tokens
+                text, _, offsets = processor.locate_tokens(chat)
                 earlier = len(ids) - len(offsets)
                 visual[-1] = _touches(offsets[start - earlier : stop - earlier], text, visual_words)
     # a reply's first token is predicted by the one before it, which is therefore not in the prefix

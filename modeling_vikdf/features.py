@@ -175,8 +175,8 @@ def cache_features(
 
 def tokenize_captions(processor: VikdfProcessor, captions: list[str]) -> list[torch.Tensor]:
     """The text encoder's ids of each caption [T], special tokens included, cut to the most that it reads."""
-    tokenizer, limit = processor.context_tokenizer, _max_length(processor)
-    rows = tokenizer(captions, verbose=False)["input_ids"]
+    tokenizer, limit = processor.context_text_tokenizer, _max_length(processor)
+    rows = tokenizer(captions)["input_ids"]
     return [
         torch.tensor(row if len(row) <= limit else encode_truncated(tokenizer, caption, limit))
         for row, caption in zip(rows, captions, strict=True)

@@ -129,6 +129,8 @@ class VikdfDialoguePipeline(Pipeline):
             stop_sequence: one or more strings, each of which ends a reply that contains it.
             skip_special_tokens, clean_up_tokenization_spaces: for the tokenizer that decodes the replies.
             generation_config: replaces all generation settings that the pipeline was built with.
+            continue_final_message: whether the reply continues the last message, and is appended to it; by default it
+                does if that is the assistant's. `False` adds a message behind it.
             streamer, generate_kwargs, and everything that `generate` takes.
 
         Returns:
@@ -192,7 +194,7 @@ class VikdfDialoguePipeline(Pipeline):
         """
         if not _is_single(chat):
             raise ValueError(f"Only one chat can be streamed (a string or messages), got {type(chat).__name__}.")
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _ReplyStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, errors = _Stop(), []
         criteria = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), stop])
 
@@ -220,6 +222,7 @@ class VikdfDialoguePipeline(Pipeline):
         stop_sequence: str | list[str] | None = None,
         skip_special_tokens: bool | None = None,
         clean_up_tokenization_spaces: bool | None = None,
+        continue_final_message: bool | None = None,
         generate_kwargs: dict | None = None,
         **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
@@ -235,6 +238,8 @@ class VikdfDialoguePipeline(Pipeline):
             forward["stop_strings"] = stop_sequence
         if use_knowledge is not None:
             forward["use_knowledge"] = use_knowledge
+        if continue_final_message is not None:
+            forward["continue_final_message"] = continue_final_message
         post = {
             "return_full_text": return_full_text,
             "skip_special_tokens": skip_special_tokens,
@@ -251,14 +256,21 @@ class VikdfDialoguePipeline(Pipeline):
         messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
         return {**item, "messages": messages, "is_text": isinstance(chat, str)}
 
-    def _forward(self, inputs: dict[str, Any], use_knowledge: bool = True, **generate_kwargs: Any) -> dict[str, Any]:
+    def _forward(
+        self,
+        inputs: dict[str, Any],
+        use_knowledge: bool = True,
+        continue_final_message: bool | None = None,
+        **generate_kwargs: Any,
+    ) -> dict[str, Any]:
         batched = isinstance(inputs["is_text"], list)
         inputs = inputs if batched else {name: [value] for name, value in inputs.items()}
         items = [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
         defaults = {} if "generation_config" in generate_kwargs else self._constructor_settings
         generate_kwargs = {**defaults, **_with_length(generate_kwargs)}
         room = self._room_for_prompt(generate_kwargs)
-        features, errors = self._read_good(items, use_knowledge=use_knowledge, max_length=room)
+        settings = {"use_knowledge": use_knowledge, "continue_final_message": continue_final_message}
+        features, errors = self._read_good(items, max_length=room, **settings)
         replies = iter(self._generate(features, errors.count(None), generate_kwargs) if features else ())
         outputs = {"reply": [next(replies) if error is None else None for error in errors], "error": errors, **inputs}
         return outputs if batched else {name: value for name, [value] in outputs.items()}
@@ -309,18 +321,27 @@ class VikdfDialoguePipeline(Pipeline):
     def _generate(
         self, features: BatchFeature, rows: int, generate_kwargs: dict[str, Any]
     ) -> list[dict[str, torch.Tensor]]:
-        """For each row the token ids of its replies, `generated` [replies, T_new], and scores [replies, ...]."""
+        """
+        For each row the token ids of its replies, `generated` [replies, T_new], and scores [replies, ...]; if they
+        continue the last message, its last token, `behind` [1].
+        """
         for name in ("output_attentions", "output_hidden_states"):
             if self._setting(name, generate_kwargs):
                 raise ValueError(f"{name}: a reply has no place for these; call the processor and model.generate.")
         if self._setting("output_logits", generate_kwargs) and (self._setting("num_beams", generate_kwargs) or 1) > 1:
             raise ValueError("output_logits with num_beams: they belong to beams and not to replies; leave out one.")
+        if isinstance(streamer := generate_kwargs.get("streamer"), _ReplyStreamer):
+            streamer.continued = features.continued[0]
         outputs = self.model.generate(**features, **{"tokenizer": self.processor.tokenizer, **generate_kwargs})
         if isinstance(outputs, torch.Tensor):
             outputs = {"sequences": outputs}
         found = {"generated": outputs["sequences"][:, features["input_ids"].shape[1] :], **_scores(outputs)}
         replies = [value.unflatten(0, (rows, -1)).cpu() for value in found.values()]  # [B, replies, ...] each
-        return [dict(zip(found, values, strict=True)) for values in zip(*replies, strict=True)]
+        found = [dict(zip(found, values, strict=True)) for values in zip(*replies, strict=True)]
+        for row, ids, continued in zip(found, features["input_ids"].cpu(), features.continued, strict=True):
+            if continued:
+                row["behind"] = ids[-1:]
+        return found
 
     def postprocess(
         self, outputs: dict[str, Any], return_full_text: bool | None = None, **decode_kwargs: Any
@@ -331,10 +352,15 @@ class VikdfDialoguePipeline(Pipeline):
                 raise outputs["error"]
             return outputs["error"]
         fields = {name: value.tolist() for name, value in outputs["reply"].items()}
-        texts = self.processor.batch_decode(fields.pop("generated"), **{"skip_special_tokens": True, **decode_kwargs})
-        replies = [text.strip() for text in texts]
+        decode_kwargs = {"skip_special_tokens": True, **decode_kwargs}
+        behind, generated = fields.pop("behind", None), fields.pop("generated")
+        if behind is None:
+            replies = [text.strip() for text in self.processor.batch_decode(generated, **decode_kwargs)]
+        else:  # decoded behind the last token of the message: alone it may lose the space between them
+            replies = [self.processor.decode_behind(behind, ids, **decode_kwargs).rstrip() for ids in generated]
         if not outputs["is_text"] if return_full_text is None else return_full_text:
-            replies = [[*outputs["messages"], {"role": "assistant", "content": reply}] for reply in replies]
+            *before, last = outputs["messages"] if behind else [*outputs["messages"], None]
+            replies = [[*before, _extend(last, reply)] for reply in replies]
         fields = {"generated_text": replies, **fields}
         return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
 
@@ -450,6 +476,32 @@ def _scores(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return {} if scores is None else {"sequences_scores": scores}
     names = [name for name in ("scores", "logits") if outputs.get(name) is not None]
     return {name: torch.stack(outputs[name], dim=1) for name in names}
+
+
+def _extend(message: dict[str, Any] | None, reply: str) -> dict[str, Any]:
+    """A message with more text at the end of its content, a string or a list of parts; or a new message."""
+    if message is None:
+        return {"role": "assistant", "content": reply}
+    if isinstance(message["content"], str):
+        return {**message, "content": message["content"] + reply}
+    parts = list(message["content"])
+    last = max(index for index, part in enumerate(parts) if part["type"] == "text")
+    parts[last] = {**parts[last], "text": parts[last]["text"] + reply}
+    return {**message, "content": parts}
+
+
+class _ReplyStreamer(TextIteratorStreamer):
+    """Decodes a reply that continues a message behind that message's last token."""
+
+    continued = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt [1, T], then one token [1] after the other."""
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value)
+        if is_prompt and self.continued:
+            self.token_cache = value.flatten()[-1:].tolist()
+            self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
 
 
 class _Stop(StoppingCriteria):

@@ -367,14 +367,13 @@ def attended_words(
     Args:
         inputs: what the processor made of the chat; attention: of each of its T context tokens.
     """
-    turns = [each["content"] for each in chat if each["role"] != "system"]
-    text = "\n".join(turns[inputs.dropped_context_turns[0] :])
+    turns = [each for each in chat if each["role"] != "system"][inputs.dropped_context_turns[0] :]
+    text = "\n".join(each["content"] for each in turns if each["role"] == "user" or each["content"].strip())
     # The newest tokens are those in `inputs`, here with their places in the text. They are not cut by the tokenizer,
     # whose settings all visitors share.
-    tokenizer = processor.context_tokenizer
-    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    offsets = processor.context_text_tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     ids = inputs.context_input_ids[0].tolist()  # [T]
-    framing = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    framing = {*processor.context_tokenizer.all_special_ids} - {processor.context_tokenizer.unk_token_id}
     tokens = [
         (start, stop, weight)
         for (start, stop), token_id, weight in zip(offsets[-len(ids) :], ids, attention, strict=True)

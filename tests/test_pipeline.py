@@ -319,6 +319,79 @@ def test_an_error_in_the_middle_of_a_stream(pipe):
     assert pieces and all(pieces)
 
 
+# ---- a reply that is begun ----
+
+BEGUN = [*CHAT, {"role": "assistant", "content": "He is"}]
+
+
+def continued(pipe, chat: list[dict], **kwargs) -> str:
+    """What `generate` writes behind the prompt, read together with the prompt's end."""
+    inputs = pipe.processor([chat], continue_final_message=True)
+    length = inputs["input_ids"].shape[1]
+    tokens = pipe.model.generate(**inputs, **kwargs)[0]
+    before, whole = (pipe.processor.decode(ids, skip_special_tokens=True) for ids in (tokens[:length], tokens))
+    assert before.endswith("He is") and whole.startswith(before)
+    return whole[len(before) :].rstrip()
+
+
+def test_a_reply_that_is_begun_is_continued(pipe):
+    expected = continued(pipe, BEGUN)
+    message = {"role": "assistant", "content": "He is" + expected}
+    assert pipe(BEGUN) == [{"generated_text": [*CHAT, message]}] == pipe(BEGUN, continue_final_message=True)
+    assert pipe(BEGUN, return_full_text=False) == [{"generated_text": expected}] != pipe(CHAT, return_full_text=False)
+    assert "".join(pipe.stream(BEGUN)).rstrip() == expected
+    assert BEGUN[-1]["content"] == "He is"
+    parts = [{"type": "text", "text": "He is"}]
+    (output,) = pipe([*CHAT, {"role": "assistant", "content": parts}])
+    assert output["generated_text"][-1]["content"] == [{"type": "text", "text": "He is" + expected}]
+
+
+def test_a_word_that_goes_on_keeps_its_space(pipe):
+    """A piece that begins a word loses the space in front of it where nothing stands before it."""
+    space = next(iter(pipe.processor.tokenizer(" a a", add_special_tokens=False)["input_ids"][-1:]))
+    with patch.object(
+        type(pipe.model),
+        "generate",
+        lambda self, input_ids, streamer=None, **kwargs: write(input_ids, streamer, space),
+    ):
+        assert pipe(BEGUN, return_full_text=False) == [{"generated_text": " a"}]
+        assert pipe(BEGUN)[0]["generated_text"][-1]["content"] == "He is a"
+        assert "".join(pipe.stream(BEGUN)) == " a"
+        assert pipe(CHAT, return_full_text=False) == [{"generated_text": "a"}]
+
+
+def write(input_ids: torch.Tensor, streamer, token: int) -> torch.Tensor:
+    """`generate` of a model that says one token."""
+    if streamer is not None:
+        streamer.put(input_ids)
+        streamer.put(torch.tensor([token]))
+        streamer.end()
+    return torch.cat([input_ids, input_ids.new_full((len(input_ids), 1), token)], 1)
+
+
+def test_begun_and_other_chats_in_one_batch(pipe):
+    outputs = pipe([BEGUN, CHAT, LONGER], batch_size=3)
+    assert outputs == [pipe(BEGUN), pipe(CHAT), pipe(LONGER)]
+    assert [len(output[0]["generated_text"]) for output in outputs] == [2, 2, 5]
+
+
+def test_another_reply_behind_a_reply(pipe):
+    if "INST" in pipe.processor.chat_template:
+        pytest.skip("Llama's template has no prompt for a second reply")
+    (output,) = pipe(BEGUN, continue_final_message=False)
+    assert output["generated_text"][:2] == BEGUN and len(output["generated_text"]) == 3
+    with pytest.raises(ValueError, match="the last message is the user's"):
+        pipe(CHAT, continue_final_message=True)
+
+
+def test_an_empty_reply_does_not_end_the_dialogue(pipe):
+    with patch.object(type(pipe.model), "generate", lambda self, input_ids, **kwargs: write(input_ids, None, 2)):
+        (output,) = pipe(CHAT)
+    assert output["generated_text"][-1]["content"] == ""
+    again = pipe([*output["generated_text"], {"role": "user", "content": "Are you there?"}])
+    assert len(again[0]["generated_text"]) == 4
+
+
 # ---- wrong inputs ----
 
 
@@ -335,7 +408,6 @@ def test_an_error_in_the_middle_of_a_stream(pipe):
         ([{"role": "user", "content": 3}], "content must be a string"),
         ([{"role": "tool", "content": "a"}], "role"),
         ([{"role": "user"}], "content missing"),
-        ([*CHAT, {"role": "assistant", "content": "He is running."}], "last message is the assistant's"),
         (None, "got None"),
         (3, "got 3"),
         ([None, None], "got None"),
@@ -690,8 +762,7 @@ def test_settings_of_text_generation_that_have_no_meaning_here_are_refused(parts
 def test_every_argument_of_text_generation_is_known_or_refused_by_name(pipe):
     """None of them is unknown, whatever the installed transformers adds."""
     theirs = inspect.signature(TextGenerationPipeline._sanitize_parameters).parameters
-    prefilling = {"continue_final_message"}
-    for name in set(theirs) - {"self", "generate_kwargs"} - prefilling:
+    for name in set(theirs) - {"self", "generate_kwargs"}:
         if name not in REFUSED:
             pipe._sanitize_parameters(**{name: True})
 
