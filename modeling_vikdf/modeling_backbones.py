@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipTextModel,
@@ -195,6 +196,10 @@ class VikdfPreTrainedModel(PreTrainedModel):
         model.attach_backbones(
             dtype=dtype, quantization_config=quantization_config, **placement, **_hub_kwargs(kwargs)
         )
+        if not model.can_generate():
+            model.generation_config = _saved_generation_config(
+                pretrained_model_name_or_path, **where, **_hub_kwargs(kwargs)
+            )
         model.eval()
         return (model, info) if wants_info else model
 
@@ -338,6 +343,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
                 self.attach_vision_encoder()
             with self._as_saved(include_backbones):
                 super().save_pretrained(aside, **kwargs)
+            if not self.can_generate() and getattr(self, "generation_config", None) is not None:
+                self.generation_config.save_pretrained(aside)  # for the dialogue model that loads this checkpoint
             saved = os.listdir(aside)
             # weights first: a configuration never describes weights that are not there yet
             for name in sorted(saved, key=lambda name: (name.endswith(".json"), name)):
@@ -467,6 +474,14 @@ def _check_weight_files(
             "not loaded. Ask its owner for model.safetensors, name a revision that has it, or, if you trust the file, "
             "convert it: AutoModel.from_pretrained(...).save_pretrained(folder) writes safetensors."
         )
+
+
+def _saved_generation_config(source: str | os.PathLike, **where: Any) -> GenerationConfig | None:
+    """How a checkpoint's dialogue model generates, if the checkpoint says so."""
+    try:
+        return GenerationConfig.from_pretrained(source, **where)
+    except OSError:
+        return None
 
 
 def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
