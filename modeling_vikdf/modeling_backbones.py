@@ -118,7 +118,7 @@ class VikdfPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
@@ -131,7 +131,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
         names, each from its own source.
 
         Args:
-            pretrained_model_name_or_path: folder or repository id of a VIKDF checkpoint.
+            pretrained_model_name_or_path: folder or repository id of a VIKDF checkpoint; `None` with the arguments
+                `config` and `state_dict` in its place.
             dtype: of the backbones; `"auto"` keeps each one's saved dtype. The trained part stays in float32.
             device_map, quantization_config, attn_implementation: for the LLM, as in its own `from_pretrained`, and so
                 are `max_memory`, `offload_folder` and `offload_buffers`. The encoders and the trained part follow its
@@ -158,10 +159,11 @@ class VikdfPreTrainedModel(PreTrainedModel):
             )
             kwargs |= where
         config = copy.deepcopy(config)
-        if not os.path.isdir(pretrained_model_name_or_path):
-            _check_repository_ids(config, pretrained_model_name_or_path)
         where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
-        _check_weight_files(pretrained_model_name_or_path, **where, **_hub_kwargs(kwargs))
+        if pretrained_model_name_or_path is not None:
+            if not os.path.isdir(pretrained_model_name_or_path):
+                _check_repository_ids(config, pretrained_model_name_or_path)
+            _check_weight_files(pretrained_model_name_or_path, **where, **_hub_kwargs(kwargs))
         if dtype != "auto":
             config.backbone_dtypes = {}
         placement = {"device_map": device_map}
@@ -196,7 +198,7 @@ class VikdfPreTrainedModel(PreTrainedModel):
         model.attach_backbones(
             dtype=dtype, quantization_config=quantization_config, **placement, **_hub_kwargs(kwargs)
         )
-        if not model.can_generate():
+        if not model.can_generate() and pretrained_model_name_or_path is not None:
             model.generation_config = _saved_generation_config(
                 pretrained_model_name_or_path, **where, **_hub_kwargs(kwargs)
             )

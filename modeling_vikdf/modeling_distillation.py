@@ -288,6 +288,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         """
         weights = {name: weight for name, weight in self.config.loss_weights.items() if weight}
         states = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        states = {name: asked for name, asked in states.items() if asked is not None}  # else the LLM's own settings
         if any(states.values()) and (embed_only or "knowledge_to_text" not in weights):
             raise ValueError(
                 f"{' and '.join(name for name, asked in states.items() if asked)}=True asks for what the LLM computes "

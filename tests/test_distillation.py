@@ -423,6 +423,9 @@ def test_hidden_states_are_those_of_the_llm_that_reads_captions():
     assert [tuple(weights.shape) for weights in output.attentions] == [(rows, heads, columns, columns)] * layers
     torch.testing.assert_close(output.loss, model(**batch).loss)
     assert output.hidden_states[0].requires_grad
+    model.language_model.config.output_hidden_states = True
+    assert len(model(**batch).hidden_states) == layers + 1
+    assert model(**batch, output_hidden_states=False).hidden_states is None
 
 
 @pytest.mark.parametrize("what", ["output_hidden_states", "output_attentions"])
