@@ -1,18 +1,16 @@
 """transformers' own test suites for models, configurations and processors, of the version that is installed.
 
-They are no part of the installed package. Its source distribution holds them, `python tests/common/suites.py` downloads
-that into the environment, and `make test-common` runs them on this package's classes. The distribution holds the files
-of the folder tests/ but none of its subfolders, so of these suites two are missing:
-
-* generation (tests/generation/test_utils.py): runs where TRANSFORMERS_TESTS names the folder tests/ of a checkout;
-* export (tests/exporters/test_export.py): likewise, and it is overridden as a whole, see overrides.py.
+They are no part of the installed package. `python tests/common/suites.py` downloads its source distribution, which
+holds them, into the environment, and `make test-common` runs them on this package's classes. It holds the files of
+the folder tests/ and none of its subfolders, so two suites are missing: generation (tests/generation/test_utils.py)
+and export (tests/exporters/test_export.py). They run where TRANSFORMERS_TESTS names the folder tests/ of a checkout.
 """
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -32,28 +30,28 @@ MISSING = {
 
 
 def download() -> None:
-    """Puts the suites of the installed transformers, and the packages they need, into `FOLDER`, unless they are there."""
+    """Puts the suites and the packages that they need into `FOLDER`, unless they are there."""
     if (FOLDER / "tests").exists():
         return
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     requirements = Path(__file__).parents[2] / "requirements-common.txt"
     subprocess.run([*pip, "install", "--no-deps", "--target", FOLDER, "-r", requirements], check=True)
-    with tempfile.TemporaryDirectory() as download:
+    with tempfile.TemporaryDirectory(dir=FOLDER) as aside:
         source = ["--no-deps", "--no-binary", "transformers", f"transformers=={version('transformers')}"]
-        subprocess.run([*pip, "download", *source, "--dest", download], check=True)
-        (archive,) = Path(download).glob("*.tar.gz")
-        with tarfile.open(archive) as tar:
-            tar.extractall(download, filter="data")
-        (tests,) = Path(download).glob("*/tests")
-        (tests / "__init__.py").touch()
+        subprocess.run([*pip, "download", *source, "--dest", aside], check=True)
+        (archive,) = Path(aside).glob("*.tar.gz")
+        shutil.unpack_archive(archive, aside)
+        (tests,) = Path(aside).glob("*/tests")
+        (tests / "__init__.py").touch()  # the suite for configurations asks for it
         tests.rename(FOLDER / "tests")
 
 
 def suite(name: str) -> ModuleType:
     """A file of the suites, such as "test_modeling_common"; skips the tests that ask for it where there is none."""
     tests = os.environ.get("TRANSFORMERS_TESTS")
-    if not tests or not (Path(tests) / "test_modeling_common.py").exists():
-        pytest.skip(f"no test suites of transformers in TRANSFORMERS_TESTS={tests}", allow_module_level=True)
+    if not tests:
+        reason = "TRANSFORMERS_TESTS names no folder with transformers' test suites; `make test-common` downloads them"
+        pytest.skip(reason, allow_module_level=True)
     if PACKAGE not in sys.modules:
         sys.path.append(str(Path(tests).parent))  # the packages that they need lie beside them
         _module(PACKAGE).__path__ = [tests]
@@ -70,5 +68,8 @@ def _module(name: str) -> ModuleType:
 
 
 if __name__ == "__main__":
-    download()
+    try:
+        download()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"transformers' test suites cannot be had here: {error}")
     print(FOLDER / "tests")

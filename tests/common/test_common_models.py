@@ -5,7 +5,7 @@ import inspect
 import unittest
 
 import torch
-from overrides import overriding
+from overridden import DIALOGUE_MODEL, GENERATION, PRETRAINING_MODEL, overriding
 from suites import suite
 from tiny_models import prompt, tiny_config
 from tiny_training import ALL, model_config, pairs, processor
@@ -18,7 +18,7 @@ modeling = suite("test_modeling_common")
 generation = suite("generation.test_utils")
 
 
-class Tester:
+class ModelTester:
     """Sizes that the suites ask for, and what they run a model on."""
 
     batch_size, seq_length = 7, 20
@@ -29,7 +29,7 @@ class Tester:
         self.llm, self.towers = llm, towers
 
 
-class DialogueTester(Tester):
+class DialogueTester(ModelTester):
     def get_config(self) -> VikdfConfig:
         config = tiny_config(self.llm, self.towers)
         config.text_config.initializer_range = 0.02  # as large as in the models that the suites' tolerances are for
@@ -41,7 +41,7 @@ class DialogueTester(Tester):
         return self.get_config(), inputs | {"pixel_values": modeling.floats_tensor([self.batch_size, 3, 32, 32])}
 
 
-class PreTrainingTester(Tester):
+class PreTrainingTester(ModelTester):
     def get_config(self) -> VikdfConfig:
         config = model_config(self.llm, self.towers, loss_weights=ALL)
         config.text_config.initializer_range = 0.02
@@ -55,7 +55,7 @@ class PreTrainingTester(Tester):
         return config, inputs
 
 
-@overriding("models", "generation", "dialogue model")
+@overriding(DIALOGUE_MODEL, GENERATION)
 class DialogueModelTest(modeling.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (VikdfForConditionalGeneration,)
     additional_model_inputs = ["context_input_ids", "context_attention_mask", "pixel_values"]
@@ -70,14 +70,13 @@ class DialogueModelTest(modeling.ModelTesterMixin, generation.GenerationTesterMi
         return inputs | {"labels": inputs["input_ids"].clone()} if return_labels else inputs
 
 
-@overriding("models", "generation", "dialogue model")
 class TiedDialogueModelTest(DialogueModelTest):
     """An LLM whose vocabulary head is its embedding, and CLIP's towers."""
 
     backbones = ("qwen", "clip")
 
 
-@overriding("models", "pre-training model")
+@overriding(PRETRAINING_MODEL)
 class PreTrainingModelTest(modeling.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (VikdfForPreTraining,)
     additional_model_inputs = list(inspect.signature(VikdfForPreTraining.forward).parameters)

@@ -1,1 +1,0 @@
-def overriding(*a): return lambda c: c
