@@ -5,6 +5,8 @@ Reads as the data flows: `get_text_knowledge` / `get_image_knowledge` (frozen en
 found, attached and left out of checkpoints stands in modeling_backbones.py.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -479,8 +481,12 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             # a copy of these columns: of a slice PyTorch on CPUs copies the frozen vocabulary head for every row
             columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             logits["logits_to_keep"] = columns[-logits_to_keep:]
+        checkpointed = _checkpointed(language_model) if self.training and torch.is_grad_enabled() else []
+        if checkpointed:  # these take no cache, so not a prefix read apart
+            prefix, kwargs["use_cache"] = 0, False
         if prefix == 0 or not (frozen and torch.is_grad_enabled() and inputs_embeds.requires_grad):
-            return language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **logits, **kwargs)
+            with _in_training(checkpointed):
+                return language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **logits, **kwargs)
         if logits:
             logits["logits_to_keep"] = logits_to_keep - prefix
         if attention_mask is None:
@@ -641,6 +647,36 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         )
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+def _checkpointed(language_model: nn.Module) -> list[nn.Module]:
+    """
+    The modules that shall compute their activations anew in the backward pass.
+
+    Raises:
+        ValueError: if one applies dropout itself: it only checkpoints in training mode, and that brings dropout on.
+    """
+    modules = [module for module in language_model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float) and value > 0:
+                raise ValueError(
+                    f"Gradient checkpointing would bring on the {name} of {value} in the frozen LLM's "
+                    f"{type(module).__name__}. Load the LLM with it at 0, or leave gradient checkpointing off."
+                )
+    return modules
+
+
+@contextlib.contextmanager
+def _in_training(modules: list[nn.Module]) -> Iterator[None]:
+    """For the time of a forward pass these modules, and not those within, are in training mode."""
+    for module in modules:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = False
 
 
 class _NeverWrite(LogitsProcessor):

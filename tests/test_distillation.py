@@ -534,6 +534,39 @@ def test_what_all_dialogues_begin_with_is_read_once(llm, monkeypatch):
     assert_same(once, gradients_of(model, padded))
 
 
+def checkpoint_activations(model) -> None:
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name since 5.24
+
+
+@pytest.mark.parametrize("llm", ["qwen", "llama"])
+@pytest.mark.parametrize("objectives", [None, {"knowledge_to_text": 1.0}, {"text_to_knowledge": 1.0}], ids=str)
+def test_checkpointed_activations_of_the_frozen_llm_are_computed_anew(llm, objectives):
+    """In evaluation mode, which it is always in, its layers would keep all."""
+    reader = processor(llm)
+    if objectives is None:
+        model = dialogue_model(llm=llm, knowledge_token_id=reader.knowledge_token_id)
+        batch = DialogueCollator(reader)(dialogues(4))
+    else:
+        model = pretraining_model(objectives, llm=llm, knowledge_token_id=reader.knowledge_token_id)
+        batch = PreTrainingCollator(reader, model.config)(pairs(4))
+    expected = gradients_of(model, batch)
+    read = []
+    mlp = model.language_model.model.layers[0].mlp
+    mlp.register_forward_pre_hook(lambda *_: read.append(torch.is_grad_enabled()))
+    checkpoint_activations(model)
+    assert_same(gradients_of(model, batch), expected)
+    assert read == [True, True]  # once forward and once backward, the whole prompt with gradient
+    assert not any(module.training for module in model.language_model.modules())
+
+
+def test_checkpointing_is_refused_where_it_would_bring_dropout_on():
+    model = dialogue_model()
+    checkpoint_activations(model)
+    model.language_model.model.layers[1].dropout = 0.1  # as layers of OPT have it, which apply it themselves
+    with pytest.raises(ValueError, match="dropout"):
+        model(**DialogueCollator(processor())(dialogues(2)))
+
+
 def test_supervised_text_before_the_knowledge_is_not_cut_off(monkeypatch):
     """Replies in front of the knowledge count in the loss when they are asked for."""
     reader = processor()

@@ -1,6 +1,6 @@
 """At the end of a run of transformers' suites: what became of their tests, and why some are overridden."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import pytest
 
@@ -9,22 +9,21 @@ OUTCOMES = {"passed": "passed", "skipped": "skipped by itself", "xfailed": "over
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    counts, reasons = defaultdict(Counter), defaultdict(set)
+    tests, reasons = defaultdict(lambda: defaultdict(set)), defaultdict(set)
     for outcome in OUTCOMES:
         for report in terminalreporter.getreports(outcome):
-            _, _, test = report.nodeid.partition("tests/common/")
-            suite, _, name = test.partition(".py::")[2].partition("::")
+            suite, _, name = report.nodeid.partition("tests/common/")[2].partition(".py::")[2].partition("::")
             if name:
-                counts[suite][outcome] += 1
+                tests[suite][outcome].add(name)
             if outcome == "xfailed":
                 reasons[report.wasxfail.removeprefix("reason: ")].add(name)
-    if not counts:
+    if not tests:
         return
     terminalreporter.section("transformers' suites")
     columns = ["tests", *OUTCOMES.values()]
     terminalreporter.write_line(f"{'suite':28}" + "".join(f"{column:>19}" for column in columns))
-    for suite, outcomes in counts.items():
-        numbers = [outcomes.total(), *(outcomes[outcome] for outcome in OUTCOMES)]
+    for suite, outcomes in tests.items():
+        numbers = [len(set().union(*outcomes.values())), *(len(outcomes[outcome]) for outcome in OUTCOMES)]
         terminalreporter.write_line(f"{suite:28}" + "".join(f"{number:19}" for number in numbers))
     terminalreporter.section("overridden", sep="-")
     for reason, names in sorted(reasons.items(), key=lambda item: sorted(item[1])):

@@ -59,6 +59,7 @@ class PreTrainingTester(ModelTester):
 class DialogueModelTest(modeling.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (VikdfForConditionalGeneration,)
     additional_model_inputs = ["context_input_ids", "context_attention_mask", "pixel_values"]
+    test_all_params_have_gradient = False  # the encoders are read without
     _is_composite = True
     backbones = ("llama", "separate")
 
@@ -80,6 +81,7 @@ class TiedDialogueModelTest(DialogueModelTest):
 class PreTrainingModelTest(modeling.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (VikdfForPreTraining,)
     additional_model_inputs = list(inspect.signature(VikdfForPreTraining.forward).parameters)
+    test_all_params_have_gradient = False
     _is_composite = True
 
     def setUp(self):
