@@ -42,8 +42,10 @@ class DialogueTester(ModelTester):
 
 
 class PreTrainingTester(ModelTester):
+    objectives = ALL
+
     def get_config(self) -> VikdfConfig:
-        config = model_config(self.llm, self.towers, loss_weights=ALL)
+        config = model_config(self.llm, self.towers, loss_weights=self.objectives)
         config.text_config.initializer_range = 0.02
         return config
 
@@ -89,3 +91,8 @@ class PreTrainingModelTest(modeling.ModelTesterMixin, unittest.TestCase):
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         return copy.deepcopy(inputs_dict)  # the labels are among them
+
+    def check_training_gradient_checkpointing(self, *args, **kwargs):
+        # what stands in for a layer here knows of one run, so the LLM reads captions one way and not both
+        self.model_tester.objectives = ALL | {"text_to_knowledge": 0.0}
+        super().check_training_gradient_checkpointing(*args, **kwargs)
