@@ -670,13 +670,14 @@ def _checkpointed(language_model: nn.Module) -> list[nn.Module]:
 @contextlib.contextmanager
 def _in_training(modules: list[nn.Module]) -> Iterator[None]:
     """For the time of a forward pass these modules, and not those within, are in training mode."""
+    before = [module.training for module in modules]
     for module in modules:
         module.training = True
     try:
         yield
     finally:
-        for module in modules:
-            module.training = False
+        for module, mode in zip(modules, before, strict=True):
+            module.training = mode
 
 
 class _NeverWrite(LogitsProcessor):
