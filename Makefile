@@ -47,8 +47,9 @@ test-browser: setup
 # transformers' own suites for models, configurations and processors on this package's classes; see tests/common/. Where
 # their sources can't be had the tests are skipped and say so.
 test-common: setup
-	TRANSFORMERS_TESTS=$$($(VENV)/bin/python tests/common/suites.py) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
-		$(VENV)/bin/python -m pytest -q -rs --override-ini addopts= --disable-warnings tests/common
+	TRANSFORMERS_TESTS=$$($(VENV)/bin/python tests/common/suites.py) PYTHONPATH=tests/common HF_HUB_OFFLINE=1 \
+		OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -rs -p outcomes --override-ini addopts= --disable-warnings \
+		tests/common
 
 # The Space on this machine, with the packaged checkpoint.
 demo: setup

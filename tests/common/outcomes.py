@@ -1,4 +1,4 @@
-"""At the end of a run of transformers' suites: what became of their tests, and why some are overridden."""
+"""A plug-in of pytest that says at the end of a run what became of the suites' tests, and why some are overridden."""
 
 from collections import defaultdict
 
