@@ -29,6 +29,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
+    GenerationConfig,
     MT5EncoderModel,
     PreTrainedConfig,
     PreTrainedModel,
@@ -246,8 +247,10 @@ class VikdfPreTrainedModel(PreTrainedModel):
             dtype=dtype, quantization_config=quantization_config, **placement, **_hub_kwargs(kwargs)
         )
         model.config.name_or_path = model.name_or_path = str(path or "")
+        where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs} | _hub_kwargs(kwargs)
+        if not model.can_generate() and source is not None:
+            model.generation_config = _saved_generation_config(source, **where)
         if (adapter := model.config.adapter) is not None:
-            where = {key: kwargs[key] for key in ("revision",) if key in kwargs} | _hub_kwargs(kwargs)
             if os.path.isdir(source):  # transformers 5.17 knows sub-folders of repositories only
                 source = os.path.join(source, ADAPTER_FOLDER)
             else:
@@ -495,6 +498,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
                 self._check_loadable(weights)
                 self._save_adapter(folder, state)
             super().save_pretrained(folder, state_dict=weights, **kwargs)
+            if not self.can_generate() and getattr(self, "generation_config", None) is not None:
+                self.generation_config.save_pretrained(folder)  # for the dialogue model that loads this checkpoint
             _name_shards(folder)
 
     def _changed_backbones(self, state: dict[str, torch.Tensor]) -> set[str]:
@@ -806,6 +811,14 @@ def _check_weight_files(
             "not loaded. Ask its owner for model.safetensors, name a revision that has it, or, if you trust the file, "
             "convert it: AutoModel.from_pretrained(...).save_pretrained(folder) writes safetensors."
         )
+
+
+def _saved_generation_config(source: str | os.PathLike, **where: Any) -> GenerationConfig | None:
+    """How a checkpoint's dialogue model generates, if the checkpoint says so."""
+    try:
+        return GenerationConfig.from_pretrained(source, **where)
+    except OSError:
+        return None
 
 
 def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -98,11 +98,12 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
         n, d_llm = config.num_knowledge_tokens, config.text_config.hidden_size
-        self.iqformer = VikdfIQFormer(config)
-        self.matching_head = VikdfMatchingHead(config)
-        self.language_projection = nn.Linear(config.iqformer_config.hidden_size, d_llm)
-        self.knowledge_base = nn.Parameter(torch.zeros(n, d_llm))
-        self.knowledge_gate = nn.Parameter(torch.ones(n))
+        # float32 whatever the dtype of the whole, see `_keep_in_fp32_modules_strict`
+        self.iqformer = VikdfIQFormer(config).float()
+        self.matching_head = VikdfMatchingHead(config).float()
+        self.language_projection = nn.Linear(config.iqformer_config.hidden_size, d_llm, dtype=torch.float32)
+        self.knowledge_base = nn.Parameter(torch.zeros(n, d_llm, dtype=torch.float32))
+        self.knowledge_gate = nn.Parameter(torch.ones(n, dtype=torch.float32))
         self.post_init()
 
     @classmethod
@@ -444,7 +445,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             targets = targets[:, keep]  # [B, k]
         prefix = 0
-        if targets is not None and input_ids is not None and cache is None:
+        # states that are asked for are those of all columns
+        if targets is not None and input_ids is not None and cache is None and not self._returns_states(kwargs):
             prefix = self.tokens_before_knowledge(input_ids)
         outputs = self.run_language_model(
             inputs_embeds,
@@ -466,6 +468,11 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             knowledge=knowledge,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+    def _returns_states(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the LLM is asked for hidden states or attentions, by arguments or by its configuration."""
+        asked = ((kwargs.get(name), name) for name in ("output_hidden_states", "output_attentions"))
+        return any(getattr(self.language_model.config, name) if value is None else value for value, name in asked)
 
     def tokens_before_knowledge(self, input_ids: torch.Tensor) -> int:
         """How many columns of prompts [B, T] stand before the first placeholder of any row."""
