@@ -426,9 +426,12 @@ SHARED = (
 def export(args: argparse.Namespace) -> None:
     """Writes a folder that is a whole Hub repository."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
+    from modeling_vikdf.backbones import require_model
     from modeling_vikdf.sharing import export
 
-    export(args.model or DEFAULT_CHECKPOINT, args.output, args.include_backbones, args.results)
+    source = args.model or DEFAULT_CHECKPOINT
+    require_model(source)
+    export(source, args.output, args.include_backbones, args.results)
     print(f"Wrote {args.output}")
 
 
@@ -443,11 +446,14 @@ def export(args: argparse.Namespace) -> None:
 def push(args: argparse.Namespace) -> None:
     """Commits a model to the Hub, with the token of `hf auth login` or of the environment."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
+    from modeling_vikdf.backbones import require_model
     from modeling_vikdf.sharing import push_to_hub
 
+    source = args.model or DEFAULT_CHECKPOINT
+    require_model(source)
     commit = push_to_hub(
         args.repo_id,
-        model=args.model or DEFAULT_CHECKPOINT,
+        model=source,
         include_backbones=args.include_backbones,
         results=args.results,
         private=args.private or None,
@@ -550,7 +556,7 @@ def find_recipe(name: str) -> Path:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """How a message goes on that names what a mistyped word is nearest to; empty if nothing is near."""
-    nearest = difflib.get_close_matches(word, known, n=1)
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; for {word!r}, did you mean {nearest[0]!r}?" if nearest else ""
 
 

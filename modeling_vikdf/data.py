@@ -33,6 +33,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from PIL import Image, ImageOps
 from transformers.utils import logging
 
+from .backbones import may_be_on_hub
+
 
 logger = logging.get_logger(__name__)
 
@@ -499,6 +501,8 @@ def _find_files(pattern: str) -> list[str]:
 
 
 def _open_hub(source: str, split: str) -> IterableDataset:
+    if not may_be_on_hub(source):
+        raise FileNotFoundError(f"There is no file or folder {source!r}, and a Hub dataset is called ORG/NAME.")
     try:
         return datasets.load_dataset(**HUB_ID.fullmatch(source).groupdict(), split=split, streaming=True)
     except OSError as error:

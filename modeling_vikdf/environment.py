@@ -32,8 +32,8 @@ def describe_environment() -> dict[str, Any]:
     and of the home folder not its name.
 
     Returns:
-        Versions, the platform, the accelerators, whether PyTorch uses AVX-512 (without it bfloat16 is slow), and where each
-        backbone of the packaged checkpoint is.
+        Versions, the platform, the accelerators, whether PyTorch uses AVX-512 (without it bfloat16 is slow), and where
+        each backbone of the packaged checkpoint is.
     """
     found = {
         "modeling_vikdf": f"{__version__}, in {_without_home(Path(__file__).parent)}",
