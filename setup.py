@@ -55,7 +55,7 @@ setup(
         "eval": ["evaluate>=0.4.6", "datasets>=4", "nltk>=3.6", "matplotlib"],
         "demo": ["gradio>=6", "datasets>=4"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-        "trackers": ["tensorboard>=2.16"],  # a recipe's report_to
+        "track": ["trackio", "tensorboard>=2.16"],  # what a recipe's report_to may name
         "completion": ["argcomplete>=3"],  # of the command line, by the tab key
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "playwright"],
     },

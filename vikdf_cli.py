@@ -72,12 +72,10 @@ MODEL = option("--model", help="folder or Hub id of a VIKDF model (default: the 
 def chat(args: argparse.Namespace) -> None:
     """Talks in the terminal, or answers the given messages as successive user turns and ends."""
     from transformers import pipeline
-    from transformers.utils import logging
 
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.backbones import load_model
 
-    logging.disable_progress_bar()
     source = args.model or DEFAULT_CHECKPOINT
     # loaded here, because `pipeline` buries the reason of a failure in its own
     model, processor = load_model(source)
@@ -186,7 +184,10 @@ def train(args: argparse.Namespace) -> None:
 
     from modeling_vikdf.training import run_stage
 
-    recipe = yaml.safe_load(find_recipe(args.config).read_text(encoding="utf-8"))
+    try:
+        recipe = yaml.safe_load(find_recipe(args.config).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{args.config} is no recipe: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{args.config} is no recipe: expected a YAML mapping with sections such as model and data.")
     for override in args.overrides:
@@ -194,7 +195,11 @@ def train(args: argparse.Namespace) -> None:
         if not separator:
             raise ValueError(f"{override!r} is no override: expected section.key=value, or key=value for training.")
         section, _, key = key.rpartition(".")
-        recipe.setdefault(section or "training", {})[key] = yaml.safe_load(value)
+        section = section or "training"
+        settings = recipe.get(section) or {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"The section {section!r} must hold settings (key: value), not {settings!r}.")
+        recipe[section] = {**settings, key: yaml.safe_load(value)}
     metrics = run_stage(args.command, recipe)
     print(json.dumps(metrics, indent=2))
 
@@ -603,6 +608,17 @@ def build_parser() -> Parser:
     return parser
 
 
+def quiet_libraries() -> None:
+    """No bars for the weights of each part of a model; downloads, which take long, keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    wanted = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # of both libraries
+    if wanted:
+        enable_progress_bars()
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script `vikdf`."""
     parser = build_parser()
@@ -613,6 +629,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     extra = COMMANDS[args.command].extra
     try:
+        if args.command != "version":  # which alone does without them
+            quiet_libraries()
         COMMANDS[args.command].run(args)
     except ModuleNotFoundError as error:
         if extra is None:

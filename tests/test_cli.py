@@ -226,6 +226,33 @@ def test_a_mistyped_recipe_names_the_nearest_and_all(capsys, tmp_path):
     assert "did you mean 'smollm2/distill'?" in message and "paper/pretrain" in message
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("data:\nmodel: {checkpoint: nowhere}", ["data.trian=a.tar"], "for 'trian', did you mean 'train'?"),
+        ("data: [a.tar]", ["data.train=b.tar"], "'data' must hold settings"),
+        ("dat: {train: a.tar}", [], "for 'dat', did you mean 'data'?"),
+        ("model: {checkpoint: nowhere", [], "is no recipe"),
+        ("model: {checkpoint: nowhere}\ndata: {train: a.tar}", [], "There is no folder 'nowhere'"),
+    ],
+)
+def test_errors_of_recipes(recipe, overrides, message, capsys, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    said = fails(capsys, "distill", "--config", tmp_path / "recipe.yaml", f"output_dir={tmp_path}", *overrides)
+    assert message in said and "\n" not in said
+
+
+def test_only_what_the_command_does_is_told(checkpoint, tmp_path):
+    """No bars of weights, no warnings of libraries, on correct use; in a process of its own, as warnings come once."""
+    (tmp_path / "talk.jsonl").write_text('{"turns": ["How are you?", "Fine."]}\n')
+    evaluate = ["evaluate", "--data", str(tmp_path / "talk.jsonl"), "--output", str(tmp_path / "report.json")]
+    for argv in ([*evaluate, "--no-ranking"], ["export", "--include-backbones", "--output", str(tmp_path / "out")]):
+        command = [sys.executable, "-m", "vikdf_cli", *argv, "--model", str(checkpoint)]
+        result = subprocess.run(command, env=in_process(), check=True, capture_output=True, text=True)
+        told = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
+        assert all(line.startswith(("Preparing: ", "Knowledge: ", "Evaluating: ")) for line in told), told
+
+
 MODEL_COMMANDS = [
     ["chat", "--message", "a"],
     ["evaluate", "--data", "{data}", "--output", "report.json"],

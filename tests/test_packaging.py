@@ -66,4 +66,4 @@ def test_the_metadata_say_who_what_and_where(checkout):
     assert metadata["Version"] == modeling_vikdf.__version__  # both are written by hand
     for name in ("Author", "Keywords", "Project-URL", "Summary"):
         assert metadata[name], name
-    assert {"trackers", "completion"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"track", "completion"} <= set(metadata.get_all("Provides-Extra"))
