@@ -470,7 +470,7 @@ def push(args: argparse.Namespace) -> None:
 
 @command(
     "measure speed and memory",
-    option("what", choices=["generation", "training"]),
+    option("what", choices=["generation", "training"], help="replies beside the bare LLM's, or steps of training"),
     MODEL,
     option("--output", help="JSON file to write"),
     option("--repeats", type=int, default=7, help="timed runs of each arm (default: 7)"),
