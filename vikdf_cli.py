@@ -234,21 +234,41 @@ def _tell(figures: dict, output: str | None) -> None:
     extra="eval",
 )
 def shrink(args: argparse.Namespace) -> None:
-    """Draws a model's knowledge towards its mean, as far as makes the replies of validation dialogues likeliest."""
+    """
+    Draws a tuned model's knowledge towards its mean, as far as that makes validation replies clearly likelier. The
+    share of the differences from it that remains is chosen by validation dialogues: 1 leaves the model as it is, 0
+    puts a constant in the place of knowledge.
+    """
     from modeling_vikdf.backbones import load_model
     from modeling_vikdf.data import load_dialogues
-    from modeling_vikdf.evaluation import mean_knowledge, nll_by_share, save_shrunk
+    from modeling_vikdf.evaluation import choose_share, mean_knowledge, require_dialogues, save_shrunk, score_shares
 
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    dialogues, validation = (list(load_dialogues(source)) for source in (args.data, args.validation))
+    require_dialogues(len(dialogues), args.data)
+    require_dialogues(len(validation), args.validation)
     model, processor = load_model(args.model)
-    mean = mean_knowledge(model, processor, list(load_dialogues(args.data)))
-    figures = nll_by_share(model, processor, list(load_dialogues(args.validation)), mean)
-    share = min(figures, key=figures.get)
-    model.shrink_knowledge(mean, share)
+    mean = mean_knowledge(model, processor, dialogues)
+    choice = choose_share(score_shares(model, processor, validation, mean))
+    model.shrink_knowledge(mean, choice["share"])
     data = {"train": Path(args.data).name, "validation": Path(args.validation).name}
-    save_shrunk(model, processor, args.model, output, {"data": data, "share": share, "nll_by_share": figures})
-    print(json.dumps({"nll_by_share": figures, "share": share}, indent=2))
+    save_shrunk(model, processor, args.model, output, {"data": data, **choice})
+    print(json.dumps(choice, indent=2))
+    if choice["share"] == 0:
+        low, high = choice["gain_interval"]
+        print(
+            "WARNING: share 0.0: nothing remains of what contexts evoke. Whatever is said or shown, the LLM now reads "
+            f"one constant, the mean, for these {choice['dialogues']} validation replies are likelier so, by "
+            f"{choice['gain']:.3f} nats a token [{low:.3f}, {high:.3f}]. {args.model} is as it was.",
+            file=sys.stderr,
+        )
+    elif choice["share"] == 1:
+        print(
+            "WARNING: no smaller share makes the validation replies likelier by a gain clear of zero, so all remains: "
+            f"share 1.0. What {output} holds is the model as it was.",
+            file=sys.stderr,
+        )
 
 
 @command(

@@ -5,6 +5,7 @@ Reads as the data flows: `get_text_knowledge` / `get_image_knowledge` (frozen en
 found, attached and left out of checkpoints stands in modeling_backbones.py.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,17 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    TextGenerationPipeline,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_backbones import CACHE, VikdfPreTrainedModel, find_backbone, pop_cache
 from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert
 
+
+logger = logging.get_logger(__name__)
 
 WORTH_SHARING = 64  # tokens that a shared pass must save to be worth another pass through the LLM's layers
 
@@ -300,8 +304,13 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
 
         Args:
             mean: [n, h], the mean of the knowledge that many contexts evoke.
-            share: what remains of the differences; 1 changes nothing, 0 leaves the mean alone.
+            share: what remains of the differences; 1 changes nothing, 0 leaves the mean alone, a constant.
+
+        Raises:
+            ValueError: unless the share is between 0 and 1.
         """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share is what remains of the differences from the mean, between 0 and 1; got {share}.")
         gate = self.knowledge_gate[:, None]  # [n, 1]
         self.knowledge_base += (1 - share) * gate * self.language_projection(mean)
         self.knowledge_gate *= share
@@ -345,10 +354,15 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             keep[:, -self.config.num_knowledge_tokens :] = image_mask.to(keep.device)[:, None]
         found, expected = placeholders.sum(1), keep.sum(1)
         if found.shape != expected.shape or (found != expected).any():
+            hint = "Was the prompt written by this model's processor, and not truncated since?"
+            if found.shape == expected.shape and (found - expected == self.config.num_knowledge_tokens).any():
+                hint = (
+                    "There are places for a picture beside a text, but only one was given: pass context_input_ids and "
+                    "pixel_values, with a cache, too, unless it reaches behind all these places."
+                )
             raise ValueError(
                 f"Each row needs one placeholder (id {token_id}) for each knowledge vector: "
-                f"expected {expected.tolist()}, found {found.tolist()}. Was the prompt written by this model's "
-                "processor, and not truncated since?"
+                f"expected {expected.tolist()}, found {found.tolist()}. {hint}"
             )
         return embeds.masked_scatter(placeholders[..., None], vectors[keep].to(embeds.dtype))
 
@@ -543,7 +557,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         if new_ids is None:
             return model_inputs
         reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
-        if knowledge is not None and reads_prompt:
+        if is_first_iteration and new_ids.shape[1] < input_ids.shape[1] and not self._has_placeholders(new_ids):
+            embeds = self.get_input_embeddings()(new_ids)  # all knowledge is cached, and may be left out
+        elif knowledge is not None and reads_prompt:
             # the whole prompt, because the cache may end anywhere in it
             embeds = self.embed_prompt(input_ids.to(new_ids.device), knowledge, image_mask)[:, -new_ids.shape[1] :]
         elif is_first_iteration:
@@ -551,6 +567,10 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         else:  # tokens the LLM wrote are its own, even the one that serves as placeholder
             embeds = self.get_input_embeddings()(new_ids)
         return model_inputs | {"input_ids": None, "inputs_embeds": embeds}
+
+    def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
+        token_id = self.config.knowledge_token_id
+        return token_id is not None and bool((input_ids == token_id).any())
 
     @torch.no_grad()
     def generate(
@@ -567,7 +587,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         """
         Generates replies; everything that `GenerationMixin.generate` takes, and the knowledge inputs of `forward`.
 
-        The knowledge is computed once a row, before rows are copied for beams or several replies.
+        The knowledge is computed once a row, before rows are copied for beams or several replies. With a cache that
+        reaches behind a prompt's places of knowledge neither context nor picture need be given again: the LLM reads
+        what is cached. They must be, where it ends before.
 
         Raises:
             ValueError: for `prefill_chunk_size` (chunks would lose the knowledge); for knowledge with `inputs_embeds`
@@ -598,6 +620,11 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             prompt = kwargs.get("input_ids", inputs)
             if prompt is not None and (cache := self._read_prompt_once(prompt, config, kwargs)) is not None:
                 kwargs[CACHE] = cache
+        elif _text_generation_calls():
+            logger.warning_once(
+                "The text-generation pipeline writes no places for knowledge into its prompts, so the LLM replies "
+                'without it. For replies with knowledge import modeling_vikdf and use pipeline("vikdf-dialogue").'
+            )
         return super().generate(inputs, generation_config, **kwargs)
 
     def _read_prompt_once(self, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Cache | None:
@@ -634,6 +661,17 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         )
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+def _text_generation_calls() -> bool:
+    """
+    Whether transformers' own pipeline is asking. The frames alone tell: it hands over nothing that a caller who wants
+    the LLM alone would not, and its user has not been asked whether knowledge is wanted.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), TextGenerationPipeline):
+        frame = frame.f_back
+    return frame is not None
 
 
 class _NeverWrite(LogitsProcessor):

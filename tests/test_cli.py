@@ -275,7 +275,7 @@ def test_a_mistyped_model_does_not_exist_and_no_hub_is_asked(command, capsys, tm
     monkeypatch.setattr("modeling_vikdf.backbones.cached_file", ask)
     monkeypatch.chdir(tmp_path)
     Path("outputs").mkdir()
-    Path("talk.jsonl").write_text('{"turns": ["How are you?", "Fine."]}')
+    Path("talk.jsonl").write_text('{"turns": ["How are you?", "Fine."]}\n' * 100)
     item = {"id": "1", "context": ["a"], "positives": ["b"], "adversarial": ["c"], "random": ["d"]}
     Path("items.jsonl").write_text(json.dumps(item))
     Path("pictures").mkdir()

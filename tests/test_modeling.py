@@ -306,6 +306,14 @@ def test_knowledge_moves_the_logits_from_its_place_on(model):
     assert (changed > 1e-3).all()
 
 
+@pytest.mark.parametrize("share", [-0.25, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(llama_model, share):
+    gate = llama_model.knowledge_gate.clone()
+    with pytest.raises(ValueError, match=f"what remains.*got {share}"):
+        llama_model.shrink_knowledge(torch.zeros(4, 32), share)
+    assert torch.equal(llama_model.knowledge_gate, gate)
+
+
 class Refusing(nn.Module):
     """An encoder that must not be called."""
 
