@@ -60,8 +60,8 @@ def _accelerators() -> list[str]:
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         return []
-    names = getattr(torch.get_device_module(device), "get_device_name", str)  # MPS has no names
-    return [f"{device.type}:{i} {names(i)}" for i in range(torch.accelerator.device_count())]
+    get_name = getattr(torch.get_device_module(device), "get_device_name", lambda index: "")  # MPS has none
+    return [f"{device.type}:{i} {get_name(i)}".rstrip() for i in range(torch.accelerator.device_count())]
 
 
 def _place(source: dict[str, Any]) -> str:

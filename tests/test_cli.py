@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 import modeling_vikdf
 import vikdf_cli
 from modeling_vikdf.cli import main
+from modeling_vikdf.environment import describe_environment
 
 
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden folder at {GOLDEN} (set VIKDF_GOLDEN_DIR)")
@@ -423,6 +425,30 @@ def test_the_environment_is_told_without_secrets(capsys, monkeypatch, tmp_path):
     assert told["context_encoder sentence-transformers/all-MiniLM-L6-v2"] == "~/backbones/all-MiniLM-L6-v2"
     assert told["vision_encoder facebook/dinov2-small"] == "not found"
     assert "secret" not in out and "somebody" not in out
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        (SimpleNamespace(get_device_name=lambda index: f"Brand {index}"), "cuda:0 Brand 0, cuda:1 Brand 1"),
+        (SimpleNamespace(), "cuda:0, cuda:1"),
+    ],
+)
+def test_the_environment_names_every_accelerator(module, told, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert describe_environment()["accelerators"] == told
+
+
+def test_importing_the_package_imports_no_library_of_an_extra():
+    script = """
+import sys
+import modeling_vikdf
+assert not {"datasets", "nltk", "gradio", "fastapi", "peft", "matplotlib"} & set(sys.modules)
+assert not {f"modeling_vikdf.{name}" for name in ("data", "training", "evaluation", "cards")} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], env=in_process(), check=True, capture_output=True)
 
 
 def test_completion(tmp_path):
