@@ -549,9 +549,8 @@ def recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name: `smollm2/distill`."""
     package = Path(importlib.util.find_spec("modeling_vikdf").origin).parent
     # A wheel holds configs/ inside the package; in a checkout, also one that is installed editable, it is beside it.
-    places = package / "configs", package.parent / "configs"
-    found = {path.relative_to(place).with_suffix(""): path for place in places for path in place.rglob("*.yaml")}
-    found = {name.as_posix(): path for name, path in sorted(found.items())}
+    folder = next(place for place in (package / "configs", package.parent / "configs") if place.is_dir())
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
     return {name: path for name, path in found.items() if name != "study" and not name.startswith("accelerate/")}
 
 

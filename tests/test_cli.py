@@ -223,6 +223,16 @@ def test_a_recipe_is_found_by_file_or_name(tmp_path, monkeypatch):
     assert not [name for name in vikdf_cli.recipes() if "study" in name or "accelerate" in name]
 
 
+def test_recipes_of_a_wheel_are_its_own(tmp_path, monkeypatch):
+    """Whatever another package has put beside it."""
+    for path in ("modeling_vikdf/configs/ours.yaml", "configs/theirs.yaml"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    spec = SimpleNamespace(origin=str(tmp_path / "modeling_vikdf" / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    assert list(vikdf_cli.recipes()) == ["ours"]
+
+
 def test_a_mistyped_recipe_names_the_nearest_and_all(capsys, tmp_path):
     message = fails(capsys, "distill", "--config", "smollm/distil")
     assert "did you mean 'smollm2/distill'?" in message and "paper/pretrain" in message
