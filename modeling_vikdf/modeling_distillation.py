@@ -23,6 +23,7 @@ from .configuration_vikdf import VikdfConfig
 from .modeling_vikdf import VikdfForConditionalGeneration
 
 
+TOKENS = ("masked_text", "knowledge_to_text", "reply")  # the objectives that predict tokens
 BVIF = ("knowledge_to_text", "text_to_knowledge")  # the objectives that take a pair's knowledge through the LLM
 MATCHING = {"text_image_matching": "image", "text_text_matching": "partner"}  # and what each matches texts with
 
@@ -84,7 +85,7 @@ def masked_image_loss(
 
 
 def masked_text_loss(
-    logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | float | None = None
+    logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | float | None = None, smoothing: float = 0.0
 ) -> torch.Tensor:
     """
     Cross-entropy of the chosen tokens (paper, "Image-Assisted Masked Text Modelling"; Devlin et al. 2019, BERT).
@@ -93,11 +94,12 @@ def masked_text_loss(
         logits: of the chosen tokens alone [K, vocabulary].
         targets: their true ids [K].
         count: number of chosen tokens in the whole batch; default K.
+        smoothing: share of each target's probability that is spread over the vocabulary (label smoothing).
 
     Returns:
         Scalar, in nats a token; 0 when no token was chosen.
     """
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
     return loss / _count(torch.tensor(len(targets), device=logits.device), count)
 
 
@@ -248,6 +250,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         other_partner: torch.Tensor | None = None,
         parts: int = 1,
         counts: dict[str, torch.Tensor | float] | None = None,
+        smoothing: float = 0.0,
         embed_only: bool = False,
         dialogues: dict[str, torch.Tensor] | None = None,
     ) -> VikdfPreTrainingOutput:
@@ -269,6 +272,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             other_text, other_image, other_partner, parts: what other parts of the batch embedded, and how many parts
                 there are; see `matching_loss`.
             counts: objective -> count over the whole batch; see the loss functions.
+            smoothing: label smoothing of the objectives that predict tokens (masked_text, knowledge_to_text, reply).
             embed_only: whether to stop at the matching embeddings.
             dialogues: text dialogues with labels, as inputs of `VikdfForConditionalGeneration.forward` (reply).
 
@@ -318,7 +322,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         if "masked_text" in weights:
             _require("masked_text", pixel_values=image, masked_input_ids=masked_input_ids, masked_labels=masked_labels)
             losses["masked_text"] = self.masked_text_modelling(
-                masked_input_ids, context_attention_mask, masked_labels, image, counts.get("masked_text")
+                masked_input_ids, context_attention_mask, masked_labels, image, counts.get("masked_text"), smoothing
             )
         if fusing:
             knowledge = self._choose_knowledge(text, image, use_image_knowledge)
@@ -334,6 +338,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
                     base=self._caption_base(),
                     labels=labels,
                     num_items_in_batch=counts.get("knowledge_to_text"),
+                    smoothing=smoothing,
                 )
                 .loss
             )
@@ -344,7 +349,8 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             )
         if "reply" in weights:
             _require("reply", dialogues=dialogues)
-            losses["reply"] = super().forward(**dialogues, num_items_in_batch=counts.get("reply")).loss
+            given = {"num_items_in_batch": counts.get("reply"), "smoothing": smoothing}
+            losses["reply"] = super().forward(**dialogues, **given).loss
         loss = sum(weights[name] * value for name, value in losses.items())
         return VikdfPreTrainingOutput(
             loss=loss,
@@ -425,6 +431,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         labels: torch.Tensor,
         image_knowledge: torch.Tensor,
         count: torch.Tensor | float | None = None,
+        smoothing: float = 0.0,
     ) -> torch.Tensor:
         """The encoder reads the caption with tokens replaced; the chosen ones' states ask K^I for the true ids."""
         rows = len(masked_input_ids)
@@ -433,7 +440,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         states = self.iqformer.context_projection(states.to(image_knowledge.dtype))
         chosen = labels != -100  # [M, T]
         states = self.masked_text_block(states, image_knowledge[:rows])[chosen]  # [K, d]
-        return masked_text_loss(self.token_decoder(states), labels[chosen], count)
+        return masked_text_loss(self.token_decoder(states), labels[chosen], count, smoothing)
 
     def text_to_knowledge(
         self,

@@ -5,7 +5,11 @@ Reads as the data flows: `get_text_knowledge` / `get_image_knowledge` (frozen en
 found, attached and left out of checkpoints stands in modeling_backbones.py.
 """
 
+import contextlib
+import copy
+import functools
 import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +20,16 @@ from transformers import (
     AutoModel,
     Blip2QFormerConfig,
     Cache,
+    DynamicCache,
+    DynamicLayer,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     TextGenerationPipeline,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
@@ -34,7 +42,12 @@ logger = logging.get_logger(__name__)
 WORTH_SHARING = 64  # tokens that a shared pass must save to be worth another pass through the LLM's layers
 
 
-def reply_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | float | None = None) -> torch.Tensor:
+def reply_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    count: torch.Tensor | float | None = None,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
     """
     Negative log-likelihood of a text under the LLM, given the knowledge in its prompt (paper, "Bidirectional
     Variational Information Fusion", knowledge -> text).
@@ -42,11 +55,14 @@ def reply_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor 
     Args:
         logits: [B, k, vocabulary]; targets: the ids that they predict, -100 for none, [B, k].
         count: number of targets in the whole batch, where this is a part of one; default those given.
+        smoothing: share of each target's probability that is spread over the vocabulary (label smoothing).
 
     Returns:
         Scalar, in nats a token; 0 when there is no target.
     """
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", label_smoothing=smoothing
+    )
     count = (targets != -100).sum() if count is None else torch.as_tensor(count, device=logits.device)
     return loss / count.clamp(min=1)
 
@@ -384,6 +400,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        smoothing: float = 0.0,
         **kwargs: Any,
     ) -> VikdfCausalLMOutputWithPast:
         """
@@ -398,7 +415,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             labels: target ids, -100 where nothing is to be learned, [B, T].
             logits_to_keep: as in transformers; with labels by default the positions that predict some row's label.
             num_items_in_batch: number of labels over all accumulated batches, for an exact mean.
-            kwargs: for the LLM.
+            smoothing: label smoothing of the loss; see `reply_loss`.
+            kwargs: for the LLM; but `shift_labels`, the ids that each position predicts [B, T], -100 for none, takes
+                the place of `labels`, which are then not shifted for the loss.
 
         Raises:
             ValueError: see `embed_prompt`, `project_knowledge` and `get_image_knowledge`.
@@ -413,19 +432,19 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             inputs_embeds = self.embed_prompt(input_ids, knowledge, image_mask, base)  # [B, T, d_llm]
         elif knowledge is not None:
             raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
-        targets = None
+        # not a parameter: Trainer takes every parameter with "label" in its name for one that a batch must have
+        targets = kwargs.pop("shift_labels", None)
         if labels is not None:
-            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # [B, T]: position t predicts label t+1
+            if targets is None:
+                targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # [B, T]: position t predicts label t+1
             if isinstance(logits_to_keep, int) and logits_to_keep == 0:
                 # the vocabulary head is a large part of a small LLM: no logits where no row has a label
                 logits_to_keep = (targets != -100).any(0).nonzero().squeeze(1)  # [k]
-                targets = targets[:, logits_to_keep]  # [B, k]
-            elif isinstance(logits_to_keep, int):
-                targets = targets[:, -logits_to_keep:]
-            else:
-                targets = targets[:, logits_to_keep]
+        if targets is not None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            targets = targets[:, keep]  # [B, k]
         prefix = 0
-        if labels is not None and input_ids is not None and cache is None:
+        if targets is not None and input_ids is not None and cache is None:
             prefix = self.tokens_before_knowledge(input_ids)
         outputs = self.run_language_model(
             inputs_embeds,
@@ -438,7 +457,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         )
         loss = None
         if targets is not None:
-            loss = reply_loss(outputs.logits, targets, num_items_in_batch)
+            loss = reply_loss(outputs.logits, targets, num_items_in_batch, smoothing)
         return VikdfCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
@@ -467,7 +486,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
     ) -> ModelOutput:
         """
         Runs the LLM over spliced embeddings. In training the columns before the first knowledge vector depend on
-        nothing that is trained, so they are read without gradient, which is exact and saves their backward pass.
+        nothing that is trained, so they are read without gradient, which is exact and saves their backward pass. With
+        gradient checkpointing the layers keep their input alone, without dropout and with the cache of these columns.
 
         Args:
             inputs_embeds: [B, T, d_llm].
@@ -486,24 +506,45 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             # a copy of these columns: of a slice PyTorch on CPUs copies the frozen vocabulary head for every row
             columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             logits["logits_to_keep"] = columns[-logits_to_keep:]
-        if prefix == 0 or not (frozen and torch.is_grad_enabled() and inputs_embeds.requires_grad):
+        checkpointed = self._checkpointed_layers()
+        if checkpointed and not self._rereads_its_cache():
+            prefix = 0
+        if prefix and frozen and torch.is_grad_enabled() and inputs_embeds.requires_grad:
+            if logits:
+                logits["logits_to_keep"] = logits_to_keep - prefix
+            if attention_mask is None:
+                attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
+            positions = kwargs.pop("position_ids", None)  # `None`: the LLM counts them its own way
+            kwargs = {key: value for key, value in kwargs.items() if key not in (CACHE, "use_cache")}
+            kwargs[CACHE] = self.read_prefix(inputs_embeds[:, :prefix], attention_mask, positions)
+            kwargs |= {} if positions is None else {"position_ids": positions[:, prefix:]}
+            inputs_embeds = inputs_embeds[:, prefix:]
+        if checkpointed:
+            if kwargs.get("use_cache"):
+                logger.warning_once("Gradient checkpointing keeps no cache: use_cache=True is set to False.")
+            kwargs["use_cache"] = False
+            if (past := kwargs.get(CACHE)) is not None:
+                kwargs[CACHE] = _ReadOnlyCache(past.layers)
+        with _checkpointing(checkpointed):
             return language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **logits, **kwargs)
-        if logits:
-            logits["logits_to_keep"] = logits_to_keep - prefix
-        if attention_mask is None:
-            attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
-        positions = kwargs.pop("position_ids", None)  # `None`: the LLM counts them its own way
-        kwargs = {key: value for key, value in kwargs.items() if key not in (CACHE, "use_cache")}
-        past = self.read_prefix(inputs_embeds[:, :prefix], attention_mask, positions)
-        after = {} if positions is None else {"position_ids": positions[:, prefix:]}
-        return language_model(
-            inputs_embeds=inputs_embeds[:, prefix:],
-            attention_mask=attention_mask,
-            **{CACHE: past},
-            **after,
-            **logits,
-            **kwargs,
-        )
+
+    def _checkpointed_layers(self) -> list[nn.Module]:
+        """The LLM's layers that are computed again in the backward pass: in training with gradient checkpointing."""
+        if not (self.training and torch.is_grad_enabled()):
+            return []
+        modules = [part for part in self.language_model.modules() if getattr(part, "gradient_checkpointing", False)]
+        layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+        if modules and not layers:
+            raise ValueError(
+                f"Gradient checkpointing is enabled, but {type(self.language_model).__name__} has no layers of "
+                "transformers' GradientCheckpointingLayer, so it would do nothing in the LLM: disable it."
+            )
+        return layers
+
+    def _rereads_its_cache(self) -> bool:
+        """Whether a layer of the LLM can be computed twice from one cache; linear attention writes its states over."""
+        layers = DynamicCache(config=self.language_model.config.get_text_config(decoder=True)).layers
+        return all(isinstance(layer, DynamicLayer) for layer in layers)
 
     @torch.no_grad()
     def read_prefix(
@@ -674,6 +715,38 @@ def _text_generation_calls() -> bool:
     return frame is not None
 
 
+@contextlib.contextmanager
+def _checkpointing(layers: list[GradientCheckpointingLayer]) -> Iterator[None]:
+    """
+    Within, these layers keep no activations but their input. By themselves they do so in training mode alone, which
+    has dropout, and which a frozen LLM is never in; and they would leave the cache of what comes before unread.
+    """
+    own = {layer: vars(layer).get("forward") for layer in layers}  # one that is in the way, such as accelerate's
+    for layer in layers:
+        layer.forward = functools.partial(_checkpoint, layer._gradient_checkpointing_func, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in own.items():
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def _checkpoint(checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(functools.partial(forward, **kwargs), *args)  # the reentrant kind takes no keyword arguments
+
+
+class _ReadOnlyCache(Cache):
+    """A cache that is read but never written to, so that a layer that is computed again finds it as it was."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return copy.copy(self.layers[layer_idx]).update(key_states, value_states, *args, **kwargs)
+
+
 class _NeverWrite(LogitsProcessor):
     """Keeps one token out of what is generated. (transformers' own processor for that costs 40 times as much.)"""
 
@@ -685,5 +758,8 @@ class _NeverWrite(LogitsProcessor):
         scores[:, self.token_id : self.token_id + 1] = -torch.inf  # nothing if the token lies outside
         return scores
 
+
+# Trainer's label smoothing shifts the labels of the classes that are named here
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(VikdfConfig.model_type, VikdfForConditionalGeneration.__name__)
 
 __all__ = ["VikdfCausalLMOutputWithPast", "VikdfForConditionalGeneration", "reply_loss"]

@@ -21,6 +21,8 @@ from transformers import (
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 from transformers.utils.chat_template_utils import Chat
 
+from .atomic_saving import replace_files
+
 
 GENERATION_FIELDS = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
 # what else goes through to `generate`: its own arguments, and some of those that it takes by `**kwargs`
@@ -362,9 +364,13 @@ class VikdfDialoguePipeline(Pipeline):
         return None if window is None else window - new_tokens
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes model and processor into one folder that `pipeline("vikdf-dialogue", model=folder)` loads."""
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory)
+        """
+        Writes model and processor into one folder that `pipeline("vikdf-dialogue", model=folder)` loads. Both are
+        replaced together or not at all, wherever the process is killed; see atomic_saving.py.
+        """
+        with replace_files(save_directory, "config.json") as folder:
+            self.model.save_pretrained(folder, **kwargs)
+            self.processor.save_pretrained(folder)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """

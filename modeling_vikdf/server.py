@@ -38,7 +38,6 @@ import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -47,6 +46,7 @@ from transformers import BatchFeature, GenerationConfig, StoppingCriteria, Stopp
 
 from . import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
 from .backbones import load_model
+from .processing_vikdf import read_picture
 
 
 logger = logging.getLogger(__name__)
@@ -180,8 +180,15 @@ class ImagePart(_Body):
     image_url: ImageURL
 
     def for_processor(self) -> dict[str, Any]:
-        """The part as the processor reads it; see `read_picture`."""
-        return {"type": "image", "image": read_picture(self.image_url.url)}
+        """
+        The part as the processor reads it.
+
+        Raises:
+            ValueError: for a URL that is no `data:` URL, and for what is no picture or too large a one.
+        """
+        if self.image_url.url[:5].lower() != "data:":  # and so no path either
+            raise ValueError("a picture must be a data: URL (data:image/png;base64,...); the server fetches nothing.")
+        return {"type": "image", "image": read_picture(self.image_url.url, MAX_PIXELS)}
 
 
 class ChatMessage(_Body):
@@ -295,28 +302,6 @@ class ChatCompletionRequest(_ChatBody):
     def max_new_tokens(self, config: GenerationConfig) -> int:
         """Most tokens of the reply, given the model's defaults."""
         return self.max_completion_tokens or self.max_tokens or config.max_new_tokens or DEFAULT_MAX_TOKENS
-
-
-def read_picture(url: str) -> Image.Image:
-    """
-    The picture in a `data:` URL.
-
-    Raises:
-        ValueError: for every other URL, and for what is no picture or too large a one.
-    """
-    head, comma, data = url.partition(",")
-    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
-        raise ValueError("a picture must be a data: URL (data:image/png;base64,...); the server fetches nothing.")
-    try:
-        file = io.BytesIO(base64.b64decode(data, validate=True))
-        picture = Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF"))
-        too_large = picture.width * picture.height > MAX_PIXELS  # known before it is unfolded
-        pixels = None if too_large else picture.convert("RGB")
-    except Exception as error:  # decoders fail in many ways
-        raise ValueError("the data: URL holds no whole PNG, JPEG, WebP or GIF picture in base64.") from error
-    if pixels is None:
-        raise ValueError(f"the picture has {picture.width} x {picture.height} pixels; at most {MAX_PIXELS} are read.")
-    return pixels
 
 
 # ---- from a request to a job ----

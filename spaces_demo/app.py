@@ -32,8 +32,8 @@ from transformers import BatchFeature, pipeline
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfDialoguePipeline, VikdfProcessor
 from modeling_vikdf.backbones import load_model
-from modeling_vikdf.data import decode_image
 from modeling_vikdf.picture_index import Match, PictureIndex
+from modeling_vikdf.processing_vikdf import read_picture
 
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -202,9 +202,10 @@ class Demo:
         picture = None
         if path is not None:
             try:
-                picture = decode_image(Path(path).read_bytes())
+                picture = read_picture(Path(path).read_bytes())
             except ValueError as error:
-                raise gr.Error(f"This picture cannot be read ({error}). PNG, JPEG and WebP can.") from error
+                reason = str(error).removeprefix("cannot read the picture: ")
+                raise gr.Error(f"This picture cannot be read: {reason}") from error
         settings = {
             "max_new_tokens": int(length),
             "num_beams": int(beams),

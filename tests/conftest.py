@@ -71,6 +71,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build_from(backbones: Path, llm: str, towers: str, **kwargs):
     """A model around saved backbones, its trained part random, and its processor."""
     context, vision = ("bert", "dinov2") if towers == "separate" else (towers, towers)
+    context = kwargs.pop("context", context)
     folders = [str(backbones / name) for name in (llm, context, vision)]
     processor = VikdfProcessor.from_backbones(
         AutoTokenizer.from_pretrained(folders[0]),
