@@ -37,6 +37,7 @@ import fsspec
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
+from .backbones import may_be_on_hub
 from .processing_vikdf import MAX_PICTURE_BYTES, read_file, read_picture
 
 
@@ -610,6 +611,8 @@ def _find_files(pattern: str) -> list[str]:
 
 
 def _open_hub(source: str, split: str) -> IterableDataset:
+    if not may_be_on_hub(source):
+        raise FileNotFoundError(f"There is no file or folder {source!r}, and a Hub dataset is called ORG/NAME.")
     try:
         return datasets.load_dataset(**HUB_ID.fullmatch(source).groupdict(), split=split, streaming=True)
     except OSError as error:

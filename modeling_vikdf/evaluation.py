@@ -157,7 +157,8 @@ def evaluate_file(
         "versions": versions(),
     }
     partial = output.with_name(output.name + ".partial.jsonl")
-    with Journal(partial, identity) as journal:
+    # word vectors measure replies that are there
+    with Journal(partial, {name: value for name, value in identity.items() if "word_vectors" not in name}) as journal:
         figures = evaluate_dialogues(model, processor, dialogues, settings, journal, report)
     # of paths the name alone: where something lies on one machine is of no use on another
     command = ["vikdf", *(Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:])]
@@ -321,6 +322,8 @@ class Journal:
     def __exit__(self, *error: Any) -> None:
         if self._file is not None:
             self._file.close()
+            if any(error) and not self._done:  # refused before there was any work to go on with
+                os.unlink(self._file.name)
 
 
 # ---- dialogues -> examples ----

@@ -9,6 +9,7 @@ left unfinished is never resumed from. `run_stage` is what the commands `vikdf d
 import contextlib
 import copy
 import dataclasses
+import difflib
 import functools
 import inspect
 import itertools
@@ -18,7 +19,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .backbones import half_precision_is_slow, new_model, widen_slow_half_precision
+from .backbones import half_precision_is_slow, new_model, require_model, widen_slow_half_precision
 from .collators import DialogueCollator, JointCollator, PreTrainingCollator
 from .configuration_vikdf import BACKBONE_CONFIGS, OBJECTIVES, VikdfConfig
 from .data import SkipReport, load_dialogues, load_image_text_pairs
@@ -850,6 +851,7 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     model_class = VikdfForPreTraining if objectives else VikdfForConditionalGeneration
     checkpoint = settings.pop("checkpoint", None)
     if checkpoint is not None:
+        require_model(checkpoint)
         processor = VikdfProcessor.from_pretrained(checkpoint)
         config = model_class.config_class.from_pretrained(checkpoint)
         config.loss_weights = loss_weights or config.loss_weights
@@ -934,14 +936,16 @@ def _check_recipe(stage: str, recipe: dict[str, Any]) -> dict[str, dict[str, Any
     for section, settings in recipe.items():
         if section not in sections:
             raise ValueError(
-                f"Unknown section {section!r} in the recipe; {stage!r} knows the sections {list(sections)}."
+                f"Unknown section {section!r} in the recipe{_suggest([section], sections)}; {stage!r} knows the "
+                f"sections {list(sections)}."
             )
         if not isinstance(settings or {}, dict):
             raise ValueError(f"The section {section!r} must hold settings (key: value), not {settings!r}.")
         unknown = sorted(set(settings or ()) - sections[section])
         if unknown:
             raise ValueError(
-                f"Unknown keys {unknown} in section {section!r}; {stage!r} knows the keys {sorted(sections[section])}."
+                f"Unknown keys {unknown} in section {section!r}{_suggest(unknown, sections[section])}; {stage!r} "
+                f"knows the keys {sorted(sections[section])}."
             )
     recipe = {section: recipe.get(section) or {} for section in SECTIONS}
     model, data = recipe["model"], recipe["data"]
@@ -961,6 +965,12 @@ def _check_recipe(stage: str, recipe: dict[str, Any]) -> dict[str, dict[str, Any
             f"{'with' if data.get('feature_cache') else 'without'} data.feature_cache: leave it out."
         )
     return recipe
+
+
+def _suggest(words: list[str], known: Iterable[str]) -> str:
+    """How a message goes on that names what mistyped words are nearest to."""
+    nearest = {word: difflib.get_close_matches(word, known, n=1, cutoff=0.7) for word in words}
+    return "".join(f"; for {word!r}, did you mean {near[0]!r}?" for word, near in nearest.items() if near)
 
 
 def _load_pairs(

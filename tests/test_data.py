@@ -205,6 +205,22 @@ def test_what_does_not_exist_is_named(tmp_path):
         load_image_text_pairs("org/gone")  # offline
     with pytest.raises(FileNotFoundError, match="metadata.jsonl"):
         load_image_text_pairs(tmp_path)
+
+
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    def asked(*args, **kwargs):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(data.datasets, "load_dataset", asked)
+    monkeypatch.chdir(tmp_path)
+    Path("photographs").mkdir()
+    for source in ("photograps", "photographs/flikr", "./flickr"):
+        for load in (load_image_text_pairs, load_dialogues):
+            with pytest.raises(FileNotFoundError, match=f"There is no file or folder '{source}'"):
+                load(source)
+
+
+def test_no_sources_are_refused():
     for load in (load_image_text_pairs, load_dialogues):
         with pytest.raises(ValueError, match="No sources"):
             load([])

@@ -558,6 +558,23 @@ def test_unfinished_work_of_another_evaluation_is_refused(tmp_path):
     assert path.read_text() == '{"seed": 1}\n'
 
 
+def test_a_refused_evaluation_does_not_stand_in_the_way_of_the_next(checkpoint, data, tmp_path):
+    """Neither one that is refused before it begins nor one whose word vectors are of no use at its end."""
+    output, vectors = tmp_path / "report.json", tmp_path / "vectors.txt"
+    with pytest.raises(ValueError, match="Ranking needs"):
+        few = tmp_path / "few.jsonl"
+        few.write_text("\n".join(data.read_text().splitlines()[:5]))
+        evaluate_file(checkpoint, few, output, EvaluationSettings())
+    assert not list(tmp_path.glob("report*"))
+    vectors.write_text("nowhere-to-be-found 0.1 0.2\n")
+    with pytest.raises(ValueError, match="none of the words"):
+        evaluate_file(checkpoint, data, output, EvaluationSettings(word_vectors=str(vectors)))
+    vectors.write_text("".join(f"{word} 0.1 0.2\n" for word in WORDS))
+    for choice in (EvaluationSettings(word_vectors=str(vectors)), EvaluationSettings()):
+        evaluate_file(checkpoint, data, output, choice)
+    assert [path.name for path in tmp_path.glob("report*")] == ["report.json"]
+
+
 # ---- files and commands ----
 
 
