@@ -1,5 +1,5 @@
-# make setup | chat | demo | test | test-lowest | test-newest | test-common | test-browser | study | results; all run in .venv, which
-# setup makes, and remakes when its ingredients change.
+# make setup | chat | demo | test | test-lowest | test-newest | test-common | test-browser | study | results
+# All run in .venv, which setup makes, and remakes when its ingredients change.
 
 VENV := .venv
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))

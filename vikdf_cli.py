@@ -89,7 +89,7 @@ def chat(args: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
             reply += piece
         print(flush=True)
-        messages.append({"role": "assistant", "content": reply.strip() or "..."})
+        messages.append({"role": "assistant", "content": reply.strip()})
 
     for text in args.message:
         if args.interactive:

@@ -115,11 +115,11 @@ def test_lines_from_a_pipe(checkpoint, capsys, monkeypatch):
 
 
 def test_a_refused_message_does_not_end_the_dialogue(checkpoint, capsys, monkeypatch):
-    lines = ["What is your dog doing?", "a <|knowledge|> b", "It is snowing outside."]
+    lines = ["What is your dog doing?", "snow " * 1000, "It is snowing outside."]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     out, err = run(capsys, "chat", "--model", checkpoint, "--max-new-tokens", 6)
     assert [line.strip() for line in out.splitlines()] == replies(checkpoint, lines[0], lines[2])
-    assert "reserved for knowledge" in err
+    assert "ask for fewer max_new_tokens" in err
 
 
 def test_a_terminal(checkpoint):
