@@ -1,5 +1,5 @@
-# make setup | chat | demo | test | test-lowest | test-newest | test-browser | docs | study | results; all run in .venv,
-# which setup makes, and remakes when its ingredients change.
+# make setup | chat | demo | test | test-lowest | test-newest | test-common | test-browser | docs | study | results
+# All run in .venv, which setup makes, and remakes when its ingredients change.
 
 VENV := .venv
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
@@ -7,7 +7,7 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup chat demo test test-lowest test-newest test-browser docs study results
+.PHONY: setup chat demo test test-lowest test-newest test-common test-browser docs study results
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,13 @@ test-browser: setup
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core \
 			>/dev/null; } || echo "chromium is missing and cannot be installed here."
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -rs tests/test_browser.py
+
+# transformers' own suites for models, configurations and processors on this package's classes; see tests/common/. Where
+# their sources can't be had the tests are skipped and say so.
+test-common: setup
+	TRANSFORMERS_TESTS=$$($(VENV)/bin/python tests/common/suites.py) PYTHONPATH=tests/common HF_HUB_OFFLINE=1 \
+		OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -rs -p outcomes --override-ini addopts= --disable-warnings \
+		tests/common
 
 # The Space on this machine, with the packaged checkpoint.
 demo: setup

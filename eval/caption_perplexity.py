@@ -50,7 +50,7 @@ def main() -> None:
             roles = ("user", CAPTION_INSTRUCTIONS[0]), ("assistant", pair["captions"][0])
             messages = [{"role": role, "content": content} for role, content in roles]
             dialogues.append({"key": pair["key"], "messages": messages, "references": pair["captions"][:1]})
-        pixels = processor.image_processor([pair["image"] for pair in batch], return_tensors="pt")["pixel_values"]
+        pixels = processor.pixel_values(pair["image"] for pair in batch)
         pictures.append(model.get_image_knowledge(pixels.to(model.device)).cpu())
         texts += [ids.tolist() for ids in tokenize_captions(processor, [pair["captions"][1] for pair in batch])]
     pictures, texts = torch.cat(pictures), compute_knowledge(model, processor, texts)  # [N, n, h]

@@ -52,7 +52,7 @@ def read_pictures(
     for pair in tqdm(load_image_text_pairs(sources, shuffle_buffer=0), unit=" pictures", desc="Pictures"):
         name = Path(pair["key"]).name
         if name in names and name not in found:
-            pixels = processor.image_processor([pair["image"]], return_tensors="pt")["pixel_values"]
+            pixels = processor.pixel_values([pair["image"]])
             [found[name]] = model.get_image_knowledge(pixels.to(model.device)).cpu()
     if missing := sorted(names - set(found)):
         raise ValueError(f"{len(missing)} photographs are not in {sources}, the first is {missing[0]}.")

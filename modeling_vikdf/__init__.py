@@ -10,7 +10,7 @@ from .modeling_backbones import VikdfPreTrainedModel
 from .modeling_distillation import VikdfForPreTraining, VikdfPreTrainingOutput
 from .modeling_iqformer import VikdfIQFormer, initialize_from_bert
 from .modeling_vikdf import VikdfCausalLMOutputWithPast, VikdfForConditionalGeneration
-from .pipeline_vikdf import VikdfDialoguePipeline
+from .pipeline_vikdf import VikdfDialoguePipeline, VikdfInputsError
 from .processing_vikdf import VikdfProcessor
 
 
@@ -39,6 +39,7 @@ __all__ = [
     "VikdfForConditionalGeneration",
     "VikdfForPreTraining",
     "VikdfIQFormer",
+    "VikdfInputsError",
     "VikdfPreTrainedModel",
     "VikdfPreTrainingOutput",
     "VikdfProcessor",

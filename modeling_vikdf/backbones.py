@@ -16,7 +16,7 @@ from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-from transformers.utils import has_file, logging
+from transformers.utils import CONFIG_NAME, cached_file, has_file, logging
 
 
 logger = logging.get_logger(__name__)
@@ -292,6 +292,34 @@ def widen_slow_half_precision(model: Any) -> None:
         language_model.float()
 
 
+def may_be_on_hub(name: str) -> bool:
+    """
+    Whether what is not here can be a repository, ORG/NAME. What has the form of a path, or is said to be in a folder
+    that there is, was meant to be here.
+    """
+    organisation, _, rest = name.partition("/")
+    return all((organisation, rest, "/" not in rest, name[:1] not in ".~", not os.path.isdir(organisation)))
+
+
+def require_model(source: str | os.PathLike) -> None:
+    """
+    Raises:
+        FileNotFoundError: if there is no such folder, and the Hub, which is asked only for what can be there, has no
+            such model either.
+    """
+    source = os.fspath(source)
+    if os.path.isdir(source):
+        return
+    missing = f"There is no folder {source!r}"
+    if not may_be_on_hub(source):
+        raise FileNotFoundError(f"{missing}. Name the folder of a model, or its repository on the Hub, ORG/NAME.")
+    try:
+        cached_file(source, CONFIG_NAME)
+    except OSError as error:
+        why = str(error).partition("\n")[0]
+        raise FileNotFoundError(f"{missing} here, and no such model could be had from the Hub: {why}") from error
+
+
 def load_model(source: str | os.PathLike) -> tuple[Any, Any]:
     """
     A trained model and its processor, ready for use: in evaluation mode, on the accelerator if there is one, else in
@@ -304,6 +332,7 @@ def load_model(source: str | os.PathLike) -> tuple[Any, Any]:
         BackboneNotFoundError: if a backbone cannot be found.
         OSError: if there is no model.
     """
+    require_model(source)
     from .modeling_vikdf import VikdfForConditionalGeneration
     from .processing_vikdf import VikdfProcessor
 

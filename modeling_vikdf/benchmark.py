@@ -15,9 +15,8 @@ from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, pipeline
 
 from .backbones import load_model
 from .configuration_vikdf import OBJECTIVES, VikdfConfig
+from .environment import versions
 from .modeling_distillation import VikdfForPreTraining
-from .reports import versions
-from .training import freeze_unused, use_plain_attention
 
 
 CHAT = [{"role": "user", "content": "I spent the whole day at the beach with my dog. What do you think we did there?"}]
@@ -110,6 +109,9 @@ KNOWLEDGE_TOKENS, KNOWLEDGE_ID, IMAGE_SIZE = 32, 3, 224
 
 
 def _training_model(dtype: torch.dtype, objectives: dict[str, float]) -> VikdfForPreTraining:
+    # here, for it needs the extra "train", which the benchmark of generation does without
+    from .training import freeze_unused, use_plain_attention
+
     tower = {"intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6, "projection_dim": 384}
     config = VikdfConfig(
         text_config=LlamaConfig(

@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging
 
 from .configuration_vikdf import VikdfConfig
-from .data import SkipReport, decode_image
+from .data import SkipReport
 from .features import tokenize_captions
 from .processing_vikdf import VikdfProcessor
 
@@ -220,9 +220,7 @@ class PreTrainingCollator(_Collator):
                     "masked_image needs the pictures themselves, and the examples only have the encoder's states: "
                     "give FeatureDataset the images."
                 )
-            images = [example["image"] for example in needed]
-            images = [decode_image(image) if isinstance(image, bytes) else image for image in images]
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = self.processor.pixel_values(example["image"] for example in needed)
         return batch
 
     def _masked_cells(self, draws: list[random.Random], size: int, drawn: bool) -> dict[str, torch.Tensor]:
@@ -274,8 +272,8 @@ class PreTrainingCollator(_Collator):
         return {f"draw_{key}": value for key, value in align_at_knowledge(cut, self.processor).items()}
 
     def _readable(self, caption: str) -> str:
-        """What the LLM may read of a caption; the token that holds the place of knowledge is not for captions."""
-        return caption.replace(self.processor.knowledge_token, " ")[:MAX_CAPTION].strip() or "..."
+        """What the LLM may read of a caption."""
+        return caption[:MAX_CAPTION].strip() or "..."
 
 
 class DialogueCollator(_Collator):

@@ -5,7 +5,10 @@ text encoder and vision encoder, whatever their family. A backbone listed in `ba
 repository and never saved with the model; one that is not listed is part of the checkpoint.
 """
 
+import dataclasses
+import difflib
 import os
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -30,6 +33,39 @@ OBJECTIVES = {
     "text_text_matching": 0.0,
     "reply": 0.0,
 }
+
+
+# what transformers takes and writes beside the fields of a configuration
+GENERIC_FIELDS = {
+    "_attn_implementation",
+    "_commit_hash",
+    "_experts_implementation",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """A sentence that names what a misspelt name may have meant; "" where nothing is near."""
+    near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _check_fields(owner: str, config_class: type[PreTrainedConfig], names: Iterable[str]) -> None:
+    """Refuses names that are no fields of a configuration; transformers would keep them and do nothing with them."""
+    known = {field.name for field in dataclasses.fields(config_class)} | GENERIC_FIELDS
+    if unknown := sorted(set(names) - known):
+        raise ValueError(f"{owner} has no field {unknown[0]!r}.{nearest_name(unknown[0], known - GENERIC_FIELDS)}")
 
 
 def _to_config(value: Any, key: str, default_model_type: str) -> PreTrainedConfig:
@@ -91,9 +127,13 @@ class VikdfConfig(PreTrainedConfig):
             `{"repo_id": ..., "revision": ...}` of a backbone that is not stored in this checkpoint.
         backbone_dtypes (`dict`): role -> dtype of a backbone that is stored in this checkpoint, where it may differ
             from that of the trained weights; written by `save_pretrained`.
+        adapter (`str`, *optional*): name of the PEFT adapter that is stored in this checkpoint, in `adapter/`; written
+            by `save_pretrained`.
+        saved_in (`str`, *optional*): sub-folder that the checkpoint is read from while its save is not finished, see
+            atomic_saving.py; never saved.
 
     Raises:
-        ValueError: for an unknown model type, an unknown role in `backbones`, or widths that do not fit.
+        ValueError: for an unknown field, model type or role in `backbones`, or widths that do not fit.
     """
 
     model_type = "vikdf"
@@ -120,6 +160,8 @@ class VikdfConfig(PreTrainedConfig):
     detach_knowledge_target: bool = True
     backbones: dict | None = None
     backbone_dtypes: dict | None = None
+    adapter: str | None = None
+    saved_in: str | None = None
     initializer_range: float = 0.02
     # The language model ties its own embeddings if it wants to; nothing is tied across the parts.
     tie_word_embeddings: bool = False
@@ -132,7 +174,9 @@ class VikdfConfig(PreTrainedConfig):
         self.context_config = _to_config(self.context_config, "context_config", "clip_text_model")
         if self.vision_config is not None:
             self.vision_config = _to_config(self.vision_config, "vision_config", "clip_vision_model")
+        _check_fields("VikdfConfig", type(self), kwargs)
         if self.iqformer_config is None or isinstance(self.iqformer_config, dict):
+            _check_fields("VikdfConfig.iqformer_config", Blip2QFormerConfig, self.iqformer_config or {})
             width = self.encoder_width("context_config")
             self.iqformer_config = {"encoder_hidden_size": width, **(self.iqformer_config or {})}
         self.iqformer_config = _to_config(self.iqformer_config, "iqformer_config", "blip_2_qformer")
@@ -162,6 +206,33 @@ class VikdfConfig(PreTrainedConfig):
                 "VikdfForConditionalGeneration.from_backbones makes a new checkpoint around a language model."
             )
         return fields, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        The configuration of saved fields. Those that other versions have saved, of VIKDF or transformers, are kept.
+
+        Raises:
+            ValueError: as `VikdfConfig`; also if `kwargs` names a field of the IQ-Former that there is not.
+        """
+        if isinstance(kwargs.get("iqformer_config"), dict):
+            _check_fields("VikdfConfig.iqformer_config", Blip2QFormerConfig, kwargs["iqformer_config"])
+        known = {field.name for field in dataclasses.fields(cls)} | GENERIC_FIELDS
+        fields = {name: value for name, value in config_dict.items() if name in known}
+        iqformer = fields.get("iqformer_config")
+        if isinstance(iqformer, dict) and "encoder_hidden_size" in iqformer:
+            fields["iqformer_config"] = Blip2QFormerConfig.from_dict(iqformer)
+        result = super().from_dict(fields, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        for name in config_dict.keys() - known:
+            setattr(config, name, config_dict[name])
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are saved."""
+        fields = super().to_dict()
+        fields.pop("saved_in", None)
+        return fields
 
     def encoder_width(self, key: str) -> int:
         """Width of the states that the encoder described by `key` (`context_config`, `vision_config`) hands over."""

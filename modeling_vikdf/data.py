@@ -7,44 +7,67 @@ What cannot be read is skipped and told to a `SkipReport`. This module knows fil
 tokenizer, no model and no batch.
 """
 
+import codecs
 import contextlib
 import glob
+import gzip
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import posixpath
 import re
 import socket
+import stat
 import tarfile
 import tempfile
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 import datasets
 import fsspec
 from datasets import Dataset, Features, IterableDataset, List, Value
-from PIL import Image, ImageOps
 from transformers.utils import logging
+
+from .backbones import may_be_on_hub
+from .processing_vikdf import MAX_PICTURE_BYTES, read_file, read_picture
 
 
 logger = logging.get_logger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # none that starts other programs, as EPS does
-MAX_PIXELS = 64_000_000  # more is taken for a decompression bomb
+TEXT_EXTENSIONS = ("txt", "json")
+MAX_TEXT_BYTES = 2**24  # of a caption file, and of a line of JSON: more would only fill the memory
+SIZE_LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_PICTURE_BYTES) | dict.fromkeys(TEXT_EXTENSIONS, MAX_TEXT_BYTES)
 METADATA = "metadata.jsonl"
 IMAGE_COLUMNS = ("image", "img", "picture", *IMAGE_EXTENSIONS)
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentence", "text", "txt", "raw", "json")
 DIALOGUE_COLUMNS = ("messages", "turns", "dialogue", "dialog", "conversation")
 HUB_ID = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<name>[^@]+))?(@(?P<revision>.+))?")
-FILE_SUFFIX = re.compile(r"(\.tar|\.tgz|\.jsonl?)?(\.gz|\.bz2|\.xz)?$")
+FILE_SUFFIX = re.compile(r"(\.tar|\.tgz|\.jsonl?)?(\.gz|\.bz2|\.xz|\.zst)?$")
+LINE_END = re.compile(r"\r\n|\r|\n")  # `splitlines` takes some characters within a caption for one, too
+EXTENDED_HEADERS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+# How files begin that no text begins like.
+SIGNATURES = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 HTTP_HEADERS = {"User-Agent": "modeling_vikdf"}  # some servers refuse urllib's own
 HTTP_TIMEOUT = 30.0  # seconds without a byte
@@ -63,7 +86,8 @@ ONCE_EACH = "all_exhausted_without_replacement"
 class SkipReport:
     """Counts what was skipped, by reason, over all processes that share its folder: ranks and DataLoader workers.
 
-    Each process appends to a file of its own. What is met again, in another epoch or on another rank, counts once.
+    Each process appends to a file of its own, line by line, so that a process that is killed has told what it skipped.
+    What is met again, in another epoch or on another rank, counts once.
     The first of each reason are logged as they happen; when to log `summary()` is up to the caller.
 
     Args:
@@ -73,17 +97,25 @@ class SkipReport:
     def __init__(self, folder: str | os.PathLike | None = None):
         self.folder = Path(folder or Path(tempfile.gettempdir(), f"vikdf-skipped-{uuid.uuid4().hex}"))
         self._logged: dict[str, int] = {}
+        self._file, self._owner = None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None, "_owner": None}  # open files do not travel
 
     def add(self, reason: str, key: str, detail: str = "") -> None:
-        """Records that the example or shard `key` was skipped."""
+        """Records that the example, file or shard `key` was skipped."""
+        key = key.encode(errors="backslashreplace").decode()  # names of files may hold anything
         self._logged[reason] = self._logged.get(reason, 0) + 1
         if self._logged[reason] <= 3:
             further = f"; any more of these only get into {self.folder}" if self._logged[reason] == 3 else ""
             logger.warning(f"Skipped {key}: {reason}{f' ({detail})' if detail else ''}{further}.")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / f"{socket.gethostname()}-{os.getpid()}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"reason": reason, "key": key, "detail": detail[:300]}) + "\n")
+            if self._owner != os.getpid():  # the first time, and in a fork
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path = self.folder / f"{socket.gethostname()}-{os.getpid()}.jsonl"
+                self._file, self._owner = open(path, "a", encoding="utf-8", buffering=1), os.getpid()
+                weakref.finalize(self, self._file.close)
+            self._file.write(json.dumps({"reason": reason, "key": key, "detail": detail[:300]}) + "\n")
         except OSError as error:  # a full disk must not end what a damaged image may not
             logger.warning(f"Skipped {key}: {reason}, which cannot be recorded in {self.folder}: {error}")
 
@@ -132,14 +164,19 @@ def load_image_text_pairs(
 
     A source is one of these, or a list of them that counts as one:
       * webdataset shards: a path, a glob, a brace range (`train-{00000..00005}.tar`) or a URL (`https://`, `hf://`,
-        ...). Files that follow each other and are called the same up to their first dot are one sample: `.jpg`,
-        `.jpeg`, `.png` or `.webp`, and `.txt` (a caption a line) or `.json` (`caption` or `captions`);
-      * a folder of images with `metadata.jsonl`: `file_name` and `text`, `caption` or `captions`; several lines about
-        one file are put together;
+        ...). Files that follow each other and are called the same are one sample: `.jpg`, `.jpeg`, `.png` or `.webp`,
+        and `.txt` (a caption a line) or, if that has none, `.json` (as a line of `metadata.jsonl`). Names may hold
+        dots (`cat.v2.jpg`, `cat.v2.txt`), and files that add to the name of a sample (`cat.jpg`, `cat.txt`,
+        `cat.mask.png`) must follow each other, too;
+      * a folder of images with `metadata.jsonl`, an object a line: `file_name`, the path of a file within the folder
+        (links are followed), and its captions, a string or a list of strings, in the first of `captions`, `caption`,
+        `sentences`, `sentence`, `text`, `txt` and `raw` that is not empty; nothing else in a line is read. Several
+        lines about one file are put together;
       * a Hub dataset (`org/name`, `org/name:config`, `org/name@revision`), or an object of `datasets`.
 
     Keys are unique: `shard/KEY`, `folder/file_name`, or a hash of a Hub dataset's row. What is unreadable (an image, a
-    caption, the rest of a truncated shard, a URL that failed four times) is skipped and reported. Images are decoded
+    caption, the rest of a truncated shard, a URL that failed four times) is skipped and reported. So is every other
+    file that is part of no pair, one of a kind: `shard/*.cls` stands for all that end in `.cls`. Images are decoded
     behind the shuffle buffer, which holds their files.
 
     Streams are shuffled by `seed` and `set_epoch`, and `split_dataset_by_node` and DataLoader workers give each
@@ -197,27 +234,6 @@ def load_image_text_pairs(
     return _decode_images(pairs, report) if decode else pairs
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Decodes an image file: upright, RGB, what is transparent on white.
-
-    Raises:
-        ValueError: If it is damaged, truncated, larger than `MAX_PIXELS` or in none of `IMAGE_FORMATS`.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, of which Pillow would make white
-            image = image.point(lambda value: value / 256).convert("L")
-        if image.has_transparency_data:  # under which there may be anything, often black
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as error:  # damaged files make decoders raise nearly anything
-        raise ValueError(str(error) or type(error).__name__) from error
-
-
 def _decode_images(pairs: IterableDataset, report: SkipReport) -> IterableDataset:
     return _map_or_drop(pairs, decode_pair, DECODED_PAIRS, report=report)
 
@@ -227,29 +243,31 @@ def decode_pair(row: dict[str, Any], report: SkipReport) -> dict[str, Any] | Non
     if not isinstance(row["image"], bytes):
         return row
     try:
-        return {**row, "image": decode_image(row["image"])}
+        return {**row, "image": read_picture(row["image"])}
     except ValueError as error:
         return report.add("corrupt image", row["key"], str(error))
 
 
 def _decode_column(rows: dict[str, list]) -> dict[str, list]:
-    return {**rows, "image": [decode_image(data) for data in rows["image"]]} if "image" in rows else rows
+    return {**rows, "image": [read_picture(data) for data in rows["image"]]} if "image" in rows else rows
 
 
 def _generate_pairs(shards: list[tuple[str, str, int, int]], report: SkipReport) -> Iterator[dict[str, Any]]:
     """The pairs, undecoded, of shards given as (name, path, part, number of parts)."""
     for name, path, part, parts in shards:
         read = _read_folder if os.path.isdir(path) else _read_webdataset
-        for key, image, captions in read(name, path, part, parts, report):
-            if pair := _try_pair(key, image, captions, report):
+        for key, image, captions, *detail in read(name, path, part, parts, report):
+            if pair := _try_pair(key, image, captions, report, *detail):
                 yield pair
 
 
-def _try_pair(key: str, image: bytes | None, captions: Any, report: SkipReport) -> dict[str, Any] | None:
+def _try_pair(
+    key: str, image: bytes | None, captions: Any, report: SkipReport, detail: str = ""
+) -> dict[str, Any] | None:
     captions = _clean_captions(captions)
     if image and captions:
         return {"key": key.encode(errors="backslashreplace").decode(), "image": image, "captions": captions}
-    return report.add("no caption" if image else "no image", key)
+    return report.add("no caption" if image else "no image", key, detail)
 
 
 def _clean_captions(captions: Any) -> list[str]:
@@ -264,34 +282,105 @@ def _clean_captions(captions: Any) -> list[str]:
     return [caption for caption in cleaned if caption]
 
 
+class _Unused:
+    """Reports the files that are part of no pair, one of a kind, for there may be one beside every picture."""
+
+    def __init__(self, name: str, report: SkipReport):
+        self.name, self.report, self.kinds = name, report, set()
+
+    def add(self, file_name: str, why: str = "") -> None:
+        """Reports a file, unless another with its extension was reported."""
+        kind = f"*{posixpath.splitext(file_name)[1].lower()}"
+        if kind not in self.kinds:
+            self.kinds.add(kind)
+            self.report.add("part of no pair", f"{self.name}/{kind}", f"such as {file_name}{why}")
+
+
 def _read_webdataset(name: str, path: str, part: int, parts: int, report: SkipReport) -> Iterator[tuple]:
-    """(key, image, captions) of the samples in one part of a shard."""
-    members = _read_stubbornly(lambda: _read_tar(path, part, parts), name, path, report)
-    for (_, sample), group in itertools.groupby(members, key=lambda member: member[:2]):
-        key, files = f"{name}/{sample}", {extension: data for *_, extension, data in group}
-        try:
-            captions = _clean_captions(files.get("txt", b"").decode("utf-8-sig").splitlines())
-            captions = captions or json.loads(files.get("json", b"null"))
-        except (ValueError, RecursionError) as error:
-            report.add("unreadable caption", key, str(error))
-        else:
-            yield key, next((files[each] for each in IMAGE_EXTENSIONS if each in files), None), captions
+    """(key, image, captions, what to know if one is missing) of the samples in one part of a shard."""
+    unused = _Unused(name, report)
+    members = _read_stubbornly(lambda: _read_tar(path, part, parts, unused), name, path, report)
+    for _, group in itertools.groupby(members, key=lambda member: member[0]):
+        samples = _split_group(group, unused)
+        detail = f"{', '.join(samples)}: names must be equal up to the last dot" if len(samples) > 1 else ""
+        for sample, files in samples.items():
+            try:
+                captions, source = _read_captions(files)
+            except (ValueError, RecursionError) as error:
+                report.add("unreadable caption", f"{name}/{sample}", str(error))
+                continue
+            image = next((extension for extension in IMAGE_EXTENSIONS if extension in files), None)
+            if image and captions:
+                for extension in sorted(files.keys() - {image, "txt", source}):
+                    unused.add(f"{sample}.{extension}", f", beside .{image} and .{source}")
+            yield f"{name}/{sample}", files.get(image), captions, detail
 
 
-def _read_tar(path: str, part: int, parts: int) -> Iterator[tuple[int, str, str, bytes]]:
-    """(number of the sample, KEY, extension, content) of the files of every `parts`-th sample."""
+def _split_group(group: Iterable[tuple[int, str, bytes]], unused: _Unused) -> dict[str, dict[str, bytes]]:
+    """
+    KEY -> extension -> content of files whose names are equal up to the first dot: those of one sample, or of several
+    with dots in their names. Pictures and texts that only add to the name of a sample (`cat.mask.png`) are no more.
+    """
+    samples: dict[str, dict[str, bytes]] = {}
+    for _, file_name, content in group:
+        sample, extension = posixpath.splitext(file_name)
+        files, extension = samples.setdefault(sample, {}), extension[1:].lower()
+        if extension in files:
+            unused.report.add("an earlier file of the same name", f"{unused.name}/{file_name}")
+        files[extension] = content
+    kinds = {sample: {extension in IMAGE_EXTENSIONS for extension in files} for sample, files in samples.items()}
+    whole = tuple(f"{sample}." for sample in samples if len(kinds[sample]) == 2)
+    for sample in [each for each in samples if each.startswith(whole) and f"{each}." not in whole]:
+        for extension in samples.pop(sample):
+            unused.add(f"{sample}.{extension}", ", whose name adds to that of a sample")
+    return samples
+
+
+def _read_captions(files: dict[str, bytes]) -> tuple[list[str], str]:
+    """The captions of a sample, and the extension of the file that they are from."""
+    if captions := _clean_captions(LINE_END.split(files.get("txt", b"").decode("utf-8-sig"))):
+        return captions, "txt"
+    return _clean_captions(json.loads(files.get("json", b"null"))), "json"
+
+
+def _read_tar(path: str, part: int, parts: int, unused: _Unused) -> Iterator[tuple[int, str, bytes]]:
+    """(number of the group, name, content) of the pictures and texts of every `parts`-th group; see `_split_group`."""
     mode = "r|*" if "://" in path else "r:*"  # what comes over the network is read in one go
-    with _open(path) as file, tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictTarInfo) as tar:
-        number, previous = -1, None
-        for member in tar:
-            folder, slash, file_name = member.name.removeprefix("./").rpartition("/")
-            stem, _, extension = file_name.partition(".")
-            if member.isfile() and stem:
-                key, extension = folder + slash + stem, extension.lower()
-                number += key != previous
-                previous = key
-                if number % parts == part and extension in (*IMAGE_EXTENSIONS, "txt", "json"):
-                    yield number, key, extension, tar.extractfile(member).read()
+    with _open(path) as file:
+        if mode == "r:*" and (found := _signature(file)) in ("zstd", "zip", "UTF-16"):
+            raise ValueError(f"it is {found}; a shard is a tar archive, as it is or in gzip, bzip2 or xz")
+        with tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictTarInfo) as tar:
+            number, previous, member = -1, None, None
+            for member in itertools.filterfalse(tarfile.TarInfo.isdir, tar):
+                file_name = member.name.removeprefix("./")
+                folder, _, base = file_name.rpartition("/")
+                if member.isfile() and (stem := base.partition(".")[0]):
+                    number += (folder, stem) != previous
+                    previous = folder, stem
+                    if number % parts == part and _is_readable(member, file_name, unused):
+                        yield number, file_name, tar.extractfile(member).read()
+                elif part == 0:
+                    _report_odd_member(member, file_name, unused)
+            if member is None and part == 0:
+                raise ValueError("it holds no files")
+
+
+def _is_readable(member: tarfile.TarInfo, file_name: str, unused: _Unused) -> bool:
+    """Whether a file is a picture or text, and not too large to be read; reported if not."""
+    limit = SIZE_LIMITS.get(posixpath.splitext(file_name)[1][1:].lower())
+    if limit is None:
+        unused.add(file_name)
+    elif member.size > limit:
+        unused.report.add("too large", f"{unused.name}/{file_name}", f"{member.size} bytes; at most {limit} are read")
+    return limit is not None and member.size <= limit
+
+
+def _report_odd_member(member: tarfile.TarInfo, file_name: str, unused: _Unused) -> None:
+    if member.isfile():
+        unused.add(file_name, ", a hidden file")
+    else:
+        what = f"a link to {member.linkname}" if member.islnk() or member.issym() else "a device or pipe"
+        unused.report.add("no regular file", f"{unused.name}/{file_name}", what)
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -300,7 +389,10 @@ class _StrictTarInfo(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_StrictTarInfo":
         try:
-            return super().frombuf(buf, encoding, errors)
+            member = super().frombuf(buf, encoding, errors)
+            if member.type in EXTENDED_HEADERS and member.size > MAX_TEXT_BYTES:  # which `tarfile` reads into memory
+                raise tarfile.ReadError(f"holds a header of {member.size} bytes")
+            return member
         except tarfile.HeaderError as error:
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the zeros that do end an archive
                 raise
@@ -309,31 +401,52 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 def _read_folder(name: str, path: str, part: int, parts: int, report: SkipReport) -> Iterator[tuple]:
     """(key, image, captions) of every `parts`-th file that an image folder's metadata names."""
+    metadata = os.path.join(path, METADATA)
+    if not os.path.exists(metadata):
+        raise FileNotFoundError(f"There is no {metadata}, which says what the pictures of the folder show.")
     captions: dict[str, list[str]] = {}
-    for number, line in _read_lines(os.path.join(path, METADATA)):
-        if record := _parse(line, f"{name}/{METADATA}:{number}", report, required="file_name"):
-            captions.setdefault(str(record["file_name"]), []).extend(_clean_captions(record))
+    for _, record in _read_records(f"{name}/{METADATA}", metadata, report, required="file_name"):
+        file_name = str(PurePath(str(record["file_name"])))
+        captions.setdefault(file_name, []).extend(_clean_captions(record))
     for file_name in itertools.islice(captions, part, None, parts):
         try:
-            image = Path(path, file_name).read_bytes()
+            if PurePath(file_name).is_absolute() or ".." in PurePath(file_name).parts:
+                raise ValueError("the name leads out of the folder")
+            image = read_file(os.path.join(path, file_name), MAX_PICTURE_BYTES)
         except (OSError, ValueError) as error:
             report.add("unreadable image", f"{name}/{file_name}", str(error))
         else:
             yield f"{name}/{file_name}", image, captions[file_name]
+    if part == 0:
+        unused = _Unused(name, report)
+        for folder, _, files in os.walk(path):
+            for file_name in (os.path.relpath(os.path.join(folder, file), path) for file in files):
+                if file_name not in captions and file_name != METADATA:
+                    unused.add(file_name, f", not named in {METADATA}")
 
 
 def _read_pair(row: dict[str, Any], name: str, image: str, captions: str, report: SkipReport) -> dict[str, Any] | None:
     file, texts = row[image] or {}, row[captions]
     key = f"{name}/{_hash(file.get('bytes') or file.get('path'), texts)}"
-    texts = texts.splitlines() if captions == "txt" and texts else texts
+    texts = LINE_END.split(texts) if captions == "txt" and texts else texts
     try:
         data = file.get("bytes")
         if data is None and file.get("path"):
-            with fsspec.open(file["path"], "rb") as opened:
-                data = opened.read()
+            data = _read_path(file["path"])
     except Exception as error:  # of whatever file system the path is on
         return report.add("unreadable image", key, str(error))
     return _try_pair(key, data, texts, report)
+
+
+def _read_path(path: str) -> bytes:
+    """The content of a picture's file on whatever file system."""
+    if "://" not in path:
+        return read_file(path, MAX_PICTURE_BYTES)
+    with fsspec.open(path, "rb") as file:
+        content = file.read(MAX_PICTURE_BYTES + 1)
+    if len(content) > MAX_PICTURE_BYTES:
+        raise ValueError(f"{path} has more than {MAX_PICTURE_BYTES} bytes")
+    return content
 
 
 # ---- dialogues ----
@@ -349,7 +462,8 @@ def load_dialogues(
 ) -> Dataset | IterableDataset:
     """Loads dialogues, `{"key": str, "messages": [{"role": str, "content": str}, ...], "references": [str, ...]}`.
 
-    A source is a JSONL file (a path, glob, brace range or URL), a Hub dataset or an object of `datasets`, with
+    A source is a JSONL file (a path, glob, brace range or URL; in gzip or not), a Hub dataset or an object of
+    `datasets`, with
       * `turns`, a list of strings: the last is the assistant's reply, and before it the user and the assistant take
         turns, so that an odd number of turns begins with the assistant;
       * `turns` and `references`: several replies to the turns, the last of which is the user's;
@@ -388,10 +502,8 @@ def load_dialogues(
 def _generate_dialogues(shards: list[tuple[str, str, str | None]], report: SkipReport) -> Iterator[dict[str, Any]]:
     """The dialogues of JSONL files given as (name, path, column)."""
     for name, path, column in shards:
-        for number, line in _read_stubbornly(lambda path=path: _read_lines(path), name, path, report):
-            record = _parse(line, f"{name}:{number}", report)
-            dialogue = record and _try_dialogue(f"{name}:{number}", record, column, report)
-            if dialogue:
+        for key, record in _read_records(name, path, report):
+            if dialogue := _try_dialogue(key, record, column, report):
                 yield dialogue
 
 
@@ -499,6 +611,8 @@ def _find_files(pattern: str) -> list[str]:
 
 
 def _open_hub(source: str, split: str) -> IterableDataset:
+    if not may_be_on_hub(source):
+        raise FileNotFoundError(f"There is no file or folder {source!r}, and a Hub dataset is called ORG/NAME.")
     try:
         return datasets.load_dataset(**HUB_ID.fullmatch(source).groupdict(), split=split, streaming=True)
     except OSError as error:
@@ -560,18 +674,69 @@ def _require_example(stream: IterableDataset, sources: list[str], report: SkipRe
 
 
 def _open(path: str) -> Any:
-    """A path or URL, opened for reading bytes."""
+    """A regular file or a URL, opened for reading bytes."""
     if path.startswith(("http://", "https://")):
         return urllib.request.urlopen(urllib.request.Request(path, headers=HTTP_HEADERS), timeout=HTTP_TIMEOUT)
+    if "://" not in path and not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no regular file")
     return fsspec.open(path, "rb") if "://" in path else open(path, "rb")
 
 
+def _signature(file: Any) -> str:
+    """What a file is by its first bytes, or nothing where they say nothing."""
+    head = file.read(max(map(len, SIGNATURES)))
+    file.seek(0)
+    return next((name for signature, name in SIGNATURES.items() if head.startswith(signature)), "")
+
+
+def _read_records(
+    name: str, path: str, report: SkipReport, required: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(NAME:line, JSON object) of the lines of a JSON Lines file."""
+    for number, line in _read_stubbornly(lambda: _read_lines(path), name, path, report):
+        if record := _parse(line, f"{name}:{number}", report, required):
+            yield f"{name}:{number}", record
+
+
 def _read_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, numbered from 1."""
+    """The lines that are not blank, numbered from 1, of a JSON Lines file, in gzip or not."""
     with _open(path) as file:
         # Reading all at once fails if the connection breaks; reading line by line takes that for the end.
-        lines = io.BytesIO(file.read()) if "://" in path else file
-        yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        file = io.BytesIO(file.read()) if "://" in path else file
+        file = gzip.open(file) if _signature(file) == "gzip" else file
+        if found := _signature(file):
+            raise ValueError(f"it is {found}; JSON Lines are read in UTF-8, as they are or in gzip, once")
+        lines = _number_lines(file)
+        first = list(itertools.islice(lines, 2))
+        if not first:
+            raise ValueError("it is empty")
+        if _begins_document([line for _, line in first]):
+            raise ValueError("it is one JSON document; JSON Lines, an object a line, are read: jq -c '.[]' makes them")
+        yield from itertools.chain(first, lines)
+
+
+def _number_lines(file: Any) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank; of one that is too long as much as shows it."""
+    for number in itertools.count(1):
+        rest = line = file.readline(MAX_TEXT_BYTES + 1)
+        while len(line) > MAX_TEXT_BYTES and rest and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_TEXT_BYTES)
+        if not line:
+            return
+        if line.strip():
+            yield number, line
+
+
+def _begins_document(lines: list[bytes]) -> bool:
+    """Whether the first lines, one or two, are those of a JSON array, or of an object over several lines."""
+    start = lines[0].removeprefix(codecs.BOM_UTF8).strip()
+    if not start.startswith(b"["):
+        return start == b"{"
+    try:
+        json.loads(start)
+    except (ValueError, RecursionError):
+        return True
+    return len(lines) == 1
 
 
 def _read_stubbornly(read: Callable[[], Iterator[tuple]], name: str, path: str, report: SkipReport) -> Iterator[tuple]:
@@ -586,6 +751,7 @@ def _read_stubbornly(read: Callable[[], Iterator[tuple]], name: str, path: str, 
             return
         except Exception as error:  # damaged archives and broken connections make readers raise nearly anything
             gone = isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404, 410)
+            gone |= type(error) is ValueError  # ours, about what the file is
             delays = iter(RETRY_DELAYS) if done > before else delays  # it broke at another place
             delay = next(delays, None)
             if "://" not in path or gone or delay is None:
@@ -596,6 +762,8 @@ def _read_stubbornly(read: Callable[[], Iterator[tuple]], name: str, path: str, 
 
 def _parse(line: bytes, where: str, report: SkipReport, required: str | None = None) -> dict[str, Any] | None:
     """The JSON object in a line."""
+    if len(line) > MAX_TEXT_BYTES:
+        return report.add("malformed JSON", where, f"more than {MAX_TEXT_BYTES} bytes")
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -41,7 +41,7 @@ from .modeling_backbones import CACHE
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import IGNORED, VikdfProcessor
 from .reports import summarise, versions
-from .resampling import number_labels
+from .resampling import bootstrap_interval, number_labels
 
 
 KNOWLEDGE_ARMS = ("own", "shuffled", "mean", "none")
@@ -49,7 +49,8 @@ DISTRACTORS = 9  # replies of other dialogues that the true one is ranked among
 DECODING = {"num_beams": 3, "no_repeat_ngram_size": 3, "max_new_tokens": 32, "do_sample": False}  # the paper's
 END_OF_TURN = 8  # tokens, at most, that a chat template writes behind a reply
 MEAN_OF = 1500  # dialogues
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the knowledge's differences from its mean, that remain when it is shrunk
+FEWEST_TO_SHRINK = 100  # dialogues, to take the mean of and to choose a share by
 WORKERS = 4  # batches at a time on a CPU; more would wait for each other to run their Python
 ENCODER_BATCH = 64  # contexts that the text encoder reads at a time
 WORD = re.compile(r"\w+")
@@ -156,7 +157,8 @@ def evaluate_file(
         "versions": versions(),
     }
     partial = output.with_name(output.name + ".partial.jsonl")
-    with Journal(partial, identity) as journal:
+    # word vectors measure replies that are there
+    with Journal(partial, {name: value for name, value in identity.items() if "word_vectors" not in name}) as journal:
         figures = evaluate_dialogues(model, processor, dialogues, settings, journal, report)
     # of paths the name alone: where something lies on one machine is of no use on another
     command = ["vikdf", *(Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:])]
@@ -320,6 +322,8 @@ class Journal:
     def __exit__(self, *error: Any) -> None:
         if self._file is not None:
             self._file.close()
+            if any(error) and not self._done:  # refused before there was any work to go on with
+                os.unlink(self._file.name)
 
 
 # ---- dialogues -> examples ----
@@ -391,7 +395,7 @@ def _prepare(
     scored = references if settings.all_references else references[:1]
     texts = [*scored, *distractors]
     # room for the longest reply, so that all candidates, and what is generated, follow the same turns
-    longest = max(map(len, processor.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
+    longest = max(map(len, processor.text_tokenizer(texts, add_special_tokens=False)["input_ids"]))
     room, use_knowledge = max(longest + END_OF_TURN, DECODING["max_new_tokens"]), settings.knowledge != "none"
     asked = processor(messages, use_knowledge=use_knowledge, max_length=window - room)
     head = int(messages[0]["role"] == "system")
@@ -410,10 +414,8 @@ def _prepare(
         if row < len(scored):
             visual.append([False] * (stop - start))
             if visual_words:
-                text = processor.apply_chat_template(chat)  # without placeholders, and behind them the same tokens
-                offsets = processor.tokenizer(
-                    text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-                )["offset_mapping"]
+                # without placeholders, and behind them the same tokens
+                text, _, offsets = processor.locate_tokens(chat)
                 earlier = len(ids) - len(offsets)
                 visual[-1] = _touches(offsets[start - earlier : stop - earlier], text, visual_words)
     # a reply's first token is predicted by the one before it, which is therefore not in the prefix
@@ -511,21 +513,69 @@ def mean_knowledge(
     return compute_knowledge(model, processor, [example.context for example in examples]).mean(0).to(model.device)
 
 
-def nll_by_share(
+def score_shares(
     model: VikdfForConditionalGeneration,
     processor: VikdfProcessor,
     dialogues: Sequence[dict[str, Any]],
     mean: torch.Tensor,
-) -> dict[float, float]:
-    """Share of the knowledge's differences from its mean [n, h] -> NLL of the dialogues' replies, nats a token."""
+) -> dict[float, list[torch.Tensor]]:
+    """
+    Each share of the knowledge's differences from its mean [n, h] that may remain -> log-likelihoods of the tokens of
+    each dialogue's reply, in nats, [tokens] each.
+    """
     examples, _ = prepare(model, processor, dialogues, LIKELIHOOD_ALONE, None, SkipReport())
     examples.sort(key=lambda example: -len(example.prompt))
-    mean, found, size = mean.cpu(), {}, LIKELIHOOD_ALONE.batch_size
+    mean, scores, size = mean.cpu(), {}, LIKELIHOOD_ALONE.batch_size
     own = compute_knowledge(model, processor, [example.context for example in examples])  # [N, n, h]
     for share in SHARES:
-        scores = score_replies(model, processor, examples, mean + share * (own - mean), size, f"Share {share}")
-        found[share] = -torch.cat(scores).double().mean().item()
-    return found
+        knowledge = mean + share * (own - mean)
+        scores[share] = score_replies(model, processor, examples, knowledge, size, f"Share {share}")
+    return scores
+
+
+def choose_share(scores: dict[float, list[torch.Tensor]]) -> dict[str, Any]:
+    """
+    The share of the knowledge's differences from its mean that should remain. Knowledge is given up only for a gain
+    that is clear of zero: from 1 downwards, a share takes the place of a larger one if the 95 % interval of its gain,
+    over dialogues, is above zero.
+
+    Args:
+        scores: what `score_shares` returns.
+
+    Returns:
+        `share`; `gain`, in nats a token over a share of 1, and its `gain_interval`; `nll_by_share`; `dialogues`.
+
+    Raises:
+        ValueError: for fewer dialogues than `FEWEST_TO_SHRINK`.
+    """
+    sums = {share: torch.stack([score.double().sum() for score in each]) for share, each in scores.items()}  # [N]
+    tokens = torch.tensor([len(score) for score in scores[1.0]])  # [N]
+    require_dialogues(len(tokens), "The validation data")
+
+    def gain_interval(share: float, other: float) -> list[float]:
+        return list(bootstrap_interval(sums[share] - sums[other], tokens))
+
+    chosen = 1.0
+    for share in sorted(sums, reverse=True):
+        if gain_interval(share, chosen)[0] > 0:
+            chosen = share
+    nlls = {share: (-each.sum() / tokens.sum()).item() for share, each in sums.items()}
+    return {
+        "share": chosen,
+        "gain": nlls[1.0] - nlls[chosen],
+        "gain_interval": gain_interval(chosen, 1.0),
+        "nll_by_share": nlls,
+        "dialogues": len(tokens),
+    }
+
+
+def require_dialogues(count: int, source: str) -> None:
+    """Raises a ValueError where a source has too few dialogues to shrink knowledge by."""
+    if count < FEWEST_TO_SHRINK:
+        raise ValueError(
+            f"{source} has {count} usable dialogues, too few to shrink knowledge by: at least {FEWEST_TO_SHRINK} are "
+            "needed."
+        )
 
 
 def save_shrunk(
@@ -759,10 +809,11 @@ __all__ = [
     "evaluate_file",
     "generate_replies",
     "mean_knowledge",
-    "nll_by_share",
     "read_prefixes",
     "save_shrunk",
+    "require_dialogues",
     "score_candidates",
+    "score_shares",
     "score_replies",
     "work_through",
 ]

@@ -6,33 +6,44 @@ It knows nothing of what the model computes.
 
 import contextlib
 import copy
-import fnmatch
+import functools
+import glob
+import importlib
 import json
 import os
-import shutil
+import re
 import tempfile
+import uuid
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
+    GenerationConfig,
+    MT5EncoderModel,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipTextModel,
+    T5EncoderModel,
+    UMT5EncoderModel,
 )
 from transformers import initialization as init
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import cached_file, has_file
+from transformers.utils import cached_file, has_file, logging
 
-from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
+from .atomic_saving import check_saved_in, replace_files
+from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig, nearest_name
 from .modeling_iqformer import CLIP_LOGIT_SCALE, VikdfIQFormer, VikdfMatchingHead
 
 
@@ -40,12 +51,32 @@ from .modeling_iqformer import CLIP_LOGIT_SCALE, VikdfIQFormer, VikdfMatchingHea
 # since 5.24.
 CACHE = {"cache", "past_key_values"}.intersection(CausalLMOutputWithPast.__dataclass_fields__).pop()
 
+logger = logging.get_logger(__name__)
+
+ADAPTER_FOLDER = "adapter"  # of a checkpoint; PEFT's files in the folder itself would be taken for the whole of it
+
 # arguments of `from_pretrained` that say which files to read
 _WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# and others that are used here
+_ARGUMENTS = (
+    "attn_implementation",
+    "config",
+    "device_map",
+    "dtype",
+    "ignore_mismatched_sizes",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "output_loading_info",
+    "quantization_config",
+    "state_dict",
+    "trust_remote_code",
+    "variant",
+)
 
 
 class VikdfPreTrainedModel(PreTrainedModel):
-    """Where the frozen backbones live: built in, or attached after the trained part was loaded, and never saved."""
+    """Where the frozen backbones live: built in, or attached after the trained part was loaded, saved if changed."""
 
     config: VikdfConfig
     config_class = VikdfConfig
@@ -70,6 +101,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
         self._load_kwargs = {}  # how `attach_backbones` was asked to load, for what follows later
+        self._waiting_adapters = []  # arguments of `load_adapter`, until the backbones are attached
+        self._loaded_weights = {}  # role -> name -> checksums of the weights that a repository gave
         for role, key in BACKBONE_CONFIGS.items():
             sub_config = getattr(config, key)
             if role in config.backbones or sub_config is None:
@@ -91,11 +124,27 @@ class VikdfPreTrainedModel(PreTrainedModel):
             init.ones_(module.knowledge_gate)
 
     def train(self, mode: bool = True) -> "VikdfPreTrainedModel":
-        """Sets the trained parts to training mode; the frozen backbones stay in evaluation mode (no dropout)."""
+        """
+        Sets the trained parts to training mode, PEFT's layers in the LLM among them, which may have dropout of their
+        own; the frozen backbones stay in evaluation mode (no dropout).
+        """
         super().train(mode)
+        encoders = [role for role in ("context_encoder", "vision_encoder") if getattr(self, role) is not None]
+        if mode and (
+            hit := [role for role in encoders if any(each.requires_grad for each in getattr(self, role).parameters())]
+        ):
+            logger.warning_once(
+                f"The {' and '.join(hit)} has trainable parameters, but the encoders are computed without gradient: "
+                "these will not learn. PEFT's target_modules='all-linear', or a bare list of names, hits the encoders "
+                r"too; name the LLM's modules instead: target_modules=r'language_model\..*\.(q_proj|v_proj)'."
+            )
         for role in BACKBONE_CONFIGS:
             if getattr(self, role) is not None:
-                getattr(self, role).eval()
+                for module in getattr(self, role).eval().modules():
+                    if hasattr(module, "adapter_layer_names"):
+                        module.train(mode)
+        if hasattr(self.get_input_embeddings(), "neftune_noise_alpha"):
+            self.get_input_embeddings().train(mode)  # transformers' hook adds the noise in training mode alone
         return self
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -117,7 +166,7 @@ class VikdfPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
@@ -130,7 +179,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
         names, each from its own source.
 
         Args:
-            pretrained_model_name_or_path: folder or repository id of a VIKDF checkpoint.
+            pretrained_model_name_or_path: folder or repository id of a VIKDF checkpoint; `None` with `config` and
+                `state_dict`.
             dtype: of the backbones; `"auto"` keeps each one's saved dtype. The trained part stays in float32.
             device_map, quantization_config, attn_implementation: for the LLM, as in its own `from_pretrained`, and so
                 are `max_memory`, `offload_folder` and `offload_buffers`. The encoders and the trained part follow its
@@ -139,8 +189,18 @@ class VikdfPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: if the weights are missing, truncated or incomplete, or a backbone cannot be found.
-            ValueError: if the weights or a backbone do not fit the configuration.
+            TypeError: for an argument that is none.
+            ValueError: if the weights or a backbone do not fit the configuration, or weights are not finite.
         """
+        if base := _base_of_adapter(pretrained_model_name_or_path):
+            settings = {
+                "dtype": dtype,
+                "device_map": device_map,
+                "quantization_config": quantization_config,
+                "attn_implementation": attn_implementation,
+            }
+            adapter = {"adapter_kwargs": {"_adapter_model_path": str(pretrained_model_name_or_path)}}
+            return cls.from_pretrained(base, *model_args, **settings, **adapter, **kwargs)
         if kwargs.get("use_safetensors") is False:
             raise ValueError(
                 "VIKDF loads safetensors only: pickled weights can run code. Leave use_safetensors unset."
@@ -149,18 +209,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
         dtype = kwargs.pop("torch_dtype", None) or dtype  # its former name
         if attn_implementation is not None:
             kwargs["attn_implementation"] = attn_implementation
-        config = kwargs.pop("config", None)
-        if not isinstance(config, PreTrainedConfig):
-            where = {key: kwargs.pop(key) for key in _WHERE if key in kwargs}
-            config, kwargs = cls.config_class.from_pretrained(
-                config or pretrained_model_name_or_path, return_unused_kwargs=True, **where, **kwargs
-            )
-            kwargs |= where
-        config = copy.deepcopy(config)
-        if not os.path.isdir(pretrained_model_name_or_path):
-            _check_repository_ids(config, pretrained_model_name_or_path)
-        where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
-        _check_weight_files(pretrained_model_name_or_path, **where, **_hub_kwargs(kwargs))
+        path = pretrained_model_name_or_path
+        config, source, kwargs = cls._locate(path, kwargs.pop("config", None), kwargs)
         if dtype != "auto":
             config.backbone_dtypes = {}
         placement = {"device_map": device_map}
@@ -176,9 +226,9 @@ class VikdfPreTrainedModel(PreTrainedModel):
             )
         else:
             load_kwargs = placement
-        with _clear_errors(pretrained_model_name_or_path):
+        with _clear_errors(path), _clear_argument_errors():
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
+                source,
                 *model_args,
                 config=config,
                 dtype=dtype,
@@ -189,14 +239,56 @@ class VikdfPreTrainedModel(PreTrainedModel):
             )
         if info["missing_keys"]:
             raise OSError(
-                f"The checkpoint {pretrained_model_name_or_path!r} lacks {len(info['missing_keys'])} weights of "
+                f"The checkpoint {path!r} lacks {len(info['missing_keys'])} weights of "
                 f"{cls.__name__}, such as {sorted(info['missing_keys'])[:3]}. It is incomplete or of another model."
             )
+        _check_finite(model, path)
         model.attach_backbones(
             dtype=dtype, quantization_config=quantization_config, **placement, **_hub_kwargs(kwargs)
         )
+        model.config.name_or_path = model.name_or_path = str(path or "")
+        where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs} | _hub_kwargs(kwargs)
+        if not model.can_generate() and source is not None:
+            model.generation_config = _saved_generation_config(source, **where)
+        if (adapter := model.config.adapter) is not None:
+            if os.path.isdir(source):  # transformers 5.17 knows sub-folders of repositories only
+                source = os.path.join(source, ADAPTER_FOLDER)
+            else:
+                where["subfolder"] = os.path.join(kwargs.get("subfolder", ""), ADAPTER_FOLDER)
+            model.load_adapter(source, adapter_name=adapter, adapter_kwargs=where)
         model.eval()
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _locate(
+        cls, path: str | os.PathLike | None, config: Any, kwargs: dict[str, Any]
+    ) -> tuple[VikdfConfig, str | os.PathLike | None, dict[str, Any]]:
+        """The configuration, the folder or repository of the weights, and the other arguments of `from_pretrained`."""
+        if path is None and (config is None or kwargs.get("state_dict") is None):
+            raise ValueError(
+                "Name a folder or repository to load from, or pass None with config= and state_dict= to load from "
+                "memory."
+            )
+        if not isinstance(config, PreTrainedConfig):
+            where = {key: kwargs.pop(key) for key in _WHERE if key in kwargs}
+            config, kwargs = cls.config_class.from_pretrained(
+                config or path, return_unused_kwargs=True, **where, **kwargs
+            )
+            kwargs |= where
+        config = copy.deepcopy(config)
+        aside = check_saved_in(config.saved_in, "config.json")
+        config.saved_in = None
+        if path is None:
+            return config, None, kwargs
+        if os.path.isdir(path):
+            # joined here: given a folder, transformers looks for generation defaults beside the `subfolder`, too
+            path = os.path.normpath(os.path.join(path, kwargs.pop("subfolder", ""), aside))
+        else:
+            _check_repository_ids(config, path)
+            kwargs["subfolder"] = os.path.join(kwargs.get("subfolder", ""), aside)
+        where = {key: kwargs[key] for key in ("revision", "subfolder", "variant") if key in kwargs}
+        _check_weight_files(path, **where, **_hub_kwargs(kwargs))
+        return config, path, kwargs
 
     def attach_backbones(
         self,
@@ -256,6 +348,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
             if getattr(self, role) is not None:
                 getattr(self, role).requires_grad_(False).eval()  # also those that came with the checkpoint
         self.post_init()  # what the parts tie and keep in float32 is now known to the whole
+        while self._waiting_adapters:
+            self.load_adapter(**self._waiting_adapters.pop(0))
 
     def attach_vision_encoder(self) -> None:
         """
@@ -269,6 +363,44 @@ class VikdfPreTrainedModel(PreTrainedModel):
             raise ValueError("This model has no vision encoder (config.vision_config is None): it takes no pictures.")
         if self.vision_encoder is None:
             self.vision_encoder = self._load_backbone("vision_encoder").to(self._input_device())
+
+    def load_adapter(self, peft_model_id: str | os.PathLike | None = None, **kwargs: Any) -> Any:
+        """
+        Loads an adapter of PEFT, as transformers does (see its arguments), in the dtype in which it is saved. What was
+        trainable stays so. An adapter that comes before the backbones are attached waits for them.
+
+        Raises:
+            OSError: if there is no adapter, or it is not saved as safetensors.
+        """
+        if any(getattr(self, role) is None for role in self.config.backbones if role != "vision_encoder"):
+            kwargs.pop("load_config", None)  # of the model, which is not loaded yet
+            self._waiting_adapters.append({"peft_model_id": peft_model_id, **kwargs})
+            return SimpleNamespace(to_dict=lambda: {"missing_keys": set(), "unexpected_keys": set()})
+        if peft_model_id is None:  # given as tensors
+            return super().load_adapter(**kwargs)
+        where = kwargs.get("adapter_kwargs") or {}
+        saved = load_file(cached_file(peft_model_id, "adapter_model.safetensors", **where))
+        saved = {name.removeprefix("base_model.model."): weight for name, weight in saved.items()}
+        if any(name.startswith("vision_encoder.") for name in saved):
+            self.attach_vision_encoder()
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        conversions = getattr(self, "_weight_conversions", None)
+        info = super().load_adapter(str(peft_model_id), **kwargs)
+        self._weight_conversions = conversions  # or the model itself would be saved under an adapter's names
+        self._restore_adapter(saved, kwargs.get("adapter_name") or "default")
+        for name, parameter in self.named_parameters():
+            if name in trainable:
+                parameter.requires_grad_()
+        return info
+
+    def _restore_adapter(self, saved: dict[str, torch.Tensor], adapter: str) -> None:
+        """An adapter's weights in the dtype in which they are saved; transformers has loaded them in the model's."""
+        peft = importlib.import_module("peft")
+        for name, parameter in self.named_parameters():
+            name = name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")
+            if name in saved:
+                parameter.data = parameter.data.to(saved[name].dtype)
+        peft.set_peft_model_state_dict(self, saved, adapter)
 
     def _require(self, role: str) -> None:
         if getattr(self, role) is None:
@@ -306,12 +438,16 @@ class VikdfPreTrainedModel(PreTrainedModel):
             )
         if role != "language_model" and backbone.dtype == torch.float16 and backbone.device.type == "cpu":
             backbone.float()  # CPUs compute in float16 several times slower
-        # never saved with the model: its repository has it
-        backbone._keys_to_ignore_on_save = set(backbone.state_dict())
+        # not saved with the model as long as it stays what its repository has
+        weights = backbone.state_dict()
+        self._loaded_weights[role] = {
+            name: _checksums(load_offloaded_parameter(backbone, name) if weight.is_meta else weight)
+            for name, weight in weights.items()
+        }
         self._keys_to_ignore_on_save = {
             *(self._keys_to_ignore_on_save or ()),
-            *(f"{role}.{key}" for key in backbone._keys_to_ignore_on_save),
-        }
+            *(f"{role}.{name}" for name in weights),
+        }  # by this a Trainer knows that checkpoints may lack them
         return backbone.requires_grad_(False).eval()
 
     def save_pretrained(
@@ -320,35 +456,116 @@ class VikdfPreTrainedModel(PreTrainedModel):
         """
         Writes what was trained and nothing frozen (safetensors); with `include_backbones` a self-contained checkpoint.
 
-        All files are written aside and then moved into place, so that an interrupted save leaves the previous
-        checkpoint as it was.
+        A backbone whose weights are no longer those that its repository gave (it was trained, an adapter was merged
+        into it, its vocabulary was resized) is written, too, and then loads from the checkpoint; a warning says so. An
+        adapter that PEFT put into the model is written beside it, to `adapter/`, and loaded with it.
+
+        The folder's checkpoint is replaced as a whole or not at all, wherever the process is killed; see
+        atomic_saving.py.
+
+        Raises:
+            ValueError: if what would be written could not be loaded again, with what to do about it.
         """
-        push = {key: kwargs.pop(key) for key in ("push_to_hub", "repo_id", "commit_message") if key in kwargs}
-        if push.get("push_to_hub"):
-            raise ValueError("save_pretrained(push_to_hub=True) is not supported: call push_to_hub(repo_id) instead.")
-        if include_backbones and getattr(self.language_model, "is_quantized", False):
+        for name in ("push_to_hub", "distributed_checkpoint"):
+            if kwargs.pop(name, False):
+                instead = "call push_to_hub(repo_id) instead" if name == "push_to_hub" else "leave it unset"
+                raise ValueError(f"save_pretrained({name}=True) is not supported: {instead}.")
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("repo_id", "commit_message")}
+        if include_backbones and self.config.vision_config is not None:
+            self.attach_vision_encoder()
+        state = kwargs.pop("state_dict", None)
+        state = self.state_dict() if state is None else state
+        stored = set(self.config.backbones) if include_backbones else self._changed_backbones(state)
+        if "language_model" in stored and getattr(self.language_model, "is_quantized", False):
             raise ValueError(
-                "A quantised LLM cannot be part of a self-contained checkpoint. Load the model without "
-                "quantization_config to save it with its backbones, or save it without them."
+                "A quantised LLM cannot be part of a checkpoint. Load the model without quantization_config to save "
+                "it with its backbones, or with an adapter merged into its LLM; or save it without them, and an "
+                "adapter unmerged."
             )
-        os.makedirs(save_directory, exist_ok=True)
-        aside = tempfile.mkdtemp(dir=save_directory, prefix=".saving-")
-        try:
-            if include_backbones and self.config.vision_config is not None:
-                self.attach_vision_encoder()
-            with self._as_saved(include_backbones):
-                super().save_pretrained(aside, **kwargs)
-            saved = os.listdir(aside)
-            # weights first: a configuration never describes weights that are not there yet
-            for name in sorted(saved, key=lambda name: (name.endswith(".json"), name)):
-                os.replace(os.path.join(aside, name), os.path.join(save_directory, name))
-            if any(name.endswith(".safetensors") for name in saved):
-                # of an earlier checkpoint with more or fewer shards
-                stale = set(fnmatch.filter(os.listdir(save_directory), "model*.safetensors*")) - set(saved)
-                for name in stale:
-                    os.remove(os.path.join(save_directory, name))
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        named = set(self.config.backbones) - stored
+        weights = {
+            bare: weight
+            for name, weight in state.items()
+            if (bare := self._name_without_adapter(name)) is not None and bare.split(".")[0] not in named
+        }
+        if kwargs.get("is_main_process", True):
+            place = replace_files(save_directory, "config.json")
+        else:  # takes part in gathering what is to be saved, and writes nothing
+            os.makedirs(save_directory, exist_ok=True)
+            place = tempfile.TemporaryDirectory()
+        with place as folder, self._as_saved(stored):
+            if kwargs.get("is_main_process", True):
+                self._check_loadable(weights)
+                self._save_adapter(folder, state)
+            super().save_pretrained(folder, state_dict=weights, **kwargs)
+            if not self.can_generate() and getattr(self, "generation_config", None) is not None:
+                self.generation_config.save_pretrained(folder)  # for the dialogue model that loads this checkpoint
+            _name_shards(folder)
+
+    def _changed_backbones(self, state: dict[str, torch.Tensor]) -> set[str]:
+        """Those that `config.backbones` names, but whose weights are no longer what was loaded."""
+        changed = set()
+        for role in self.config.backbones:
+            loaded = self._loaded_weights.get(role, {})
+            weights = {
+                bare.removeprefix(f"{role}."): name
+                for name in state
+                if (bare := self._name_without_adapter(name)) is not None and bare.startswith(f"{role}.")
+            }
+            if not weights:  # not attached, or not among what is to be saved
+                continue
+            different = [
+                name
+                for name in sorted(weights.keys() | loaded.keys())
+                if name not in weights
+                or name not in loaded
+                or not _is_unchanged(self._read_weight(state, weights[name]), loaded[name])
+            ]
+            if different:
+                changed.add(role)
+                logger.warning(
+                    f"The {role} is no longer what {self.config.backbones[role]['repo_id']!r} gave: {len(different)} "
+                    f"of its {len(weights)} weights differ, such as {different[0]}. It is saved with the model."
+                )
+        return changed
+
+    def _read_weight(self, state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        return load_offloaded_parameter(self, name) if state[name].is_meta else state[name]
+
+    def _name_without_adapter(self, name: str) -> str | None:
+        """What a weight is called without PEFT's adapter in the model; `None` for the adapter's own."""
+        if set(name.split(".")) & set(getattr(self, "peft_config", {})):
+            return None
+        return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+    def _check_loadable(self, weights: dict[str, torch.Tensor]) -> None:
+        """Refuses weights that `from_pretrained` would not read, or would miss."""
+        # FSDP puts a class of its own in front, which cannot be built
+        own = next(each for each in type(self).__mro__ if not each.__name__.startswith("FSDP"))
+        with torch.device("meta"), init.no_init_weights():
+            expected = {name: weight.shape for name, weight in own(copy.deepcopy(self.config)).state_dict().items()}
+        found = {name: weight.shape for name, weight in weights.items()}
+        if wrong := sorted(name for name, _ in found.items() ^ expected.items()):
+            raise ValueError(
+                f"The model would not load again: {len(wrong)} weights are not those of a {own.__name__} with this "
+                f"configuration, such as {wrong[0]!r}. Was a part of it wrapped or replaced? For PEFT use "
+                "get_peft_model(model, ...) or model.add_adapter(...) on the whole model, with target_modules such as "
+                r"r'language_model\..*\.(q_proj|v_proj)', or merge the adapter: model.language_model = "
+                "model.language_model.merge_and_unload()."
+            )
+
+    def _save_adapter(self, folder: str, state: dict[str, torch.Tensor]) -> None:
+        """Writes the adapter that PEFT put into the model, as PEFT would, into a sub-folder of its own."""
+        if self.config.adapter is None:
+            return
+        peft = importlib.import_module("peft")  # an `import` would make every user of the code install it
+        name = self.config.adapter
+        settings = copy.deepcopy(self.peft_config[name])
+        settings.inference_mode, settings.base_model_name_or_path = True, None  # the model is in the folder above
+        settings.save_pretrained(os.path.join(folder, ADAPTER_FOLDER))
+        weights = peft.get_peft_model_state_dict(self, state_dict=state, adapter_name=name)
+        weights = {f"base_model.model.{key}": weight.contiguous() for key, weight in weights.items()}
+        save_file(weights, os.path.join(folder, ADAPTER_FOLDER, "adapter_model.safetensors"), {"format": "pt"})
 
     def push_to_hub(self, repo_id: str, *, processor: Any = None, **kwargs: Any) -> Any:
         """
@@ -369,32 +586,55 @@ class VikdfPreTrainedModel(PreTrainedModel):
         return push_to_hub(repo_id, model=self, processor=processor, **kwargs)
 
     @contextlib.contextmanager
-    def _as_saved(self, include_backbones: bool) -> Iterator[None]:
-        """For the time of a save the model and its configuration are those that the checkpoint will hold."""
-        before = self.config.backbones, self.config.backbone_dtypes, self._keys_to_ignore_on_save
+    def _as_saved(self, stored: set[str]) -> Iterator[None]:
+        """
+        For the time of a save the model and its configuration are those that the checkpoint will hold, with the
+        `stored` backbones in it.
+
+        Raises:
+            ValueError: if there are several adapters.
+        """
+        adapters = list(getattr(self, "peft_config", {}))
+        if len(adapters) > 1:
+            raise ValueError(
+                f"The model holds the adapters {adapters}, and a checkpoint can hold one. Remove the others with "
+                "delete_adapter, or merge them, and save again."
+            )
+        before = self.config.backbones, self.config.backbone_dtypes, self.config.adapter, self._keys_to_ignore_on_save
+        has_adapter, self._hf_peft_config_loaded = self._hf_peft_config_loaded, False  # or it alone would be saved
         device_map = self.__dict__.pop("hf_device_map", None)
-        if include_backbones:
-            self.config.backbones, self._keys_to_ignore_on_save = {}, None
+        self.config.backbones = {role: source for role, source in self.config.backbones.items() if role not in stored}
+        self.config.adapter = adapters[0] if adapters else None
+        self._keys_to_ignore_on_save = None
         self.config.backbone_dtypes = {
             role: str(getattr(self, role).dtype).removeprefix("torch.")
             for role in BACKBONE_CONFIGS
             if role not in self.config.backbones and getattr(self, role) is not None
         }
-        if include_backbones and device_map is not None:
+        if device_map is not None and "language_model" not in self.config.backbones:
             self.hf_device_map = device_map  # offloaded weights are read back
         try:
             yield
         finally:
-            self.config.backbones, self.config.backbone_dtypes, self._keys_to_ignore_on_save = before
+            (
+                self.config.backbones,
+                self.config.backbone_dtypes,
+                self.config.adapter,
+                self._keys_to_ignore_on_save,
+            ) = before
+            self._hf_peft_config_loaded = has_adapter
             if device_map is not None:
                 self.hf_device_map = device_map
 
 
 def _backbone_class(role: str, config: PreTrainedConfig) -> Any:
-    """The class that holds a backbone: CLIP's towers with their projections, else what the Auto class finds."""
+    """The class that holds a backbone: CLIP's towers with their projections, T5's encoder, else the Auto class's."""
     if role == "language_model":
         return AutoModelForCausalLM
     towers = {
+        "t5": T5EncoderModel,  # the Auto class would take the decoder, too
+        "mt5": MT5EncoderModel,
+        "umt5": UMT5EncoderModel,
         "clip_text_model": CLIPTextModelWithProjection,
         "clip_vision_model": CLIPVisionModelWithProjection,
         "siglip_text_model": SiglipTextModel,  # the Auto class knows SigLIP's vision tower only
@@ -427,6 +667,100 @@ def _clear_errors(source: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
+@functools.cache
+def _checksum_keys(device: torch.device) -> torch.Tensor:
+    """Odd random numbers [2^17], int64."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(-(2**63), 2**63 - 1, (1 << 17,), generator=generator, dtype=torch.long)
+    return (keys | 1).to(device)
+
+
+def _checksum(weight: torch.Tensor) -> int:
+    """
+    64 bits that tell whether weights are the same to the bit: a sum over their memory, each word of it by a random
+    factor. Any one changed word changes it; any two tensors share it with a chance below 2^-40.
+
+    One pass over the memory where the weights are; a CPU core reads about 2 GB/s, a 7B model in bfloat16 has 14 GB.
+    """
+    if hasattr(weight, "full_tensor"):  # sharded over processes
+        weight = weight.full_tensor()
+    if hasattr(weight, "__tensor_flatten__"):  # quantised: made of several tensors
+        return hash(tuple(_checksum(getattr(weight, name)) for name in weight.__tensor_flatten__()[0]))
+    memory = weight.detach().contiguous().view(-1).view(torch.uint8)
+    if len(memory) % 8 or memory.storage_offset() % 8:
+        memory = torch.cat([memory, memory.new_zeros(-len(memory) % 8)])
+    keys = _checksum_keys(memory.device)
+    total = torch.zeros((), dtype=torch.long, device=memory.device)
+    for words in memory.view(torch.long).split(len(keys)):
+        total = total * 6364136223846793005 + (words * keys[: len(words)]).sum()
+    return int(total)
+
+
+def _checksums(weight: torch.Tensor) -> dict[torch.dtype, int]:
+    """Checksums of weights in their own dtype; and in those that they may be rounded to for computing."""
+    rounded = (torch.bfloat16, torch.float16) if weight.dtype == torch.float32 else ()
+    return {dtype: _checksum(weight.detach().to(dtype)) for dtype in (weight.dtype, *rounded)}
+
+
+def _is_unchanged(weight: torch.Tensor, loaded: dict[torch.dtype, int]) -> bool:
+    """Whether weights are those whose checksums were taken, perhaps rounded or widened since."""
+    if weight.dtype in loaded:
+        return _checksum(weight) == loaded[weight.dtype]
+    dtype = next(iter(loaded))
+    original = weight.detach().to(dtype)
+    return torch.equal(original.to(weight.dtype), weight) and _checksum(original) == loaded[dtype]
+
+
+def _check_finite(model: nn.Module, source: str | os.PathLike | None) -> None:
+    """Refuses weights with which every computation would give NaN, and every reply token 0."""
+    for name, weight in model.state_dict().items():
+        # what is offloaded or in eight bits was not trained here
+        if not weight.is_meta and weight.is_floating_point() and weight.itemsize > 1 and not weight.isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinite values in the checkpoint {str(source)!r}: its training diverged, or it "
+                "was damaged. Load an earlier checkpoint, and train on with a lower learning rate."
+            )
+
+
+@contextlib.contextmanager
+def _clear_argument_errors() -> Iterator[None]:
+    """What transformers' `from_pretrained` does not know it hands to the model, which knows none."""
+    try:
+        yield
+    except TypeError as error:
+        if not (match := re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))):
+            raise
+        known = {*VikdfConfig.__dataclass_fields__, *_WHERE, *_ARGUMENTS}
+        raise TypeError(
+            f"from_pretrained got an unexpected argument {match[1]!r}, which is no field of the configuration either."
+            f"{nearest_name(match[1], known)}"
+        ) from error
+
+
+def _name_shards(folder: str) -> None:
+    """Names the shards after this save alone: no reader finds the shards of one save by the index of another."""
+    save = uuid.uuid4().hex[:8]
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors.index*.json")):
+        with open(path, encoding="utf-8") as file:
+            index = json.load(file)
+        names = {name: name.replace("model", f"model-{save}", 1) for name in set(index["weight_map"].values())}
+        for old, new in names.items():
+            os.rename(os.path.join(folder, old), os.path.join(folder, new))
+        index["weight_map"] = {weight: names[name] for weight, name in index["weight_map"].items()}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(index, file, indent=2, sort_keys=True)
+
+
+def _base_of_adapter(path: str | os.PathLike | None) -> str | None:
+    """The model to which the adapter in a folder belongs that PEFT saved, without the model."""
+    if path is None or not os.path.isfile(settings := os.path.join(path, "adapter_config.json")):
+        return None
+    if os.path.isfile(os.path.join(path, "config.json")):
+        return None
+    with open(settings, encoding="utf-8") as file:
+        return json.load(file).get("base_model_name_or_path")
+
+
 def _check_repository_ids(config: VikdfConfig, source: str) -> None:
     """A repository has no say in which folders of this machine are read."""
     for role, backbone in config.backbones.items():
@@ -440,9 +774,13 @@ def _check_repository_ids(config: VikdfConfig, source: str) -> None:
 
 
 def _check_weight_files(
-    source: str | os.PathLike, revision: str | None = None, subfolder: str = "", **hub_kwargs: Any
+    source: str | os.PathLike,
+    revision: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
+    **hub_kwargs: Any,
 ) -> None:
-    """Refuses weights that are only there as pickles, and an index that leads out of its folder or repository."""
+    """Refuses weights that are only there as pickles, and an index that names others or what is not beside it."""
     where = {"revision": revision, **hub_kwargs}
 
     def find(name: str) -> str | None:
@@ -451,15 +789,21 @@ def _check_weight_files(
         except OSError:  # where nothing can be found for other reasons, loading says so
             return None
 
-    if find("model.safetensors"):
+    dotted = f".{variant}" if variant else ""
+    if find(f"model{dotted}.safetensors"):
         return
     pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-    if path := find("model.safetensors.index.json"):
+    if path := find(f"model.safetensors.index{dotted}.json"):
         with open(path, encoding="utf-8") as file:
             names = set(json.load(file)["weight_map"].values())
         if outside := sorted(name for name in names if os.path.basename(name) != name):
             raise ValueError(
                 f"{os.path.basename(path)} of {str(source)!r} names {outside[0]!r}, which is not beside it."
+            )
+        if others := sorted(name for name in names if not name.endswith(".safetensors")):
+            raise ValueError(
+                f"{os.path.basename(path)} of {str(source)!r} names {others[0]!r}. VIKDF loads safetensors only: "
+                "pickled weights can run code."
             )
     elif pickled := [name for name in pickles if has_file(source, os.path.join(subfolder, name), **where)]:
         raise OSError(
@@ -467,6 +811,14 @@ def _check_weight_files(
             "not loaded. Ask its owner for model.safetensors, name a revision that has it, or, if you trust the file, "
             "convert it: AutoModel.from_pretrained(...).save_pretrained(folder) writes safetensors."
         )
+
+
+def _saved_generation_config(source: str | os.PathLike, **where: Any) -> GenerationConfig | None:
+    """How a checkpoint's dialogue model generates, if the checkpoint says so."""
+    try:
+        return GenerationConfig.from_pretrained(source, **where)
+    except OSError:
+        return None
 
 
 def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

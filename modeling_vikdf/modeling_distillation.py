@@ -17,12 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_vikdf import VikdfConfig
 from .modeling_vikdf import VikdfForConditionalGeneration
 
 
+TOKENS = ("masked_text", "knowledge_to_text", "reply")  # the objectives that predict tokens
 BVIF = ("knowledge_to_text", "text_to_knowledge")  # the objectives that take a pair's knowledge through the LLM
 MATCHING = {"text_image_matching": "image", "text_text_matching": "partner"}  # and what each matches texts with
 
@@ -84,7 +85,7 @@ def masked_image_loss(
 
 
 def masked_text_loss(
-    logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | float | None = None
+    logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | float | None = None, smoothing: float = 0.0
 ) -> torch.Tensor:
     """
     Cross-entropy of the chosen tokens (paper, "Image-Assisted Masked Text Modelling"; Devlin et al. 2019, BERT).
@@ -93,11 +94,12 @@ def masked_text_loss(
         logits: of the chosen tokens alone [K, vocabulary].
         targets: their true ids [K].
         count: number of chosen tokens in the whole batch; default K.
+        smoothing: share of each target's probability that is spread over the vocabulary (label smoothing).
 
     Returns:
         Scalar, in nats a token; 0 when no token was chosen.
     """
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
     return loss / _count(torch.tensor(len(targets), device=logits.device), count)
 
 
@@ -157,6 +159,8 @@ class VikdfPreTrainingOutput(ModelOutput):
     text_embeddings, image_embeddings, partner_embeddings: what matching compares, unit vectors [B, d].
     context_states, vision_states, partner_states: what the frozen encoders say [B, T, d], [B, S, d], [B, U, d]; with
         `embed_only` alone.
+    hidden_states, attentions: of the LLM that reads the captions (knowledge -> text), if asked for, as in
+        `VikdfForConditionalGeneration`.
 
     What the objectives do not need is not computed and `None`.
     """
@@ -171,6 +175,8 @@ class VikdfPreTrainingOutput(ModelOutput):
     context_states: torch.Tensor | None = None
     vision_states: torch.Tensor | None = None
     partner_states: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class VikdfForPreTraining(VikdfForConditionalGeneration):
@@ -179,6 +185,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
     and need no inputs. `VikdfForConditionalGeneration` loads its checkpoints and leaves the heads out.
     """
 
+    main_input_name = "context_input_ids"
     _keep_in_fp32_modules_strict = [
         *VikdfForConditionalGeneration._keep_in_fp32_modules_strict,
         "masked_image_block",
@@ -200,17 +207,18 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             if config.vision_config is None:
                 raise ValueError("masked_image needs a vision encoder, and config.vision_config is None.")
             patch = config.vision_config.patch_size
-            self.masked_image_block = VikdfReconstructionBlock(width, h)
-            self.pixel_decoder = nn.Linear(width, 3 * patch**2)  # each patch state to its pixels
+            self.masked_image_block = VikdfReconstructionBlock(width, h).float()
+            self.pixel_decoder = nn.Linear(width, 3 * patch**2, dtype=torch.float32)  # each patch state to its pixels
         if config.loss_weights["masked_text"]:
-            self.masked_text_block = VikdfReconstructionBlock(width, h)
-            self.token_decoder = nn.Linear(width, config.context_config.vocab_size)
+            self.masked_text_block = VikdfReconstructionBlock(width, h).float()
+            self.token_decoder = nn.Linear(width, config.context_config.vocab_size, dtype=torch.float32)
         if config.loss_weights["text_to_knowledge"]:
-            self.knowledge_predictor = nn.Linear(config.text_config.hidden_size, h)
+            self.knowledge_predictor = nn.Linear(config.text_config.hidden_size, h, dtype=torch.float32)
         if config.loss_weights["knowledge_to_text"]:
             # What makes the LLM write captions is of no use in a dialogue. Learnt beside the base vectors, which then
             # are the replies' alone, it stays behind with the other heads. Frozen, it leaves the base to both.
-            self.caption_shift = nn.Parameter(torch.zeros(config.num_knowledge_tokens, config.text_config.hidden_size))
+            size = (config.num_knowledge_tokens, config.text_config.hidden_size)
+            self.caption_shift = nn.Parameter(torch.zeros(size, dtype=torch.float32))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -221,6 +229,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             for name, parameter in module.named_parameters(recurse=False):
                 init.zeros_(parameter) if "bias" in name else init.xavier_uniform_(parameter)
 
+    @can_return_tuple
     def forward(
         self,
         context_input_ids: torch.Tensor | None = None,
@@ -248,8 +257,11 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         other_partner: torch.Tensor | None = None,
         parts: int = 1,
         counts: dict[str, torch.Tensor | float] | None = None,
+        smoothing: float = 0.0,
         embed_only: bool = False,
         dialogues: dict[str, torch.Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> VikdfPreTrainingOutput:
         """
         Args:
@@ -269,13 +281,23 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             other_text, other_image, other_partner, parts: what other parts of the batch embedded, and how many parts
                 there are; see `matching_loss`.
             counts: objective -> count over the whole batch; see the loss functions.
+            smoothing: label smoothing of the objectives that predict tokens (masked_text, knowledge_to_text, reply).
             embed_only: whether to stop at the matching embeddings.
             dialogues: text dialogues with labels, as inputs of `VikdfForConditionalGeneration.forward` (reply).
+            output_hidden_states, output_attentions: whether to return those of the LLM that reads the captions.
 
         Raises:
-            ValueError: if an objective of positive weight lacks an input, or none has a positive weight.
+            ValueError: if an objective of positive weight lacks an input, or none has a positive weight; if states are
+                asked for that no objective computes.
         """
         weights = {name: weight for name, weight in self.config.loss_weights.items() if weight}
+        states = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        states = {name: asked for name, asked in states.items() if asked is not None}  # else the LLM's own settings
+        if any(states.values()) and (embed_only or "knowledge_to_text" not in weights):
+            raise ValueError(
+                f"{' and '.join(name for name, asked in states.items() if asked)}=True asks for what the LLM computes "
+                "when it reads captions, but the objective knowledge_to_text is not computed here."
+            )
         if not weights and not embed_only:
             raise ValueError("No objective has a positive weight in config.loss_weights.")
         counts = counts or {}
@@ -292,7 +314,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             if vision_states is not None:
                 image = self.iqformer.image_knowledge(vision_states)  # K^I [B, n, h]
 
-        losses, embeddings = {}, {}
+        losses, embeddings, read = {}, {}, ModelOutput()
         if "image" in sides:
             _require("text_image_matching", context_input_ids=text, pixel_values=image)
             embeddings["image_embeddings"] = self.matching_head.image(image)
@@ -318,25 +340,25 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         if "masked_text" in weights:
             _require("masked_text", pixel_values=image, masked_input_ids=masked_input_ids, masked_labels=masked_labels)
             losses["masked_text"] = self.masked_text_modelling(
-                masked_input_ids, context_attention_mask, masked_labels, image, counts.get("masked_text")
+                masked_input_ids, context_attention_mask, masked_labels, image, counts.get("masked_text"), smoothing
             )
         if fusing:
             knowledge = self._choose_knowledge(text, image, use_image_knowledge)
         if "knowledge_to_text" in weights:
             _require("knowledge_to_text", input_ids=input_ids, labels=labels)
-            losses["knowledge_to_text"] = (
-                super()
-                .forward(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    knowledge=knowledge,
-                    base=self._caption_base(),
-                    labels=labels,
-                    num_items_in_batch=counts.get("knowledge_to_text"),
-                )
-                .loss
+            read = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                knowledge=knowledge,
+                base=self._caption_base(),
+                labels=labels,
+                num_items_in_batch=counts.get("knowledge_to_text"),
+                smoothing=smoothing,
+                return_dict=True,
+                **states,
             )
+            losses["knowledge_to_text"] = read.loss
         if "text_to_knowledge" in weights:
             _require("text_to_knowledge", draw_input_ids=draw_input_ids)
             losses["text_to_knowledge"] = self.text_to_knowledge(
@@ -344,7 +366,8 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             )
         if "reply" in weights:
             _require("reply", dialogues=dialogues)
-            losses["reply"] = super().forward(**dialogues, num_items_in_batch=counts.get("reply")).loss
+            given = {"num_items_in_batch": counts.get("reply"), "smoothing": smoothing, "return_dict": True}
+            losses["reply"] = super().forward(**dialogues, **given).loss
         loss = sum(weights[name] * value for name, value in losses.items())
         return VikdfPreTrainingOutput(
             loss=loss,
@@ -352,7 +375,14 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             text_knowledge=text,
             image_knowledge=image,
             **embeddings,
+            hidden_states=read.get("hidden_states"),
+            attentions=read.get("attentions"),
         )
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """No: replies come from the dialogue model, which loads the same checkpoint."""
+        return False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: replies come from the dialogue model, which loads the same checkpoint."""
@@ -425,6 +455,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         labels: torch.Tensor,
         image_knowledge: torch.Tensor,
         count: torch.Tensor | float | None = None,
+        smoothing: float = 0.0,
     ) -> torch.Tensor:
         """The encoder reads the caption with tokens replaced; the chosen ones' states ask K^I for the true ids."""
         rows = len(masked_input_ids)
@@ -433,7 +464,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         states = self.iqformer.context_projection(states.to(image_knowledge.dtype))
         chosen = labels != -100  # [M, T]
         states = self.masked_text_block(states, image_knowledge[:rows])[chosen]  # [K, d]
-        return masked_text_loss(self.token_decoder(states), labels[chosen], count)
+        return masked_text_loss(self.token_decoder(states), labels[chosen], count, smoothing)
 
     def text_to_knowledge(
         self,

@@ -5,6 +5,11 @@ Reads as the data flows: `get_text_knowledge` / `get_image_knowledge` (frozen en
 found, attached and left out of checkpoints stands in modeling_backbones.py.
 """
 
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +20,34 @@ from transformers import (
     AutoModel,
     Blip2QFormerConfig,
     Cache,
+    DynamicCache,
+    DynamicLayer,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    TextGenerationPipeline,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_backbones import CACHE, VikdfPreTrainedModel, find_backbone, pop_cache
 from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert
 
 
+logger = logging.get_logger(__name__)
+
 WORTH_SHARING = 64  # tokens that a shared pass must save to be worth another pass through the LLM's layers
 
 
-def reply_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | float | None = None) -> torch.Tensor:
+def reply_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    count: torch.Tensor | float | None = None,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
     """
     Negative log-likelihood of a text under the LLM, given the knowledge in its prompt (paper, "Bidirectional
     Variational Information Fusion", knowledge -> text).
@@ -38,11 +55,14 @@ def reply_loss(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor 
     Args:
         logits: [B, k, vocabulary]; targets: the ids that they predict, -100 for none, [B, k].
         count: number of targets in the whole batch, where this is a part of one; default those given.
+        smoothing: share of each target's probability that is spread over the vocabulary (label smoothing).
 
     Returns:
         Scalar, in nats a token; 0 when there is no target.
     """
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", label_smoothing=smoothing
+    )
     count = (targets != -100).sum() if count is None else torch.as_tensor(count, device=logits.device)
     return loss / count.clamp(min=1)
 
@@ -78,11 +98,12 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
         n, d_llm = config.num_knowledge_tokens, config.text_config.hidden_size
-        self.iqformer = VikdfIQFormer(config)
-        self.matching_head = VikdfMatchingHead(config)
-        self.language_projection = nn.Linear(config.iqformer_config.hidden_size, d_llm)
-        self.knowledge_base = nn.Parameter(torch.zeros(n, d_llm))
-        self.knowledge_gate = nn.Parameter(torch.ones(n))
+        # float32 whatever the dtype of the whole, see `_keep_in_fp32_modules_strict`
+        self.iqformer = VikdfIQFormer(config).float()
+        self.matching_head = VikdfMatchingHead(config).float()
+        self.language_projection = nn.Linear(config.iqformer_config.hidden_size, d_llm, dtype=torch.float32)
+        self.knowledge_base = nn.Parameter(torch.zeros(n, d_llm, dtype=torch.float32))
+        self.knowledge_gate = nn.Parameter(torch.ones(n, dtype=torch.float32))
         self.post_init()
 
     @classmethod
@@ -300,8 +321,13 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
 
         Args:
             mean: [n, h], the mean of the knowledge that many contexts evoke.
-            share: what remains of the differences; 1 changes nothing, 0 leaves the mean alone.
+            share: what remains of the differences; 1 changes nothing, 0 leaves the mean alone, a constant.
+
+        Raises:
+            ValueError: unless the share is between 0 and 1.
         """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share is what remains of the differences from the mean, between 0 and 1; got {share}.")
         gate = self.knowledge_gate[:, None]  # [n, 1]
         self.knowledge_base += (1 - share) * gate * self.language_projection(mean)
         self.knowledge_gate *= share
@@ -345,10 +371,15 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             keep[:, -self.config.num_knowledge_tokens :] = image_mask.to(keep.device)[:, None]
         found, expected = placeholders.sum(1), keep.sum(1)
         if found.shape != expected.shape or (found != expected).any():
+            hint = "Was the prompt written by this model's processor, and not truncated since?"
+            if found.shape == expected.shape and (found - expected == self.config.num_knowledge_tokens).any():
+                hint = (
+                    "There are places for a picture beside a text, but only one was given: pass context_input_ids and "
+                    "pixel_values, with a cache, too, unless it reaches behind all these places."
+                )
             raise ValueError(
                 f"Each row needs one placeholder (id {token_id}) for each knowledge vector: "
-                f"expected {expected.tolist()}, found {found.tolist()}. Was the prompt written by this model's "
-                "processor, and not truncated since?"
+                f"expected {expected.tolist()}, found {found.tolist()}. {hint}"
             )
         return embeds.masked_scatter(placeholders[..., None], vectors[keep].to(embeds.dtype))
 
@@ -370,6 +401,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        smoothing: float = 0.0,
         **kwargs: Any,
     ) -> VikdfCausalLMOutputWithPast:
         """
@@ -384,7 +416,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             labels: target ids, -100 where nothing is to be learned, [B, T].
             logits_to_keep: as in transformers; with labels by default the positions that predict some row's label.
             num_items_in_batch: number of labels over all accumulated batches, for an exact mean.
-            kwargs: for the LLM.
+            smoothing: label smoothing of the loss; see `reply_loss`.
+            kwargs: for the LLM; but `shift_labels`, the ids that each position predicts [B, T], -100 for none, takes
+                the place of `labels`, which are then not shifted for the loss.
 
         Raises:
             ValueError: see `embed_prompt`, `project_knowledge` and `get_image_knowledge`.
@@ -399,19 +433,20 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             inputs_embeds = self.embed_prompt(input_ids, knowledge, image_mask, base)  # [B, T, d_llm]
         elif knowledge is not None:
             raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
-        targets = None
+        # not a parameter: Trainer takes every parameter with "label" in its name for one that a batch must have
+        targets = kwargs.pop("shift_labels", None)
         if labels is not None:
-            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # [B, T]: position t predicts label t+1
+            if targets is None:
+                targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # [B, T]: position t predicts label t+1
             if isinstance(logits_to_keep, int) and logits_to_keep == 0:
                 # the vocabulary head is a large part of a small LLM: no logits where no row has a label
                 logits_to_keep = (targets != -100).any(0).nonzero().squeeze(1)  # [k]
-                targets = targets[:, logits_to_keep]  # [B, k]
-            elif isinstance(logits_to_keep, int):
-                targets = targets[:, -logits_to_keep:]
-            else:
-                targets = targets[:, logits_to_keep]
+        if targets is not None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            targets = targets[:, keep]  # [B, k]
         prefix = 0
-        if labels is not None and input_ids is not None and cache is None:
+        # states that are asked for are those of all columns
+        if targets is not None and input_ids is not None and cache is None and not self._returns_states(kwargs):
             prefix = self.tokens_before_knowledge(input_ids)
         outputs = self.run_language_model(
             inputs_embeds,
@@ -424,7 +459,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         )
         loss = None
         if targets is not None:
-            loss = reply_loss(outputs.logits, targets, num_items_in_batch)
+            loss = reply_loss(outputs.logits, targets, num_items_in_batch, smoothing)
         return VikdfCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
@@ -433,6 +468,11 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             knowledge=knowledge,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+    def _returns_states(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the LLM is asked for hidden states or attentions, by arguments or by its configuration."""
+        asked = ((kwargs.get(name), name) for name in ("output_hidden_states", "output_attentions"))
+        return any(getattr(self.language_model.config, name) if value is None else value for value, name in asked)
 
     def tokens_before_knowledge(self, input_ids: torch.Tensor) -> int:
         """How many columns of prompts [B, T] stand before the first placeholder of any row."""
@@ -453,7 +493,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
     ) -> ModelOutput:
         """
         Runs the LLM over spliced embeddings. In training the columns before the first knowledge vector depend on
-        nothing that is trained, so they are read without gradient, which is exact and saves their backward pass.
+        nothing that is trained, so they are read without gradient, which is exact and saves their backward pass. With
+        gradient checkpointing the layers keep their input alone, without dropout and with the cache of these columns.
 
         Args:
             inputs_embeds: [B, T, d_llm].
@@ -472,24 +513,45 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             # a copy of these columns: of a slice PyTorch on CPUs copies the frozen vocabulary head for every row
             columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             logits["logits_to_keep"] = columns[-logits_to_keep:]
-        if prefix == 0 or not (frozen and torch.is_grad_enabled() and inputs_embeds.requires_grad):
+        checkpointed = self._checkpointed_layers()
+        if checkpointed and not self._rereads_its_cache():
+            prefix = 0
+        if prefix and frozen and torch.is_grad_enabled() and inputs_embeds.requires_grad:
+            if logits:
+                logits["logits_to_keep"] = logits_to_keep - prefix
+            if attention_mask is None:
+                attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
+            positions = kwargs.pop("position_ids", None)  # `None`: the LLM counts them its own way
+            kwargs = {key: value for key, value in kwargs.items() if key not in (CACHE, "use_cache")}
+            kwargs[CACHE] = self.read_prefix(inputs_embeds[:, :prefix], attention_mask, positions)
+            kwargs |= {} if positions is None else {"position_ids": positions[:, prefix:]}
+            inputs_embeds = inputs_embeds[:, prefix:]
+        if checkpointed:
+            if kwargs.get("use_cache"):
+                logger.warning_once("Gradient checkpointing keeps no cache: use_cache=True is set to False.")
+            kwargs["use_cache"] = False
+            if (past := kwargs.get(CACHE)) is not None:
+                kwargs[CACHE] = _ReadOnlyCache(past.layers)
+        with _checkpointing(checkpointed):
             return language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **logits, **kwargs)
-        if logits:
-            logits["logits_to_keep"] = logits_to_keep - prefix
-        if attention_mask is None:
-            attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
-        positions = kwargs.pop("position_ids", None)  # `None`: the LLM counts them its own way
-        kwargs = {key: value for key, value in kwargs.items() if key not in (CACHE, "use_cache")}
-        past = self.read_prefix(inputs_embeds[:, :prefix], attention_mask, positions)
-        after = {} if positions is None else {"position_ids": positions[:, prefix:]}
-        return language_model(
-            inputs_embeds=inputs_embeds[:, prefix:],
-            attention_mask=attention_mask,
-            **{CACHE: past},
-            **after,
-            **logits,
-            **kwargs,
-        )
+
+    def _checkpointed_layers(self) -> list[nn.Module]:
+        """The LLM's layers that are computed again in the backward pass: in training with gradient checkpointing."""
+        if not (self.training and torch.is_grad_enabled()):
+            return []
+        modules = [part for part in self.language_model.modules() if getattr(part, "gradient_checkpointing", False)]
+        layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+        if modules and not layers:
+            raise ValueError(
+                f"Gradient checkpointing is enabled, but {type(self.language_model).__name__} has no layers of "
+                "transformers' GradientCheckpointingLayer, so it would do nothing in the LLM: disable it."
+            )
+        return layers
+
+    def _rereads_its_cache(self) -> bool:
+        """Whether a layer of the LLM can be computed twice from one cache; linear attention writes its states over."""
+        layers = DynamicCache(config=self.language_model.config.get_text_config(decoder=True)).layers
+        return all(isinstance(layer, DynamicLayer) for layer in layers)
 
     @torch.no_grad()
     def read_prefix(
@@ -543,7 +605,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         if new_ids is None:
             return model_inputs
         reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
-        if knowledge is not None and reads_prompt:
+        if is_first_iteration and new_ids.shape[1] < input_ids.shape[1] and not self._has_placeholders(new_ids):
+            embeds = self.get_input_embeddings()(new_ids)  # all knowledge is cached, and may be left out
+        elif knowledge is not None and reads_prompt:
             # the whole prompt, because the cache may end anywhere in it
             embeds = self.embed_prompt(input_ids.to(new_ids.device), knowledge, image_mask)[:, -new_ids.shape[1] :]
         elif is_first_iteration:
@@ -551,6 +615,10 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         else:  # tokens the LLM wrote are its own, even the one that serves as placeholder
             embeds = self.get_input_embeddings()(new_ids)
         return model_inputs | {"input_ids": None, "inputs_embeds": embeds}
+
+    def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
+        token_id = self.config.knowledge_token_id
+        return token_id is not None and bool((input_ids == token_id).any())
 
     @torch.no_grad()
     def generate(
@@ -567,7 +635,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         """
         Generates replies; everything that `GenerationMixin.generate` takes, and the knowledge inputs of `forward`.
 
-        The knowledge is computed once a row, before rows are copied for beams or several replies.
+        The knowledge is computed once a row, before rows are copied for beams or several replies. With a cache that
+        reaches behind a prompt's places of knowledge neither context nor picture need be given again: the LLM reads
+        what is cached. They must be, where it ends before.
 
         Raises:
             ValueError: for `prefill_chunk_size` (chunks would lose the knowledge); for knowledge with `inputs_embeds`
@@ -598,6 +668,11 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             prompt = kwargs.get("input_ids", inputs)
             if prompt is not None and (cache := self._read_prompt_once(prompt, config, kwargs)) is not None:
                 kwargs[CACHE] = cache
+        elif _text_generation_calls():
+            logger.warning_once(
+                "The text-generation pipeline writes no places for knowledge into its prompts, so the LLM replies "
+                'without it. For replies with knowledge import modeling_vikdf and use pipeline("vikdf-dialogue").'
+            )
         return super().generate(inputs, generation_config, **kwargs)
 
     def _read_prompt_once(self, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Cache | None:
@@ -636,6 +711,49 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
     init_continuous_batching = continuous_batching_context_manager = generate_batch
 
 
+def _text_generation_calls() -> bool:
+    """
+    Whether transformers' own pipeline is asking. The frames alone tell: it hands over nothing that a caller who wants
+    the LLM alone would not, and its user has not been asked whether knowledge is wanted.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), TextGenerationPipeline):
+        frame = frame.f_back
+    return frame is not None
+
+
+@contextlib.contextmanager
+def _checkpointing(layers: list[GradientCheckpointingLayer]) -> Iterator[None]:
+    """
+    Within, these layers keep no activations but their input. By themselves they do so in training mode alone, which
+    has dropout, and which a frozen LLM is never in; and they would leave the cache of what comes before unread.
+    """
+    own = {layer: vars(layer).get("forward") for layer in layers}  # one that is in the way, such as accelerate's
+    for layer in layers:
+        layer.forward = functools.partial(_checkpoint, layer._gradient_checkpointing_func, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in own.items():
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def _checkpoint(checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(functools.partial(forward, **kwargs), *args)  # the reentrant kind takes no keyword arguments
+
+
+class _ReadOnlyCache(Cache):
+    """A cache that is read but never written to, so that a layer that is computed again finds it as it was."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return copy.copy(self.layers[layer_idx]).update(key_states, value_states, *args, **kwargs)
+
+
 class _NeverWrite(LogitsProcessor):
     """Keeps one token out of what is generated. (transformers' own processor for that costs 40 times as much.)"""
 
@@ -647,5 +765,8 @@ class _NeverWrite(LogitsProcessor):
         scores[:, self.token_id : self.token_id + 1] = -torch.inf  # nothing if the token lies outside
         return scores
 
+
+# Trainer's label smoothing shifts the labels of the classes that are named here
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(VikdfConfig.model_type, VikdfForConditionalGeneration.__name__)
 
 __all__ = ["VikdfCausalLMOutputWithPast", "VikdfForConditionalGeneration", "reply_loss"]

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from .data import IMAGE_FORMATS, METADATA, SkipReport, decode_image, load_image_text_pairs
+from .data import METADATA, SkipReport, load_image_text_pairs
 from .modeling_vikdf import VikdfForConditionalGeneration
-from .processing_vikdf import VikdfProcessor
+from .processing_vikdf import PICTURE_FORMATS, VikdfProcessor, read_picture
 
 
 INDEX_NAME = "index.safetensors"
@@ -80,7 +80,7 @@ class PictureIndex:
 
         Args:
             model: one with a vision encoder, in evaluation mode.
-            pictures: (title, RGB picture) each; `total` is how many, if that is known.
+            pictures: (title, whatever [`read_picture`] reads) each; `total` is how many, if that is known.
             batch_size: pictures at a time.
 
         Raises:
@@ -93,8 +93,8 @@ class PictureIndex:
         with tqdm(pictures, total=total, unit=" pictures", desc="Embedding") as stream:
             stream = iter(stream)
             while batch := list(itertools.islice(stream, batch_size)):
-                images = [image for _, image in batch]
-                pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]  # [B, 3, H, W]
+                images = [read_picture(picture) for _, picture in batch]
+                pixels = processor.pixel_values(images)  # [B, 3, H, W]
                 embeddings.append(model.get_image_embeddings(pixels.to(device)).float().cpu())  # [B, d]
                 titles += [title for title, _ in batch]
                 thumbnails += map(_thumbnail, images)
@@ -104,7 +104,7 @@ class PictureIndex:
 
     def rebuild(self, model: VikdfForConditionalGeneration, processor: VikdfProcessor) -> "PictureIndex":
         """The same thumbnails and titles, embedded by another model; errors as for `build`."""
-        pictures = ((title, decode_image(data)) for title, data in zip(self.titles, self.thumbnails, strict=True))
+        pictures = ((title, read_picture(data)) for title, data in zip(self.titles, self.thumbnails, strict=True))
         rebuilt = self.build(model, processor, pictures, total=len(self))
         rebuilt.thumbnails = self.thumbnails  # not compressed once more
         return rebuilt
@@ -218,17 +218,17 @@ def load_pictures(
     if not folder.is_dir() or (folder / METADATA).exists():
         pairs = load_image_text_pairs(os.fspath(source), shuffle_buffer=0, report=report)
         return ((pair["captions"][0], pair["image"]) for pair in pairs), None
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir())  # what is no regular file is reported
     if not paths:
-        raise ValueError(f"{folder} holds no files: expected pictures ({', '.join(IMAGE_FORMATS)}).")
+        raise ValueError(f"{folder} holds no files: expected pictures ({', '.join(PICTURE_FORMATS)}).")
     return _read_files(folder, paths, report), len(paths)
 
 
 def _read_files(folder: Path, paths: list[Path], report: SkipReport) -> Iterator[tuple[str, Image.Image]]:
     for path in paths:
         try:
-            image = decode_image(path.read_bytes())
-        except (OSError, ValueError) as error:
+            image = read_picture(path)
+        except ValueError as error:
             report.add("unreadable picture", str(path.relative_to(folder)), str(error))
         else:
             yield path.stem.replace("-", " ").replace("_", " "), image

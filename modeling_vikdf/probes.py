@@ -301,12 +301,9 @@ def _encode_replies(
     chats = [
         [*question.messages, {"role": "assistant", "content": beginning + choice}] for beginning, choice in endings
     ]
-    texts = processor.apply_chat_template(chats, continue_final_message=True)
-    encoded = processor.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     replies = []
-    for text, (beginning, choice), ids, offsets in zip(
-        texts, endings, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
+    for chat, (beginning, choice) in zip(chats, endings, strict=True):
+        text, ids, offsets = processor.locate_tokens(chat, continue_final_message=True)
         if ids[: len(asked)] != asked or not text.endswith(choice):
             raise ValueError(
                 f"The chat template renders the reply {choice!r} otherwise than after the prompt that asks for it, "

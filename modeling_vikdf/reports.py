@@ -6,7 +6,6 @@ two reports          -> compare   -> paired differences, approximate randomisati
 
 import json
 import math
-import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
-from . import __version__
+from .environment import versions
 from .metrics import (
     bleu_from_statistics,
     bleu_statistics,
@@ -63,16 +61,6 @@ PERPLEXITIES = {"perplexity": "nll", "perplexity_per_example": "nll_per_example"
 
 # What reports must have in common to be compared, and what if they have it at all.
 SAME, SAME_IF_ANY = ("data_sha256", "limit", "all_references"), ("visual_words_sha256", "word_vectors_sha256")
-
-
-def versions() -> dict[str, str]:
-    """Of what figures depend on."""
-    return {
-        "modeling_vikdf": __version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 # ---- records -> metrics ----

@@ -128,8 +128,7 @@ def embed_pairs(
                 images.append(model.matching_head.image(model.iqformer.image_knowledge(states.to(device))))
                 rows = [states for example in batch for states in example["context_states"]]
             else:
-                pictures = [example["image"] for example in batch]
-                pixel_values = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+                pixel_values = processor.pixel_values(example["image"] for example in batch)
                 images.append(model.get_image_embeddings(pixel_values.to(device)))
                 rows = tokenize_captions(processor, [text for example in batch for text in example["captions"]])
             for start in range(0, len(rows), batch_size):

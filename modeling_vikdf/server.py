@@ -31,6 +31,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -38,7 +39,6 @@ import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -47,6 +47,7 @@ from transformers import BatchFeature, GenerationConfig, StoppingCriteria, Stopp
 
 from . import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
 from .backbones import load_model
+from .processing_vikdf import read_picture
 
 
 logger = logging.getLogger(__name__)
@@ -180,8 +181,15 @@ class ImagePart(_Body):
     image_url: ImageURL
 
     def for_processor(self) -> dict[str, Any]:
-        """The part as the processor reads it; see `read_picture`."""
-        return {"type": "image", "image": read_picture(self.image_url.url)}
+        """
+        The part as the processor reads it.
+
+        Raises:
+            ValueError: for a URL that is no `data:` URL, and for what is no picture or too large a one.
+        """
+        if self.image_url.url[:5].lower() != "data:":  # and so no path either
+            raise ValueError("a picture must be a data: URL (data:image/png;base64,...); the server fetches nothing.")
+        return {"type": "image", "image": read_picture(self.image_url.url, MAX_PIXELS)}
 
 
 class ChatMessage(_Body):
@@ -250,6 +258,9 @@ class ChatCompletionRequest(_ChatBody):
     """
     What `/v1/chat/completions` takes: OpenAI's parameters, and of ours `num_beams` and `use_knowledge`.
 
+    A reply to a chat that ends in an assistant's message continues that message; with vLLM's parameter
+    `continue_final_message` set to false it is another message.
+
     Without `temperature` and `top_p` tokens are chosen as the model's own generation config says; `temperature=0` is
     greedy. A request with a `seed` is drawn alone, since draws depend on the batch.
     """
@@ -264,6 +275,7 @@ class ChatCompletionRequest(_ChatBody):
     stop: Text | Annotated[list[Text], Field(max_length=4)] = []
     num_beams: Annotated[int, Field(ge=1, le=8)] | None = None
     use_knowledge: bool = True
+    continue_final_message: bool | None = None
     user: str | None = None  # for the provider's statistics, of which there are none
     # what clients send without meaning it
     n: Annotated[int, Field(ge=1, le=1)] = 1
@@ -297,28 +309,6 @@ class ChatCompletionRequest(_ChatBody):
         return self.max_completion_tokens or self.max_tokens or config.max_new_tokens or DEFAULT_MAX_TOKENS
 
 
-def read_picture(url: str) -> Image.Image:
-    """
-    The picture in a `data:` URL.
-
-    Raises:
-        ValueError: for every other URL, and for what is no picture or too large a one.
-    """
-    head, comma, data = url.partition(",")
-    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
-        raise ValueError("a picture must be a data: URL (data:image/png;base64,...); the server fetches nothing.")
-    try:
-        file = io.BytesIO(base64.b64decode(data, validate=True))
-        picture = Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF"))
-        too_large = picture.width * picture.height > MAX_PIXELS  # known before it is unfolded
-        pixels = None if too_large else picture.convert("RGB")
-    except Exception as error:  # decoders fail in many ways
-        raise ValueError("the data: URL holds no whole PNG, JPEG, WebP or GIF picture in base64.") from error
-    if pixels is None:
-        raise ValueError(f"the picture has {picture.width} x {picture.height} pixels; at most {MAX_PIXELS} are read.")
-    return pixels
-
-
 # ---- from a request to a job ----
 
 
@@ -350,6 +340,7 @@ class Job:
         decoding: `None` asks for the knowledge, not for a reply.
         max_new_tokens, stop: where the reply ends at the latest, and at which texts.
         deadline: when the event loop's clock says that it is too late.
+        continued: whether the reply continues the chat's last message.
     """
 
     features: BatchFeature
@@ -358,6 +349,7 @@ class Job:
     stop: tuple[str, ...]
     deadline: float
     loop: asyncio.AbstractEventLoop
+    continued: bool = False
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     arrived: float = field(default_factory=time.monotonic)
     cancelled: bool = False
@@ -389,7 +381,7 @@ class Job:
         elif reason is None:
             text = text[: len(text) - _undecided(text, self.stop)]
         # what is white at the end waits, too: streamed and whole replies are the same
-        self.text = text.strip()
+        self.text = text.rstrip() if self.continued else text.strip()
         # broken UTF-8 at the end can turn what was handed out into something else, which is then too late for a stream
         new = self.text[self.sent :]
         self.sent += len(new)
@@ -469,11 +461,12 @@ class Worker(threading.Thread):
             features = self.processor(
                 [chat],
                 use_knowledge=decoding is None or decoding.use_knowledge,
+                continue_final_message=getattr(body, "continue_final_message", None),
                 max_length=None if self.window is None else self.window - new_tokens,
             )
         if "pixel_values" in features and self.model.vision_encoder is None:
             raise ValueError("this server has no vision encoder: it takes no pictures.")
-        return Job(features, decoding, new_tokens, stop, deadline, loop)
+        return Job(features, decoding, new_tokens, stop, deadline, loop, features.continued[0])
 
     def submit(self, job: Job) -> None:
         """
@@ -605,7 +598,11 @@ class Worker(threading.Thread):
         job.append(
             token,
             token in (ends if isinstance(ends, list) else [ends]),
-            lambda ids: self.processor.tokenizer.decode(ids, skip_special_tokens=True),
+            partial(
+                self.processor.decode_behind,
+                job.features["input_ids"][0, -1:].tolist() if job.continued else [],
+                skip_special_tokens=True,
+            ),
         )
 
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .atomic_saving import check_saved_in
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_distillation import VikdfForPreTraining
 from .modeling_vikdf import VikdfForConditionalGeneration
@@ -40,8 +41,10 @@ AUTO_CLASSES = {
     "AutoProcessor": VikdfProcessor,
 }
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+ADAPTER = ("adapter/*",)
 # What a saved folder gives a repository, the processor aside. Training leaves optimizer states and pickles beside it.
-MODEL_FILES = ("config.json", "generation_config.json", "recipe.yaml", "trainer_state.json", *WEIGHTS)
+MODEL_FILES = ("config.json", "generation_config.json", *WEIGHTS, *ADAPTER)
+TRAINING_FILES = ("recipe.yaml", "trainer_state.json")
 
 
 def push_to_hub(
@@ -97,7 +100,7 @@ def push_to_hub(
             there = api.model_info(repo_id, revision=revision)
             if model is not None:
                 names = {file.rfilename for file in there.siblings} - set(paths)
-                stale = {name for pattern in WEIGHTS for name in fnmatch.filter(names, pattern)}
+                stale = {name for pattern in (*WEIGHTS, *ADAPTER) for name in fnmatch.filter(names, pattern)}
                 operations += [CommitOperationDelete(name) for name in sorted(stale)]
             return api.create_commit(
                 repo_id,
@@ -177,13 +180,18 @@ def write_repository(
             model = (VikdfForPreTraining if pretraining else VikdfForConditionalGeneration).from_pretrained(model)
         else:
             _check_backbones(config)
-            source = model if os.path.isdir(model) else snapshot_download(model, allow_patterns=list(MODEL_FILES))
-            for path in (path for pattern in MODEL_FILES for path in Path(source).glob(pattern)):
+            patterns = [*MODEL_FILES, *TRAINING_FILES]
+            source = model if os.path.isdir(model) else snapshot_download(model, allow_patterns=patterns)
+            saved = Path(source, check_saved_in(config.saved_in, "config.json"))
+            for path in (path for pattern in MODEL_FILES for path in saved.glob(pattern)):
+                target = folder / path.relative_to(saved)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+            for path in (path for name in TRAINING_FILES for path in Path(source).glob(name)):
                 shutil.copyfile(path, folder / path.name)
     if isinstance(model, PreTrainedModel):
-        if not include_backbones:
-            _check_backbones(model.config)
         model.save_pretrained(folder, include_backbones=include_backbones)
+        _check_backbones(VikdfConfig.from_pretrained(folder))
     if processor is not None:
         processor.save_pretrained(folder)
     if model is not None:
@@ -224,7 +232,8 @@ def _check_weights(folder: Path, include_backbones: bool) -> None:
         except SafetensorError as error:
             raise OSError(f"{path.name} is truncated or damaged ({error}). Save or download it again.") from error
         frozen = next((name for name in names if name.split(".")[0] in BACKBONE_CONFIGS), None)
-        if frozen and not include_backbones:
+        # one that is stored while others are named was trained, or it would be named, too
+        if frozen and not include_backbones and not VikdfConfig.from_pretrained(folder).backbones:
             raise ValueError(
                 f"{path.name} holds frozen backbones ({frozen}, ...), which are shared only when asked for: "
                 "include_backbones=True, --include-backbones."

@@ -9,6 +9,7 @@ left unfinished is never resumed from. `run_stage` is what the commands `vikdf d
 import contextlib
 import copy
 import dataclasses
+import difflib
 import functools
 import inspect
 import itertools
@@ -18,7 +19,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,22 +36,59 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .backbones import half_precision_is_slow, new_model, widen_slow_half_precision
+from .backbones import half_precision_is_slow, new_model, require_model, widen_slow_half_precision
 from .collators import DialogueCollator, JointCollator, PreTrainingCollator
 from .configuration_vikdf import BACKBONE_CONFIGS, OBJECTIVES, VikdfConfig
 from .data import SkipReport, load_dialogues, load_image_text_pairs
 from .features import FeatureDataset, cache_features
-from .modeling_distillation import MATCHING, VikdfForPreTraining, cells_to_pixels
+from .modeling_distillation import MATCHING, TOKENS, VikdfForPreTraining, cells_to_pixels
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import VikdfProcessor
 from .sharing import push_to_hub
 
 
 logger = logging.get_logger(__name__)
+
+
+# What of Trainer's settings cannot be used: name -> the values that can, and why no others.
+UNUSABLE = {
+    "remove_unused_columns": ([False], "the collators read raw columns"),
+    "label_names": ([None, ["labels"]], "the collators call them labels"),
+    "train_sampling_strategy": (
+        ["random", "sequential", "group_by_length", "batch_rebalance"],
+        "Trainer would take it for 'random'",
+    ),
+    "hub_strategy": (["end", "every_save"], "what is committed is the model, never the state of its training"),
+    "optim_target_modules": ([None], "optimizers that choose modules know nothing of learning_rates"),
+    "parallelism_config": ([None], "a prompt that is cut up loses its knowledge; DDP and FSDP work"),
+    "use_liger_kernel": ([False], "its kernels are for the LLM: apply them to model.language_model"),
+    "use_cache": ([False], "training reads no cache"),
+}
+# The same for pre-training alone, whose objectives have losses of their own and make no predictions.
+UNUSABLE_IN_PRETRAINING = {
+    "compute_loss_func": ([None], "each objective has its own loss; weigh them by config.loss_weights"),
+    "compute_metrics": ([None], "pre-training makes no predictions; evaluate() gives each objective's loss"),
+    "preprocess_logits_for_metrics": ([None], "pre-training makes no predictions"),
+    "include_for_metrics": ([[]], "pre-training makes no predictions"),
+    "batch_eval_metrics": ([False], "pre-training makes no predictions"),
+    "include_num_input_tokens_seen": (["no"], "the objectives read several inputs; tokens_per_s is logged"),
+    "average_tokens_across_devices": ([True], "the objectives are means over the batches of all processes"),
+}
+GROUPED = ("group_by_length", "batch_rebalance")  # the sampling strategies that need to know lengths
+# What Trainer leaves to scripts: `run_stage` has its own ways.
+FOR_SCRIPTS = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
+
+
+def _refuse_unusable(settings: dict[str, Any], unusable: dict[str, tuple[list, str]]) -> None:
+    for name, (usable, reason) in unusable.items():
+        if name in settings and settings[name] not in usable:
+            expected = " or ".join(map(repr, usable))
+            raise ValueError(f"{name}={settings[name]!r} cannot be used here: {reason}. Expected {expected}.")
 
 
 def _plain(name: str) -> str:
@@ -94,6 +132,15 @@ class VikdfTrainingArguments(TrainingArguments):
             if each.name.endswith("_strategy") and value is False:
                 setattr(self, each.name, "no")  # which YAML reads as false
         super().__post_init__()
+        _refuse_unusable(vars(self), UNUSABLE)
+        get_reporting_integration_callbacks(self.report_to)  # raises for what is no tracker
+        # two that are not listed, or not always, where they are installed
+        missing = sorted({*self.report_to} - {*get_available_reporting_integrations(), "azure_ml", "flyte"})
+        if missing:
+            raise ImportError(
+                f"report_to={missing} is not installed. Install it (pip install 'modeling_vikdf[track]' has trackio), "
+                "or set report_to to 'none'."
+            )
 
     def rate_of(self, name: str) -> float:
         """The learning rate of a parameter."""
@@ -107,25 +154,100 @@ class VikdfTrainer(Trainer):
     Trains `VikdfForPreTraining` on image-text pairs or `VikdfForConditionalGeneration` on dialogues.
 
     Takes what `Trainer` takes; `data_collator` is a `PreTrainingCollator` or `DialogueCollator`, `processing_class`
-    the processor, which is saved with every checkpoint.
+    the processor, which is saved with every checkpoint. Predictions of dialogues, which `compute_metrics` and
+    `predict` get, are described at `prediction_step`; pre-training makes none. Label smoothing is of all objectives
+    that predict tokens, and as in `Trainer` of `eval_loss` too.
+
+    Raises:
+        TypeError: if `args` are not `VikdfTrainingArguments`.
+        ValueError: without a collator, or for a setting that would do nothing or break.
     """
 
-    def __init__(self, model: nn.Module, args: VikdfTrainingArguments, **kwargs: Any):
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: VikdfTrainingArguments | None = None,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, VikdfTrainingArguments):
+            raise TypeError(
+                f"args must be VikdfTrainingArguments, which takes all that TrainingArguments does; got "
+                f"{type(args).__name__}."
+            )
+        if data_collator is None:
+            raise ValueError(
+                "Pass a data_collator: DialogueCollator(processor) for dialogues, or PreTrainingCollator(processor, "
+                "model.config) for image-text pairs."
+            )
         if args.n_gpu > 1:
             args._n_gpu = 1  # replicas that each see a slice know nothing of the rest: one process a GPU, by torchrun
-        self.is_pretraining = isinstance(_base(model), VikdfForPreTraining)
-        if _base(model) is model:  # else PEFT says what trains and what is saved
-            freeze_unused(model, pictures=getattr(kwargs.get("data_collator"), "uses_pictures", True))
-        for name, parameter in model.named_parameters():
-            if args.learning_rate and args.rate_of(name) == 0:
-                parameter.requires_grad_(False)
-        super().__init__(model=model, args=args, **kwargs)
-        if self.is_fsdp_enabled:
-            head = _base(model).matching_head  # FSDP cannot cut a scalar; `_save` makes it one again
-            head.logit_scale = nn.Parameter(head.logit_scale.detach().view(1), head.logit_scale.requires_grad)
+        self.args, self.data_collator = args, data_collator
+        for name in {"train_dataset", "eval_dataset"} & {*kwargs}:
+            kwargs[name] = self._with_lengths(kwargs[name])
+        self.others = kwargs
+        if model is not None:
+            self._prepare_model(model)
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        self._whole_temperature(self.model)
+        self.label_smoother = None  # the model smooths, which knows where labels are predicted
         self.add_callback(_SetEpoch(self.data_collator))
         self.sums, self.logged_step, self.logged_at = defaultdict(float), 0, None
         self.eval_sums, self.eval_counts = defaultdict(float), defaultdict(float)
+        self.scored = 0
+
+    def _prepare_model(self, model: nn.Module) -> None:
+        """Refuses what cannot be used with this model, and freezes what it does not train."""
+        self.is_pretraining = isinstance(_base(model), VikdfForPreTraining)
+        self._check_settings(_base(model).config)
+        if _base(model) is model:  # else PEFT says what trains and what is saved
+            freeze_unused(model, pictures=getattr(self.data_collator, "uses_pictures", True))
+        for name, parameter in model.named_parameters():
+            if self.args.learning_rate and self.args.rate_of(name) == 0:
+                parameter.requires_grad_(False)
+
+    def _check_settings(self, config: VikdfConfig) -> None:
+        args, others = self.args, self.others
+        if self.is_pretraining:
+            _refuse_unusable({**vars(args), **others}, UNUSABLE_IN_PRETRAINING)
+        data = others.get("train_dataset")
+        stream = data is not None and not has_length(data)
+        grouped = args.train_sampling_strategy in GROUPED
+        loading = args.accelerator_config
+        ignored = {
+            "label_smoothing_factor: no objective of positive weight predicts tokens": args.label_smoothing_factor
+            and self.is_pretraining
+            and not any(config.loss_weights[name] for name in TOKENS),
+            "label_smoothing_factor: compute_loss_func replaces the loss": args.label_smoothing_factor
+            and others.get("compute_loss_func"),
+            "compute_metrics: with prediction_loss_only there are no predictions": args.prediction_loss_only
+            and others.get("compute_metrics"),
+            "learning_rates: the optimizer that is passed has its own": args.learning_rates
+            and others.get("optimizers", (None, None))[0] is not None,
+            "train_sampling_strategy: a stream has its own order": stream and grouped,
+            "split_batches and dispatch_batches: every process reads its own share of a stream": stream
+            and (loading.split_batches or loading.dispatch_batches),
+        }
+        if reasons := [reason for reason, holds in ignored.items() if holds]:
+            raise ValueError(f"These settings would be ignored. {'; '.join(reasons)}.")
+        if grouped and data is not None and args.length_column_name not in getattr(data, "column_names", ()):
+            raise ValueError(
+                f"train_sampling_strategy={args.train_sampling_strategy!r} needs the lengths of the examples: pass a "
+                f"datasets.Dataset of dialogues, or one with a column {args.length_column_name!r}, as train_dataset."
+            )
+
+    def _whole_temperature(self, model: nn.Module) -> None:
+        """FSDP cannot cut a scalar; `_save` makes it one again."""
+        if self.is_fsdp_enabled:
+            head = _base(model).matching_head
+            head.logit_scale = nn.Parameter(head.logit_scale.detach().view(1), head.logit_scale.requires_grad)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new model of `model_init`, which trains what a model that is passed does."""
+        model = super().call_model_init(trial)
+        self._prepare_model(model)
+        self._whole_temperature(model)
+        return model
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -160,22 +282,42 @@ class VikdfTrainer(Trainer):
                 f"learning_rates names {unknown}, but no parameter's name begins so. They begin with "
                 f"{sorted({name.partition('.')[0] for name in names})}."
             )
-        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        optimizer_class, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            self.args, model
+        )
+        if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & {*settings}:
+            raise ValueError(
+                f"optim={self.args.optim.value!r} groups the parameters by itself, and would ignore learning_rates: "
+                "choose another, or pass `optimizers`."
+            )
+        rate = settings.get("lr", self.args.learning_rate)
         self.optimizer = optimizer_class(
             [
-                {"params": groups[key], "lr": key[1], "weight_decay": key[2]}
+                {"params": groups[key], "lr": key[1] if key[0] else rate, "weight_decay": key[2]}
                 for key in sorted(groups)  # `learning_rate` first, for the Trainer logs the first group's
             ],
-            **{key: value for key, value in settings.items() if key != "lr"},
-            lr=self.args.learning_rate,
+            **{**settings, "lr": rate},
         )
         return self.optimizer
 
     # ---- data ----
 
+    def _with_lengths(self, data: Any) -> Any:
+        """A `datasets.Dataset` of dialogues, or several by name, with their lengths, if these are to be grouped by."""
+        if isinstance(data, dict):
+            return {name: self._with_lengths(dataset) for name, dataset in data.items()}
+        columns = data.column_names if isinstance(data, datasets.Dataset) else ()
+        column = self.args.length_column_name
+        if self.args.train_sampling_strategy not in GROUPED or column in columns or "messages" not in columns:
+            return data
+        lengths = [sum(len(message["content"]) for message in chat) for chat in data["messages"]]  # in characters
+        return data.add_column(column, lengths)
+
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's; a stream goes on from epoch to epoch, each process with its own share of it."""
         if self.train_dataset is None or has_length(self.train_dataset):
+            if self.train_dataset is not None and not len(self.train_dataset):
+                raise ValueError("Nothing can be learnt: the training data hold no examples.")
             return super().get_train_dataloader()
         stream = _Endless(self.train_dataset, self.args.process_index, self.args.world_size)
         workers = self.args.dataloader_num_workers
@@ -187,6 +329,8 @@ class VikdfTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
         )
         # as if this were the only process: the stream is split already
         return prepare_data_loader(
@@ -212,10 +356,13 @@ class VikdfTrainer(Trainer):
                 if key in batch:
                     self.sums["tokens"] += batch[key].sum() * self.args.world_size
         if not (self.is_pretraining and batches):
+            for counts in map(self._counts, batches):
+                self.scored += sum(counts.values()) if counts else 1  # what a loss of one's own scores is not known
             return batches, items
         batches = [self._prepare_inputs(batch) for batch in batches]
         counts = self._whole_counts(batches)
         parts = len(batches) * self.args.world_size
+        self.scored += sum(counts.values())
         for batch in batches:
             batch["counts"], batch["parts"] = counts, parts
         if parts > 1 and {*MATCHING} & {*self.loss_weights}:
@@ -223,7 +370,7 @@ class VikdfTrainer(Trainer):
         return batches, 1  # not None: the losses are divided by the counts of the whole
 
     def _counts(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Objective -> how much of it a batch scores: pairs, pixels, tokens."""
+        """Objective -> how much of it a batch scores: pairs, pixels, tokens; nothing of dialogues without labels."""
         counts = {name: torch.tensor(len(batch["context_input_ids"])) for name in self.loss_weights}
         if "masked_image" in counts:
             patch = _base(self.accelerator.unwrap_model(self.model)).config.vision_config.patch_size
@@ -231,7 +378,9 @@ class VikdfTrainer(Trainer):
             counts["masked_image"] = cells_to_pixels(batch["masked_cells"], *size, patch).sum()
         if "masked_text" in counts:
             counts["masked_text"] = (batch["masked_labels"] != -100).sum()
-        if "knowledge_to_text" in counts or not self.is_pretraining:
+        if "shift_labels" in batch:
+            counts["knowledge_to_text"] = (batch["shift_labels"] != -100).sum()
+        elif "knowledge_to_text" in counts or (not self.is_pretraining and "labels" in batch):
             counts["knowledge_to_text"] = (batch["labels"][:, 1:] != -100).sum()
         if "reply" in counts:
             counts["reply"] = (batch["dialogues"]["labels"][:, 1:] != -100).sum()
@@ -300,6 +449,8 @@ class VikdfTrainer(Trainer):
     ) -> Any:
         """The weighted sum of the objectives; its parts are kept for the log."""
         seed = inputs.pop("dropout_seed", None)  # none in an evaluation
+        if self.args.label_smoothing_factor:
+            inputs = {**inputs, "smoothing": self.args.label_smoothing_factor}
         with contextlib.nullcontext() if seed is None else self._dropout(seed):
             if not self.is_pretraining:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -330,41 +481,74 @@ class VikdfTrainer(Trainer):
 
     @contextlib.contextmanager
     def _off_the_clock(self) -> Iterator[None]:
-        """What is done within does not count in the throughput."""
-        start = time.perf_counter()
+        """What is done within does not count in the throughput, and once if it is off the clock in parts too."""
+        logged_at, start = self.logged_at, time.perf_counter()
         yield
-        if self.logged_at is not None:
-            self.logged_at += time.perf_counter() - start
+        if logged_at is not None:
+            self.logged_at = logged_at + time.perf_counter() - start
 
     # ---- evaluation ----
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The evaluation data with the collator as in epoch 0: the same masks, captions and prompts each time."""
+    @contextlib.contextmanager
+    def _evaluation_collator(self) -> Iterator[None]:
+        """Within, the collator is as in epoch 0: the same masks, captions and prompts each time."""
         training_collator = self.data_collator
         if hasattr(training_collator, "for_evaluation"):
             self.data_collator = training_collator.for_evaluation()
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.data_collator = training_collator
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the Trainer's, with the same masks, captions and prompts each time."""
+        with self._evaluation_collator():
+            return super().get_eval_dataloader(self._with_lengths(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `get_eval_dataloader`."""
+        with self._evaluation_collator():
+            return super().get_test_dataloader(self._with_lengths(test_dataset))
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`."""
+        """As `Trainer.evaluate`; raises ValueError where the data hold nothing to score."""
         with self._off_the_clock():
             return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.predict`, for dialogues; see `prediction_step` for what is predicted."""
+        if self.is_pretraining:
+            raise ValueError(
+                "Pre-training makes no predictions: call evaluate() for the objectives' losses, or load the "
+                "checkpoint with VikdfForConditionalGeneration to predict replies."
+            )
+        with self._off_the_clock():
+            return super().predict(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """
         `eval_loss` and, of each objective, `eval_loss_<name>`: means over all that is scored (tokens, pixels, pairs),
-        however the data was cut into batches. Only matching depends on the batch size, which sets its negatives.
+        however the data was cut into batches. Only matching depends on the batch size, which sets its negatives. A
+        masked objective that nothing was drawn for has none.
         """
-        self.eval_sums, self.eval_counts = defaultdict(float), defaultdict(float)
+        self.eval_sums, self.eval_counts, self.unlabelled = defaultdict(float), defaultdict(float), False
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.unlabelled:
+            return output  # there are predictions, and no loss
         losses = {}
-        for name, value in self.eval_sums.items():
-            whole = torch.tensor([value, self.eval_counts[name]], device=self.args.device)
+        for name in self.loss_weights or ["knowledge_to_text"]:
+            whole = torch.tensor([self.eval_sums[name], self.eval_counts[name]], device=self.args.device)
             total, count = self.accelerator.reduce(whole, reduction="sum").tolist()
-            losses[name] = total / max(count, 1)
+            if count:
+                losses[name] = total / count
+        # what is masked is drawn, and of a few examples perhaps nothing; of all else nothing is never meant
+        lacking = [name for name in self.loss_weights if name not in losses and not name.startswith("masked_")]
+        if lacking or not losses:
+            raise ValueError(
+                f"The evaluation data ({output.num_samples} examples) hold nothing to score for "
+                f"{', '.join(lacking) or 'any objective'}. Is every label -100, because all examples are too long, or "
+                "every batch smaller than dataloader_drop_last keeps?"
+            )
         if self.is_pretraining:
             output.metrics.update({f"{metric_key_prefix}_loss_{name}": loss for name, loss in losses.items()})
             losses = {name: self.loss_weights[name] * loss for name, loss in losses.items()}
@@ -377,25 +561,67 @@ class VikdfTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, None, None]:
-        """The loss of one evaluation batch; logits are not kept."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """
+        The loss of one evaluation batch, and unless `prediction_loss_only` its predictions: logits [B, k, vocabulary]
+        and label ids [B, k] of the columns from the one that predicts the batch's first label to that of its last.
+        As of every causal LM, the logits of column t predict label t + 1, and -100 is no label. Trainer pads k on the
+        right with -100. Without labels there is no loss, and the logits are those of all columns.
+        """
         inputs = self._prepare_inputs(inputs)
+        predicts, labels = not (prediction_loss_only or self.is_pretraining), inputs.get("labels")
+        counts = self._counts(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        losses = outputs.losses if self.is_pretraining else {"knowledge_to_text": loss.detach()}
-        for name, count in self._counts(inputs).items():
-            self.eval_sums[name] += float(losses[name]) * float(count)
+            if not counts:
+                self.unlabelled = True
+                return None, model(**inputs).logits if predicts else None, None
+            if predicts:
+                columns = _supervised(labels)
+                labels = labels[:, columns]
+                if self.compute_loss_func is None:
+                    inputs["logits_to_keep"] = columns
+            loss, outputs = self._evaluation_loss(model, inputs, counts)
+        losses = outputs.losses if self.is_pretraining else {"knowledge_to_text": loss}
+        for name, count in counts.items():
+            if count:
+                self.eval_sums[name] += float(losses[name]) * float(count)
             self.eval_counts[name] += float(count)
-        return loss.detach().mean(), None, None
+        if not predicts:
+            return loss, None, None
+        return loss, outputs.logits if self.compute_loss_func is None else outputs.logits[:, columns], labels
+
+    def _evaluation_loss(
+        self, model: nn.Module, inputs: dict[str, Any], counts: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, Any]:
+        if self.compute_loss_func is None:
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            return loss.detach().mean(), outputs
+        items = counts["knowledge_to_text"]
+        loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        if self.args.average_tokens_across_devices:
+            loss = loss / self.accelerator.num_processes  # the mean of this batch, which is no share of a step
+        return loss.detach().mean(), outputs
 
     # ---- checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As `Trainer.train`; `True` resumes from the last *finished* checkpoint, or starts where there is none."""
+        """
+        As `Trainer.train`; `True` resumes from the last *finished* checkpoint, or starts where there is none.
+
+        Raises:
+            ValueError: at the end, if there was nothing to learn in the data.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        self.sums, self.logged_at = defaultdict(float), None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.sums, self.logged_at, self.scored = defaultdict(float), None, 0
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        scored = self.accelerator.reduce(torch.as_tensor(self.scored, device=self.args.device), reduction="sum")
+        if not scored and not resume_from_checkpoint:
+            raise ValueError(
+                f"Nothing was learnt in {result.global_step} steps: the training data hold "
+                + ("no examples." if not result.global_step else "nothing to score (every label is -100).")
+            )
+        return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """
@@ -571,7 +797,7 @@ SECTIONS = {
         "pool_grid",
     },
     "collator": {"masked_share", "image_knowledge_share", "other_caption", "caption_as_picture"},
-    "training": {each.name for each in dataclasses.fields(VikdfTrainingArguments) if each.init},
+    "training": {each.name for each in dataclasses.fields(VikdfTrainingArguments) if each.init} - FOR_SCRIPTS,
 }
 # Of the stage "tune", on dialogues alone and with captioned pictures beside them.
 TUNE_SECTIONS = SECTIONS | {
@@ -625,6 +851,7 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     model_class = VikdfForPreTraining if objectives else VikdfForConditionalGeneration
     checkpoint = settings.pop("checkpoint", None)
     if checkpoint is not None:
+        require_model(checkpoint)
         processor = VikdfProcessor.from_pretrained(checkpoint)
         config = model_class.config_class.from_pretrained(checkpoint)
         config.loss_weights = loss_weights or config.loss_weights
@@ -652,9 +879,6 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
         else:
             loaded = (_load_pairs(model, processor, data, each, args, report) for each in splits)
         train, validation = loaded
-        if tuning and args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-            lengths = [sum(len(message["content"]) for message in chat) for chat in train["messages"]]
-            train = train.add_column(args.length_column_name, lengths)
         collator = dialogues if tuning else pairs
         if joint:
             beside = data | {"train": data["pairs"], "validation": data.get("pairs_validation")}
@@ -670,7 +894,7 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     )
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
-    metrics = trainer.evaluate() if validation is not None else {}
+    metrics = _last_evaluation(trainer) if validation is not None else {}
     if args.should_save:
         from .cards import write_history
 
@@ -681,6 +905,17 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
             file.write(report.summary() + "\n")
     logger.info(report.summary())
     return metrics
+
+
+def _last_evaluation(trainer: VikdfTrainer) -> dict[str, float]:
+    """The metrics of the weights that the model has now: those of the training, if it ended with an evaluation."""
+    state, step = trainer.state, trainer.state.global_step
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        step = state.best_global_step
+    for entry in reversed(state.log_history):
+        if entry["step"] == step and "eval_loss" in entry:
+            return {key: value for key, value in entry.items() if key != "step"}
+    return trainer.evaluate()
 
 
 def _check_recipe(stage: str, recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -701,14 +936,16 @@ def _check_recipe(stage: str, recipe: dict[str, Any]) -> dict[str, dict[str, Any
     for section, settings in recipe.items():
         if section not in sections:
             raise ValueError(
-                f"Unknown section {section!r} in the recipe; {stage!r} knows the sections {list(sections)}."
+                f"Unknown section {section!r} in the recipe{_suggest([section], sections)}; {stage!r} knows the "
+                f"sections {list(sections)}."
             )
         if not isinstance(settings or {}, dict):
             raise ValueError(f"The section {section!r} must hold settings (key: value), not {settings!r}.")
         unknown = sorted(set(settings or ()) - sections[section])
         if unknown:
             raise ValueError(
-                f"Unknown keys {unknown} in section {section!r}; {stage!r} knows the keys {sorted(sections[section])}."
+                f"Unknown keys {unknown} in section {section!r}{_suggest(unknown, sections[section])}; {stage!r} "
+                f"knows the keys {sorted(sections[section])}."
             )
     recipe = {section: recipe.get(section) or {} for section in SECTIONS}
     model, data = recipe["model"], recipe["data"]
@@ -728,6 +965,12 @@ def _check_recipe(stage: str, recipe: dict[str, Any]) -> dict[str, dict[str, Any
             f"{'with' if data.get('feature_cache') else 'without'} data.feature_cache: leave it out."
         )
     return recipe
+
+
+def _suggest(words: list[str], known: Iterable[str]) -> str:
+    """How a message goes on that names what mistyped words are nearest to."""
+    nearest = {word: difflib.get_close_matches(word, known, n=1, cutoff=0.7) for word in words}
+    return "".join(f"; for {word!r}, did you mean {near[0]!r}?" for word, near in nearest.items() if near)
 
 
 def _load_pairs(
@@ -759,6 +1002,14 @@ def _load_pairs(
     settings |= {key: data[key] for key in ("probabilities", "shuffle_buffer") if key in data}
     readers = args.world_size * max(args.dataloader_num_workers, 1)
     return load_image_text_pairs(data[split], num_shards=readers, **settings)
+
+
+def _supervised(labels: torch.Tensor) -> torch.Tensor:
+    """Columns [k] of labels [B, T] from the one that predicts the first label of any row to that of the last label."""
+    labelled = (labels != -100).any(0).nonzero()
+    if not len(labelled):
+        return torch.zeros(1, dtype=torch.long, device=labels.device)
+    return torch.arange(max(int(labelled[0]) - 1, 0), int(labelled[-1]) + 1, device=labels.device)
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -32,8 +32,8 @@ from transformers import BatchFeature, pipeline
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfDialoguePipeline, VikdfProcessor
 from modeling_vikdf.backbones import load_model
-from modeling_vikdf.data import decode_image
 from modeling_vikdf.picture_index import Match, PictureIndex
+from modeling_vikdf.processing_vikdf import read_picture
 
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -202,9 +202,10 @@ class Demo:
         picture = None
         if path is not None:
             try:
-                picture = decode_image(Path(path).read_bytes())
+                picture = read_picture(Path(path).read_bytes())
             except ValueError as error:
-                raise gr.Error(f"This picture cannot be read ({error}). PNG, JPEG and WebP can.") from error
+                reason = str(error).removeprefix("cannot read the picture: ")
+                raise gr.Error(f"This picture cannot be read: {reason}") from error
         settings = {
             "max_new_tokens": int(length),
             "num_beams": int(beams),
@@ -366,14 +367,13 @@ def attended_words(
     Args:
         inputs: what the processor made of the chat; attention: of each of its T context tokens.
     """
-    turns = [each["content"] for each in chat if each["role"] != "system"]
-    text = "\n".join(turns[inputs.dropped_context_turns[0] :])
+    turns = [each for each in chat if each["role"] != "system"][inputs.dropped_context_turns[0] :]
+    text = "\n".join(each["content"] for each in turns if each["role"] == "user" or each["content"].strip())
     # The newest tokens are those in `inputs`, here with their places in the text. They are not cut by the tokenizer,
     # whose settings all visitors share.
-    tokenizer = processor.context_tokenizer
-    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    offsets = processor.context_text_tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     ids = inputs.context_input_ids[0].tolist()  # [T]
-    framing = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    framing = {*processor.context_tokenizer.all_special_ids} - {processor.context_tokenizer.unk_token_id}
     tokens = [
         (start, stop, weight)
         for (start, stop), token_id, weight in zip(offsets[-len(ids) :], ids, attention, strict=True)

@@ -68,9 +68,10 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def build_from(backbones: Path, llm: str, towers: str, **kwargs):
+def build_from(backbones: Path, llm: str, towers: str, model_class=VikdfForConditionalGeneration, **kwargs):
     """A model around saved backbones, its trained part random, and its processor."""
     context, vision = ("bert", "dinov2") if towers == "separate" else (towers, towers)
+    context = kwargs.pop("context", context)
     folders = [str(backbones / name) for name in (llm, context, vision)]
     processor = VikdfProcessor.from_backbones(
         AutoTokenizer.from_pretrained(folders[0]),
@@ -81,7 +82,7 @@ def build_from(backbones: Path, llm: str, towers: str, **kwargs):
     )
     torch.manual_seed(1)
     iqformer = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = VikdfForConditionalGeneration.from_backbones(
+    model = model_class.from_backbones(
         *folders,
         processor=processor,
         **{"iqformer_config": iqformer, "project_inputs": towers == "separate", **kwargs},

@@ -497,9 +497,10 @@ def test_command(tmp_path):
 
 def test_the_package_carries_the_templates(tmp_path):
     """What is built, and so in the wheel, of a package of one module: the default checkpoint need not be copied."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vikdf_cli.py"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "hub_cards", tmp_path / "hub_cards")
+    for name in ("hub_cards", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "modeling_vikdf").mkdir()
     (tmp_path / "modeling_vikdf" / "__init__.py").touch()
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "built"]

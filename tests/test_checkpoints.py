@@ -14,7 +14,7 @@ import torch
 from conftest import build_from
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import KNOWLEDGE_ID, llm_config, pictures, prompt, tiny_model
+from tiny_models import KNOWLEDGE_ID, llm_config, pictures, prompt, tiny_config, tiny_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,7 +26,7 @@ from transformers import (
     Gemma2Config,
 )
 
-from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfProcessor
+from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
 from modeling_vikdf.backbones import BackboneNotFoundError, load_model
 
 
@@ -232,6 +232,13 @@ def test_a_model_built_in_memory_is_self_contained(model, tmp_path):
     batch = {**prompt([12, 15], sources=2), "pixel_values": pictures(2)}
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("model_class", [VikdfForConditionalGeneration, VikdfForPreTraining])
+def test_weights_from_memory(model_class):
+    model = model_class(tiny_config())
+    loaded = model_class.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_tied_embeddings_are_saved_once_and_stay_tied(tmp_path):

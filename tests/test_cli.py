@@ -7,16 +7,20 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import build_from
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 import modeling_vikdf
+import vikdf_cli
 from modeling_vikdf.cli import main
+from modeling_vikdf.environment import describe_environment
 
 
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden folder at {GOLDEN} (set VIKDF_GOLDEN_DIR)")
@@ -57,6 +61,12 @@ def fails(capsys: pytest.CaptureFixture, *argv: object) -> str:
     assert capsys.readouterr().out == ""
     assert isinstance(exit_.value.code, str)  # which Python prints to stderr, and ends with 1
     return exit_.value.code
+
+
+def in_process(**variables: str) -> dict[str, str]:
+    """The environment of a process of its own."""
+    path = os.pathsep.join([str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
 
 
 # ---- chat ----
@@ -105,18 +115,17 @@ def test_lines_from_a_pipe(checkpoint, capsys, monkeypatch):
 
 
 def test_a_refused_message_does_not_end_the_dialogue(checkpoint, capsys, monkeypatch):
-    lines = ["What is your dog doing?", "a <|knowledge|> b", "It is snowing outside."]
+    lines = ["What is your dog doing?", "snow " * 1000, "It is snowing outside."]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     out, err = run(capsys, "chat", "--model", checkpoint, "--max-new-tokens", 6)
     assert [line.strip() for line in out.splitlines()] == replies(checkpoint, lines[0], lines[2])
-    assert "reserved for knowledge" in err
+    assert "ask for fewer max_new_tokens" in err
 
 
 def test_a_terminal(checkpoint):
     """In a process of its own behind a pseudo-terminal, ended by Ctrl-D."""
     ours, theirs = pty.openpty()
-    path = os.pathsep.join([str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    env = in_process(TERM="dumb")
     command = [sys.executable, "-m", "modeling_vikdf.cli", "chat", "--model", str(checkpoint), "--max-new-tokens", "6"]
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env) as process:
         os.close(theirs)
@@ -200,6 +209,101 @@ def test_errors_of_new(backbones, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# ---- recipes and models ----
+
+
+def test_a_recipe_is_found_by_file_or_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = vikdf_cli.find_recipe("smollm2/distill")
+    assert found.read_text() == (PACKAGE_ROOT / "configs" / "smollm2" / "distill.yaml").read_text()
+    Path("smollm2").mkdir()
+    Path("smollm2/distill").write_text("model: {}")
+    assert vikdf_cli.find_recipe("smollm2/distill").samefile("smollm2/distill")  # what is there wins
+    assert {"smoke", "paper/pretrain", "smollm2/tune"} <= set(vikdf_cli.recipes())
+    assert not [name for name in vikdf_cli.recipes() if "study" in name or "accelerate" in name]
+
+
+def test_recipes_of_a_wheel_are_its_own(tmp_path, monkeypatch):
+    """Whatever another package has put beside it."""
+    for path in ("modeling_vikdf/configs/ours.yaml", "configs/theirs.yaml"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    spec = SimpleNamespace(origin=str(tmp_path / "modeling_vikdf" / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    assert list(vikdf_cli.recipes()) == ["ours"]
+
+
+def test_a_mistyped_recipe_names_the_nearest_and_all(capsys, tmp_path):
+    message = fails(capsys, "distill", "--config", "smollm/distil")
+    assert "did you mean 'smollm2/distill'?" in message and "paper/pretrain" in message
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("data:\nmodel: {checkpoint: nowhere}", ["data.trian=a.tar"], "for 'trian', did you mean 'train'?"),
+        ("data: [a.tar]", ["data.train=b.tar"], "'data' must hold settings"),
+        ("dat: {train: a.tar}", [], "for 'dat', did you mean 'data'?"),
+        ("model: {checkpoint: nowhere", [], "is no recipe"),
+        ("model: {checkpoint: nowhere}\ndata: {train: a.tar}", [], "There is no folder 'nowhere'"),
+    ],
+)
+def test_errors_of_recipes(recipe, overrides, message, capsys, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    said = fails(capsys, "distill", "--config", tmp_path / "recipe.yaml", f"output_dir={tmp_path}", *overrides)
+    assert message in said and "\n" not in said
+
+
+def test_only_what_the_command_does_is_told(checkpoint, tmp_path):
+    """No bars of weights, no warnings of libraries, on correct use; in a process of its own, as warnings come once."""
+    (tmp_path / "talk.jsonl").write_text('{"turns": ["How are you?", "Fine."]}\n')
+    evaluate = ["evaluate", "--data", str(tmp_path / "talk.jsonl"), "--output", str(tmp_path / "report.json")]
+    for argv in ([*evaluate, "--no-ranking"], ["export", "--include-backbones", "--output", str(tmp_path / "out")]):
+        command = [sys.executable, "-m", "vikdf_cli", *argv, "--model", str(checkpoint)]
+        result = subprocess.run(command, env=in_process(), check=True, capture_output=True, text=True)
+        told = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
+        assert all(line.startswith(("Preparing: ", "Knowledge: ", "Evaluating: ")) for line in told), told
+
+
+MODEL_COMMANDS = [
+    ["chat", "--message", "a"],
+    ["evaluate", "--data", "{data}", "--output", "report.json"],
+    ["retrieve", "--data", "{pictures}"],
+    ["index", "{pictures}", "--output", "index"],
+    ["shrink", "--data", "{data}", "--validation", "{data}", "--output", "shrunk"],
+    ["probe", "--data", "{items}", "--output", "probe.json"],
+    ["export", "--output", "exported"],
+    ["push", "--repo-id", "org/name"],
+    ["benchmark", "generation"],
+    ["serve"],
+]
+
+
+@pytest.mark.parametrize("command", MODEL_COMMANDS, ids=lambda command: command[0])
+def test_a_mistyped_model_does_not_exist_and_no_hub_is_asked(command, capsys, tmp_path, monkeypatch):
+    def ask(*args, **kwargs):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("modeling_vikdf.backbones.cached_file", ask)
+    monkeypatch.chdir(tmp_path)
+    Path("outputs").mkdir()
+    Path("talk.jsonl").write_text('{"turns": ["How are you?", "Fine."]}\n' * 100)
+    item = {"id": "1", "context": ["a"], "positives": ["b"], "adversarial": ["c"], "random": ["d"]}
+    Path("items.jsonl").write_text(json.dumps(item))
+    Path("pictures").mkdir()
+    Image.new("RGB", (8, 8)).save("pictures/a.png")
+    Path("pictures/metadata.jsonl").write_text('{"file_name": "a.png", "text": "a dog"}')
+    files = {"data": "talk.jsonl", "pictures": "pictures", "items": "items.jsonl"}
+    for model in ("outputs/tnue", "tnue", "./tnue", "outputs/smollm2/tune", str(tmp_path / "tnue")):
+        message = fails(capsys, *(word.format(**files) for word in command), "--model", model)
+        assert message.startswith(f"vikdf: There is no folder {model!r}.") and "\n" not in message
+
+
+def test_a_model_that_may_be_on_the_hub_is_told_in_a_line(capsys):
+    message = fails(capsys, "chat", "--model", "org/nowhere-to-be-found", "--message", "a")
+    assert "no folder 'org/nowhere-to-be-found' here" in message and "Hub" in message and "\n" not in message
+
+
 # ---- convert ----
 
 
@@ -264,6 +368,106 @@ def test_every_command_explains_itself(capsys):
             main(argv)
         assert exit_.value.code == 0
         assert "usage: vikdf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [(["--help"], 0), (["chat", "--help"], 0), (["version"], None), (["evalute"], 2), (["chat", "--mesage", "a"], 2)],
+)
+def test_what_needs_no_model_imports_neither_torch_nor_transformers(argv, code):
+    script = f"""
+import sys
+from vikdf_cli import main
+code = None
+try:
+    main({argv})
+except SystemExit as end:
+    code = end.code
+assert code == {code}, code
+assert not {{"torch", "transformers", "numpy", "modeling_vikdf"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], env=in_process(), check=True, capture_output=True)
+
+
+def test_the_package_is_a_command_too():
+    for module in ("modeling_vikdf", "modeling_vikdf.cli", "vikdf_cli"):
+        command = [sys.executable, "-m", module, "version"]
+        result = subprocess.run(command, env=in_process(), check=True, capture_output=True, text=True)
+        assert result.stdout == modeling_vikdf.__version__ + "\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["evalute"], "evaluate"),
+        (["chat", "--mesage", "a"], "--message"),
+        (["evaluate", "--dta", "a", "--output", "b"], "--data"),
+        (["evaluate", "--data", "a", "--output", "b", "--knowledge", "shufled"], "shuffled"),
+        (["benchmark", "trainin"], "training"),
+        (["distill", "--cofnig=smollm2/distill"], "--config"),
+    ],
+)
+def test_a_typo_names_the_nearest(argv, meant, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2 and f"did you mean {meant!r}?" in capsys.readouterr().err
+
+
+def test_what_is_near_to_nothing_or_follows_two_dashes_is_left_alone(capsys):
+    for argv in (["sing"], ["chat", "--loudness", "11"], ["distill", "--", "--cofnig"]):
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert "did you mean" not in capsys.readouterr().err
+
+
+def test_the_environment_is_told_without_secrets(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "somebody"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("VIKDF_API_KEY", "api_secret")
+    monkeypatch.setenv("VIKDF_BACKBONES", str(tmp_path / "somebody" / "backbones"))
+    for name in ("all-MiniLM-L6-v2", "SmolLM2-135M-Instruct"):
+        (tmp_path / "somebody" / "backbones" / name).mkdir(parents=True)
+    out, _ = run(capsys, "env")
+    told = dict(line.split(": ", 1) for line in out.splitlines())
+    assert told["torch"] == torch.__version__ and told["modeling_vikdf"].startswith(modeling_vikdf.__version__)
+    assert {"python", "platform", "transformers", "huggingface_hub", "accelerate", "peft", "datasets"} <= set(told)
+    assert {"accelerators", "AVX-512"} <= set(told)
+    assert told["context_encoder sentence-transformers/all-MiniLM-L6-v2"] == "~/backbones/all-MiniLM-L6-v2"
+    assert told["vision_encoder facebook/dinov2-small"] == "not found"
+    assert "secret" not in out and "somebody" not in out
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        (SimpleNamespace(get_device_name=lambda index: f"Brand {index}"), "cuda:0 Brand 0, cuda:1 Brand 1"),
+        (SimpleNamespace(), "cuda:0, cuda:1"),
+    ],
+)
+def test_the_environment_names_every_accelerator(module, told, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert describe_environment()["accelerators"] == told
+
+
+def test_importing_the_package_imports_no_library_of_an_extra():
+    script = """
+import sys
+import modeling_vikdf
+assert not {"datasets", "nltk", "gradio", "fastapi", "peft", "matplotlib"} & set(sys.modules)
+assert not {f"modeling_vikdf.{name}" for name in ("data", "training", "evaluation", "cards")} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], env=in_process(), check=True, capture_output=True)
+
+
+def test_completion(tmp_path):
+    pytest.importorskip("argcomplete")
+    for line, expected in (("vikdf evalu", "evaluate "), ("vikdf evaluate --know", "--knowledge ")):
+        env = in_process(_ARGCOMPLETE="1", COMP_LINE=line, COMP_POINT=str(len(line)), IFS="\v")
+        env["_ARGCOMPLETE_STDOUT_FILENAME"] = str(tmp_path / "completions")
+        subprocess.run([sys.executable, "-m", "vikdf_cli"], env=env, check=True)
+        assert (tmp_path / "completions").read_text() == expected
 
 
 @pytest.mark.parametrize("argv", [[], ["sing"], ["chat", "--volume", "11"], ["benchmark", "singing"]])

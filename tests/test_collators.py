@@ -317,6 +317,8 @@ def test_captions_that_no_prompt_can_hold():
     assert ((batch["input_ids"] == PLACEHOLDER).sum(1) == 4).all()
     assert ((batch["draw_input_ids"] == PLACEHOLDER).sum(1) == 4).all()
     assert batch["input_ids"].shape[1] < MAX_CAPTION + 200
+    prompts = processor().batch_decode(batch["input_ids"])
+    assert captions[0] in prompts[0] and prompts[1].count(captions[1]) == prompts[2].count(captions[1]) + 1, "as text"
 
 
 def test_a_caption_in_the_place_of_a_picture():
@@ -479,7 +481,7 @@ def test_a_dialogue_that_is_too_long_loses_its_oldest_turns():
 
 BAD_DIALOGUES = {
     "too long": [{"role": "user", "content": "rain " * 300}, {"role": "assistant", "content": "yes"}],
-    "reserved": [{"role": "user", "content": "<|knowledge|>"}, {"role": "assistant", "content": "yes"}],
+    "empty reply": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": " "}],
     "no reply": [{"role": "user", "content": "hello"}],
     "no dialogue": "hello",
 }

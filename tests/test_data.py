@@ -1,13 +1,17 @@
 """Reading pairs and dialogues from tiny files drawn here: every format, every fault, every way of splitting."""
 
+import bz2
 import functools
 import gzip
 import http.server
 import io
 import itertools
 import json
+import lzma
 import os
 import pickle
+import posixpath
+import signal
 import tarfile
 import tempfile
 import threading
@@ -26,7 +30,7 @@ from tiny_tokenizers import CHATML, qwen_tokenizer
 from torch.utils.data import DataLoader
 
 from modeling_vikdf import data
-from modeling_vikdf.data import SkipReport, decode_image, expand_braces, load_dialogues, load_image_text_pairs
+from modeling_vikdf.data import SkipReport, expand_braces, load_dialogues, load_image_text_pairs
 
 
 DATA = Path(os.environ.get("VIKDF_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
@@ -201,53 +205,229 @@ def test_what_does_not_exist_is_named(tmp_path):
         load_image_text_pairs("org/gone")  # offline
     with pytest.raises(FileNotFoundError, match="metadata.jsonl"):
         load_image_text_pairs(tmp_path)
+
+
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    def asked(*args, **kwargs):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(data.datasets, "load_dataset", asked)
+    monkeypatch.chdir(tmp_path)
+    Path("photographs").mkdir()
+    for source in ("photograps", "photographs/flikr", "./flickr"):
+        for load in (load_image_text_pairs, load_dialogues):
+            with pytest.raises(FileNotFoundError, match=f"There is no file or folder '{source}'"):
+                load(source)
+
+
+def test_no_sources_are_refused():
     for load in (load_image_text_pairs, load_dialogues):
         with pytest.raises(ValueError, match="No sources"):
             load([])
 
 
-# ---- images ----
+# ---- names of members ----
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
-def test_images_come_as_rgb(mode):
-    image = decode_image(picture(255, "TIFF", mode))
-    assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
+def test_names_may_hold_dots(tmp_path, report):
+    sample = samples("cat.v2", "0.5", "dog.a", "dog.b", "deep.er/x.y")
+    extended = [*samples("f"), ("f.mask.png", PNG), ("f.mask2.txt", "x"), ("f.v2.png", PNG), ("f.v2.txt", "version 2")]
+    apart = [("lone.v1.png", PNG), ("lone.txt", "x")]
+    path = write_tar(tmp_path / "s.tar", [*sample, *extended, *apart])
+    for num_shards in (1, 3):
+        pairs = list(load_image_text_pairs(path, shuffle_buffer=0, num_shards=num_shards, report=report))
+        assert {pair["key"]: pair["captions"] for pair in pairs} == {
+            **{f"s/{key}": [f"caption of {key}"] for key in ("cat.v2", "0.5", "dog.a", "dog.b", "deep.er/x.y", "f")},
+            "s/f.v2": ["version 2"],
+        }
+    hint = "lone.v1, lone: names must be equal up to the last dot"
+    assert report.skipped() == {
+        "no caption": {"s/lone.v1": hint},
+        "no image": {"s/lone": hint},
+        "part of no pair": {
+            "s/*.png": "such as f.mask.png, whose name adds to that of a sample",
+            "s/*.txt": "such as f.mask2.txt, whose name adds to that of a sample",
+        },
+    }
 
 
-@pytest.mark.parametrize(("mode", "color"), [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0))])
-def test_what_is_transparent_is_white(mode, color):
-    file = io.BytesIO()
-    Image.new(mode, (2, 2), color).save(file, "PNG")
-    assert decode_image(file.getvalue()).getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_sixteen_bits_become_eight():
-    for mode, format in (("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF")):
-        file = io.BytesIO()
-        Image.new(mode, (2, 2), 100 * 256).save(file, format)
-        assert decode_image(file.getvalue()).getpixel((0, 0)) == (100, 100, 100)
-
-
-def test_images_come_upright():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # lying on its side
-    assert decode_image(picture(format="JPEG", size=(8, 2), exif=exif)).size == (2, 8)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\xff\xd8 no JPEG", PNG[:-30], picture(format="JPEG", size=(64, 64))[:-40], b"%!PS-Adobe-3.0 EPSF"],
+MEMBERS = st.tuples(
+    st.sampled_from(["a", "a.v2", "a.v2.x", "b", "deep/a", "../a", "._c", "README"]),
+    st.sampled_from(["", ".png", ".jpg", ".PNG", ".txt", ".json", ".cls"]),
+    st.sampled_from([PNG, b"?", b"", b"a caption", b" ", b'{"caption": "x"}']),
+    st.sampled_from([tarfile.REGTYPE] * 6 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]),
 )
-def test_damaged_and_foreign_images_are_refused(content):
-    with pytest.raises(ValueError):
-        decode_image(content)
 
 
-def test_decompression_bombs_are_refused(monkeypatch):
-    monkeypatch.setattr(data, "MAX_PIXELS", 15)
-    with pytest.raises(ValueError, match="4 x 4 pixels"):
-        decode_image(PNG)
+@settings(max_examples=150)
+@given(st.lists(MEMBERS, max_size=9, unique_by=lambda member: (member[0] + member[1]).lower()), st.integers(1, 3))
+def test_every_member_is_in_a_pair_or_in_the_report(tmp_path_factory, members, num_shards):
+    folder = tmp_path_factory.mktemp("shard")
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        for stem, extension, content, kind in members:
+            info = tarfile.TarInfo(stem + extension)
+            info.type, info.size = kind, len(content) if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(content))
+    report, pairs = SkipReport(folder / "report"), []
+    try:
+        pairs = list(load_image_text_pairs(str(folder / "s.tar"), num_shards=num_shards, report=report))
+    except ValueError as error:
+        assert "Nothing is readable" in str(error)
+    contents = {stem + extension.lower(): content for stem, extension, content, _ in members}
+    used = set()
+    for key in (key.removeprefix("s/") for key in keys(pairs)):
+        used.add(next(f"{key}.{end}" for end in ("jpg", "png") if f"{key}.{end}" in contents))
+        text = contents.get(f"{key}.txt", b"").strip()
+        used.update([f"{key}.txt"] if text else [f"{key}.txt", f"{key}.json"])
+    told = {key for keys in report.skipped().values() for key in keys}
+    for stem, extension, *_ in members:
+        name = stem + extension
+        ways = {
+            name.lower() if name.lower() in used else name,
+            posixpath.splitext(name)[0],
+            "*" + posixpath.splitext(name)[1].lower(),
+        }
+        assert stem + extension.lower() in used or {f"s/{way}" for way in ways} & told, (name, told)
+    assert members or "s" in told
+
+
+def test_links_devices_and_hidden_files_in_a_shard(tmp_path, report):
+    with tarfile.open(write_tar(tmp_path / "s.tar", [*samples("a"), ("a.cls", "3")]), "a") as tar:
+        for name, kind in (("b.png", tarfile.SYMTYPE), ("c.png", tarfile.LNKTYPE), ("d.png", tarfile.FIFOTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.png"
+            tar.addfile(info)
+        tar.addfile(tarfile.TarInfo(".DS_Store"))
+        folder = tarfile.TarInfo("e.png")  # a folder is no file
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    assert keys(load_image_text_pairs(tmp_path / "s.tar", report=report)) == ["s/a"]
+    assert report.skipped() == {
+        "no regular file": {
+            "s/b.png": "a link to a.png",
+            "s/c.png": "a link to a.png",
+            "s/d.png": "a device or pipe",
+        },
+        "part of no pair": {"s/*.cls": "such as a.cls", "s/*": "such as .DS_Store, a hidden file"},
+    }
+
+
+def test_what_a_sample_has_twice_is_reported(tmp_path, report):
+    members = [("a.png", PNG), ("a.jpg", picture(7)), ("a.txt", "x"), ("a.json", '{"caption": "y"}'), ("a.txt", "z")]
+    (pair,) = load_image_text_pairs(write_tar(tmp_path / "s.tar", members), report=report)
+    assert pair["captions"] == ["z"] and pair["image"].getpixel((0, 0)) == (7, 7, 7)
+    assert report.skipped() == {
+        "an earlier file of the same name": {"s/a.txt": ""},
+        "part of no pair": {
+            "s/*.json": "such as a.json, beside .jpg and .txt",
+            "s/*.png": "such as a.png, beside .jpg and .txt",
+        },
+    }
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_the_ends_of_lines_part_captions(tmp_path, separator):
+    text = f"one{separator}caption\r\nanother\rand\na third"
+    (pair,) = load_image_text_pairs(write_tar(tmp_path / "s.tar", [("a.png", PNG), ("a.txt", text)]))
+    assert pair["captions"] == ["one caption", "another", "and", "a third"]
+    rows = {"jpg": [picture()], "txt": [text]}
+    (pair,) = load_image_text_pairs(Dataset.from_dict(rows).cast_column("jpg", ImageFeature()))
+    assert pair["captions"] == ["one caption", "another", "and", "a third"]
+
+
+def test_members_too_large_to_read_are_reported(tmp_path, report):
+    """Six gigabytes in the header, and not even the memory to hold them is asked for."""
+    path = Path(write_tar(tmp_path / "s.tar", [*samples("a"), ("b.png", PNG)]))
+    large = tarfile.TarInfo("b.txt")
+    large.size = 6 * 2**30
+    path.write_bytes(path.read_bytes()[: 6 * 512] + large.tobuf())
+    assert keys(load_image_text_pairs(path, report=report)) == ["s/a"]
+    skipped = report.skipped()
+    assert skipped["too large"] == {"s/b.txt": "6442450944 bytes; at most 16777216 are read"}
+    assert set(skipped["no caption"]) == {"s/b"}
+
+
+def test_headers_too_large_to_read_end_a_shard(tmp_path, report):
+    path = Path(write_tar(tmp_path / "s.tar", samples("a")))
+    for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+        large = tarfile.TarInfo("x")
+        large.type, large.size = kind, 6 * 2**30
+        (tmp_path / "large.tar").write_bytes(path.read_bytes()[:2048] + large.tobuf())
+        assert keys(load_image_text_pairs(tmp_path / "large.tar", report=report)) == ["large/a"]
+        assert "a header of 6442450944 bytes" in report.skipped()["truncated shard"]["large"]
+
+
+# ---- folders ----
+
+
+def write_folder(folder, files: dict[str, bytes], lines: list) -> str:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(folder)
+
+
+def test_metadata_leads_nowhere_but_to_files_of_the_folder(tmp_path, report):
+    folder = tmp_path / "pictures"
+    (tmp_path / "secret.png").write_bytes(PNG)
+    good = ["a.png", "./sub/b.png", "link.png"]
+    bad = ["../secret.png", "sub/../../secret.png", str(tmp_path / "secret.png"), "/dev/zero", "pipe.png", "zero.png"]
+    bad += ["folder.png", "gone.png", "no\0name.png", "half\ud800.png"]
+    lines = [{"file_name": name, "text": name} for name in good + bad]
+    write_folder(folder, {"a.png": PNG, "sub/b.png": PNG}, lines)
+    (folder / "link.png").symlink_to("a.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    pairs = load_image_text_pairs(folder, shuffle_buffer=0, report=report)
+    assert keys(pairs) == ["pictures/a.png", "pictures/sub/b.png", "pictures/link.png"]
+    details = report.skipped()
+    assert list(details) == ["unreadable image"] and len(details["unreadable image"]) == len(bad)
+    for name in bad[:4]:
+        assert details["unreadable image"][f"pictures/{name}"] == "the name leads out of the folder"
+    for name in ("pipe", "zero", "folder"):
+        assert details["unreadable image"][f"pictures/{name}.png"].endswith(f"{name}.png is no regular file")
+
+
+def test_rows_of_datasets_lead_to_files_alone(tmp_path, report, monkeypatch):
+    (tmp_path / "large.png").write_bytes(PNG)
+    paths = ["/dev/zero", str(tmp_path), str(tmp_path / "large.png"), f"file://{tmp_path}/large.png"]
+    images = [{"bytes": PNG}, *({"bytes": None, "path": path} for path in paths)]
+    source = Dataset.from_dict({"image": images, "text": ["x"] * 5}).cast_column("image", ImageFeature())
+    monkeypatch.setattr(data, "MAX_PICTURE_BYTES", len(PNG) - 1)
+    assert len(keys(load_image_text_pairs(source, report=report))) == 1
+    details = sorted(report.skipped()["unreadable image"].values())
+    assert details == sorted(
+        [
+            *(f"{path} is no regular file" for path in paths[:2]),
+            *(f"{path} has more than {len(PNG) - 1} bytes" for path in paths[2:]),
+        ]
+    )
+
+
+FILES = st.sampled_from(["a.png", "b.png", "b.txt", "sub/a.png", "sub/.hidden", "notes", "gone.png", "../x.png"])
+
+
+@settings(max_examples=60)
+@given(
+    st.dictionaries(FILES.filter(lambda name: name[0] not in "g."), st.sampled_from([PNG, b"?", b""])), st.lists(FILES)
+)
+def test_every_file_of_a_folder_is_in_a_pair_or_in_the_report(tmp_path_factory, files, named):
+    folder = tmp_path_factory.mktemp("parent") / "f"
+    folder.mkdir()
+    write_folder(folder, files, [{"file_name": name, "text": "x"} for name in named])
+    report, found = SkipReport(folder.parent / "report"), []
+    try:
+        found = keys(load_image_text_pairs(folder, num_shards=2, report=report))
+    except ValueError as error:
+        assert "Nothing is readable" in str(error)
+    assert set(found) == {f"f/{name}" for name in named if files.get(name) == PNG}
+    told = {key for keys in report.skipped().values() for key in keys}
+    for name in {*files, *named}:
+        kind = f"f/*{posixpath.splitext(name)[1]}"
+        assert f"f/{name}" in {*found, *told} or (kind in told and name not in named), name
+    assert named or "f/metadata.jsonl" in told
 
 
 # ---- faults ----
@@ -423,6 +603,36 @@ def test_a_report_gathers_what_worker_processes_skip(tmp_path, report):
     with open(next(report.folder.iterdir()), "a") as file:
         file.write('{"reason": "ki')  # killed while writing
     assert report.counts() == {"corrupt image": 20}
+
+
+def test_a_report_opens_its_file_once(report, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        data, "open", lambda path, *args, **kw: opened.append(path) or open(path, *args, **kw), raising=False
+    )
+    for number in range(100):
+        report.add("corrupt image", f"s/{number}")
+        assert len(report.skipped()["corrupt image"]) == number + 1  # told at once
+    assert len(opened) == 1
+    pickle.loads(pickle.dumps(report)).add("corrupt image", "s/100")
+    assert report.counts() == {"corrupt image": 101} and len(opened) == 2
+
+
+def test_a_report_survives_forks_and_kills(report):
+    report.add("corrupt image", "before")
+    child = os.fork()
+    if child == 0:
+        report.add("corrupt image", "in the fork")
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    report.add("corrupt image", "behind")
+    assert set(report.skipped()["corrupt image"]) == {"before", "in the fork", "behind"}
+    assert len(list(report.folder.iterdir())) == 2
+
+
+def test_names_that_are_no_text_can_be_shown(tmp_path, report):
+    assert report.add("no image", "caf\udce9") is None
+    assert "caf\\udce9" in report.summary() and report.summary().encode()
 
 
 def test_a_report_that_cannot_be_written_ends_nothing(tmp_path):
@@ -620,6 +830,104 @@ def test_what_is_no_dialogue_is_skipped_and_reported(tmp_path, report, record, r
     dialogues = load_dialogues(source, report=report)
     assert dialogues["key"][:] == ["d:2", "d:4"] and dialogues["references"][1] == ["half ?"]
     assert list(report.skipped()) == [reason] and list(report.skipped()[reason]) == ["d:3"]
+
+
+LINES = b"""{"turns": ["u", "a"]}\n\n{"turns": ["u", "b"]}\n"""
+
+
+@pytest.mark.parametrize("content", [LINES, b"\xef\xbb\xbf" + LINES, LINES.replace(b"\n", b"\r\n"), LINES.strip()])
+@pytest.mark.parametrize("compress", [False, True])
+def test_lines_in_gzip_with_a_byte_order_mark_or_from_windows(tmp_path, report, content, compress):
+    path = tmp_path / ("d.jsonl.gz" if compress else "d.jsonl")
+    path.write_bytes(gzip.compress(content) if compress else content)
+    dialogues = load_dialogues(path, report=report)
+    assert dialogues["key"][:] == ["d:1", "d:3"] and dialogues["references"][:] == [["a"], ["b"]]
+    assert report.counts() == {}
+
+
+def test_lines_in_gzip_from_urls(tmp_path, server, report):
+    (tmp_path / "www" / "d.jsonl.gz").write_bytes(gzip.compress(LINES))
+    assert load_dialogues(f"{server.url}/d.jsonl.gz", report=report)["key"][:] == ["d:1", "d:3"]
+
+
+def test_lines_in_gzip_that_is_cut_off(tmp_path, report):
+    lines = b"".join(json.dumps({"turns": ["u", os.urandom(50).hex()]}).encode() + b"\n" for _ in range(2000))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines)[:-9000])
+    assert 1000 < len(load_dialogues(tmp_path / "d.jsonl.gz", report=report)) < 2000
+    assert set(report.skipped()) <= {"truncated shard", "malformed JSON"} and "truncated shard" in report.skipped()
+
+
+ARRAY = json.dumps([{"turns": ["u", "a"]}, {"turns": ["u", "b"]}])
+FOREIGN = {
+    "bzip2": bz2.compress(LINES),
+    "xz": lzma.compress(LINES),
+    "zstd": b"\x28\xb5\x2f\xfd" + LINES,
+    "zip": b"PK\x03\x04" + LINES,
+    "gzip": gzip.compress(gzip.compress(LINES)),
+    "UTF-16": LINES.decode().encode("utf-16"),
+    "one JSON document": ARRAY.encode(),
+    "one JSON document; JSON Lines, an object a line": b"\n \xef\xbb\xbf".strip()
+    + json.dumps(json.loads(ARRAY), indent=1).encode(),
+    "one JSON document; ": b"[\n" + LINES.replace(b"}\n\n", b"},\n") + b"]",
+    "one JSON": json.dumps({"turns": ["u", "a"]}, indent=1).encode(),
+    "empty": b"\n \n",
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_files_of_another_kind_are_refused_once_and_by_name(tmp_path, server, report, what):
+    write_jsonl(tmp_path / "good.jsonl", [{"turns": ["u", "a"]}])
+    (tmp_path / "d.jsonl").write_bytes(FOREIGN[what])
+    assert load_dialogues([tmp_path / "good.jsonl", tmp_path / "d.jsonl"], report=report)["key"][:] == ["good:1"]
+    assert report.counts() == {"unreadable shard": 1}
+    assert f"d.jsonl: it is {what}" in report.skipped()["unreadable shard"]["d"]
+    (tmp_path / "www" / "d.jsonl").write_bytes(FOREIGN[what])
+    server.requests.clear()
+    with pytest.raises(ValueError, match=f"it is {what}"):
+        load_dialogues(f"{server.url}/d.jsonl", report=report)
+    assert server.requests == {"d.jsonl": 1}  # trying again would bring the same
+
+
+def test_an_array_in_the_first_line_is_that_line_alone(tmp_path, report):
+    source = write_jsonl(tmp_path / "d.jsonl", [[1], {"turns": ["u", "a"]}])
+    assert load_dialogues(source, report=report)["key"][:] == ["d:2"]
+    assert list(report.skipped()["malformed JSON"]) == ["d:1"]
+
+
+def test_lines_too_long_to_read_are_reported(tmp_path, report, monkeypatch):
+    monkeypatch.setattr(data, "MAX_TEXT_BYTES", 40)
+    lines = [{"turns": ["u", "a"]}, {"turns": ["u", "b" * 100]}, {"turns": ["u", "c"]}]
+    source = write_jsonl(tmp_path / "d.jsonl", lines)
+    assert load_dialogues(source, report=report)["key"][:] == ["d:1", "d:3"]
+    assert report.skipped() == {"malformed JSON": {"d:2": "more than 40 bytes"}}
+
+
+@pytest.mark.parametrize("content, what", [(b"\x28\xb5\x2f\xfd", "zstd"), (b"PK\x03\x04", "zip")])
+def test_shards_of_another_kind_are_named(tmp_path, report, content, what):
+    (tmp_path / "s.tar.zst").write_bytes(content * 1000)
+    with pytest.raises(ValueError, match=f"it is {what}; a shard is a tar archive"):
+        load_image_text_pairs(tmp_path / "s.tar.zst", report=report)
+
+
+def test_shards_and_files_without_content_are_reported(tmp_path, report):
+    empty = [write_tar(tmp_path / "none.tar", []), str(tmp_path / "zero.tar"), str(tmp_path / "folder.tar")]
+    (tmp_path / "zero.tar").write_bytes(b"")
+    with tarfile.open(tmp_path / "folder.tar", "w") as tar:
+        folder = tarfile.TarInfo("a.png")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    pairs = load_image_text_pairs([write_tar(tmp_path / "s.tar", samples("a")), *empty], num_shards=2, report=report)
+    assert keys(pairs) == ["s/a"]
+    assert set(report.skipped()["unreadable shard"]) == {"none", "zero", "folder"}
+
+
+def test_no_pipe_or_device_is_taken_for_a_file(tmp_path, report):
+    os.mkfifo(tmp_path / "d.jsonl")
+    for path in (tmp_path / "d.jsonl", "/dev/zero"):
+        with pytest.raises(ValueError, match="it is no regular file"):
+            load_dialogues(path, report=report)
+        with pytest.raises(ValueError, match="it is no regular file"):
+            load_image_text_pairs(path, report=report)
 
 
 def test_dialogues_of_several_files_and_none(tmp_path):

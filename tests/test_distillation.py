@@ -1,10 +1,12 @@
 """The objectives: as functions, against numbers worked by hand; and wired up, with the gradients they should have."""
 
+import inspect
 import math
 from itertools import combinations
 
 import pytest
 import torch
+from conftest import build_from
 from PIL import Image
 from tiny_models import tiny_config
 from tiny_training import ALL, dialogue_model, dialogues, model_config, pairs, prepare, pretraining_model, processor
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 import modeling_vikdf
-from modeling_vikdf import VikdfForPreTraining
+from modeling_vikdf import VikdfForConditionalGeneration, VikdfForPreTraining
 from modeling_vikdf.collators import DialogueCollator, PreTrainingCollator
 from modeling_vikdf.modeling_distillation import (
     cells_to_pixels,
@@ -387,6 +389,64 @@ def test_dropout_of_frozen_parts_is_off_in_training():
     assert torch.equal(model(**batch).loss, model(**batch).loss)
 
 
+# ---- what transformers asks of every model ----
+
+
+def test_the_main_input_is_the_first():
+    for model_class in (VikdfForPreTraining, VikdfForConditionalGeneration):
+        assert model_class.main_input_name == list(inspect.signature(model_class.forward).parameters)[1]
+
+
+def test_outputs_as_a_tuple_when_asked():
+    model = pretraining_model(ALL).eval()
+    batch = batch_of(model)
+    expected = model(**batch)
+    asked = model(**batch, return_dict=False)
+    assert isinstance(asked, tuple) and torch.equal(asked[0], expected.loss) and len(asked) == len(expected)
+    model.config.return_dict = False  # which the objectives' own passes through the LLM must not follow
+    assert torch.equal(model(**batch)[0], expected.loss)
+    assert model(**batch, return_dict=True).losses.keys() == expected.losses.keys()
+    assert isinstance(model(**batch, embed_only=True), tuple)
+
+
+def test_hidden_states_are_those_of_the_llm_that_reads_captions():
+    """All of them, also in training, where text before the knowledge is otherwise read apart."""
+    model = pretraining_model(ALL)
+    model.language_model.set_attn_implementation("eager")
+    batch = batch_of(model)
+    assert model(**batch).hidden_states is None
+    output = model(**batch, output_hidden_states=True, output_attentions=True)
+    rows, columns = batch["input_ids"].shape
+    layers, heads = model.config.text_config.num_hidden_layers, model.config.text_config.num_attention_heads
+    width = model.config.text_config.hidden_size
+    assert [tuple(states.shape) for states in output.hidden_states] == [(rows, columns, width)] * (layers + 1)
+    assert [tuple(weights.shape) for weights in output.attentions] == [(rows, heads, columns, columns)] * layers
+    torch.testing.assert_close(output.loss, model(**batch).loss)
+    assert output.hidden_states[0].requires_grad
+    model.language_model.config.output_hidden_states = True
+    assert len(model(**batch).hidden_states) == layers + 1
+    assert model(**batch, output_hidden_states=False).hidden_states is None
+
+
+@pytest.mark.parametrize("what", ["output_hidden_states", "output_attentions"])
+def test_hidden_states_are_refused_where_the_llm_reads_no_captions(what):
+    model = pretraining_model({"text_image_matching": 1.0})
+    with pytest.raises(ValueError, match=f"{what}.*knowledge_to_text"):
+        model(**batch_of(model), **{what: True})
+
+
+def test_pretraining_cannot_generate_but_keeps_what_the_llm_generates_with(backbones, tmp_path):
+    assert VikdfForConditionalGeneration.can_generate() and not VikdfForPreTraining.can_generate()
+    model, _ = build_from(backbones, "llama", "separate", model_class=VikdfForPreTraining)
+    model.save_pretrained(tmp_path / "first")
+    VikdfForPreTraining.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    replies = VikdfForConditionalGeneration.from_pretrained(tmp_path / "second").generation_config
+    assert (replies.do_sample, replies.temperature) == (True, 0.6)
+    (tmp_path / "second" / "generation_config.json").unlink()  # a checkpoint need not have one
+    VikdfForPreTraining.from_pretrained(tmp_path / "second").save_pretrained(tmp_path / "third")
+    assert not (tmp_path / "third" / "generation_config.json").exists()
+
+
 # ---- text before the knowledge, read without gradient ----
 
 
@@ -472,6 +532,31 @@ def test_what_all_dialogues_begin_with_is_read_once(llm, monkeypatch):
     head = len(reader.tokenizer("You are a friendly person in a casual chat.", add_special_tokens=False).input_ids)
     assert read[0][0] == 1 and read[0][1] > head and [rows for rows, _ in read[1:]] == [4, 4]
     assert_same(once, gradients_of(model, padded))
+
+
+def checkpoint_activations(model) -> None:
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name since 5.24
+
+
+@pytest.mark.parametrize("llm", ["qwen", "llama"])
+@pytest.mark.parametrize("objectives", [None, {"knowledge_to_text": 1.0}, {"text_to_knowledge": 1.0}], ids=str)
+def test_checkpointed_activations_of_the_frozen_llm_are_computed_anew(llm, objectives):
+    """In evaluation mode, which it is always in, its layers would keep all."""
+    reader = processor(llm)
+    if objectives is None:
+        model = dialogue_model(llm=llm, knowledge_token_id=reader.knowledge_token_id)
+        batch = DialogueCollator(reader)(dialogues(4))
+    else:
+        model = pretraining_model(objectives, llm=llm, knowledge_token_id=reader.knowledge_token_id)
+        batch = PreTrainingCollator(reader, model.config)(pairs(4))
+    expected = gradients_of(model, batch)
+    read = []
+    mlp = model.language_model.model.layers[0].mlp
+    mlp.register_forward_pre_hook(lambda *_: read.append(torch.is_grad_enabled()))
+    checkpoint_activations(model)
+    assert_same(gradients_of(model, batch), expected)
+    assert read.count(True) == 2  # once forward and once backward; without gradient only the prefix, if there is one
+    assert not any(module.training for module in model.language_model.modules())
 
 
 def test_supervised_text_before_the_knowledge_is_not_cut_off(monkeypatch):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,12 +26,15 @@ from tiny_tokenizers import CHATML_WITH_GENERATION, LLAMA_WITH_GENERATION
 from tiny_training import WORDS, dialogue_model, processor
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor, evaluation
+from modeling_vikdf.cli import main
 from modeling_vikdf.collators import DialogueCollator
 from modeling_vikdf.data import SkipReport, load_dialogues
 from modeling_vikdf.evaluation import (
+    FEWEST_TO_SHRINK,
     EvaluationSettings,
     Journal,
     arm_knowledge,
+    choose_share,
     compute_knowledge,
     evaluate_dialogues,
     evaluate_file,
@@ -553,22 +558,111 @@ def test_unfinished_work_of_another_evaluation_is_refused(tmp_path):
     assert path.read_text() == '{"seed": 1}\n'
 
 
+def test_a_refused_evaluation_does_not_stand_in_the_way_of_the_next(checkpoint, data, tmp_path):
+    """Neither one that is refused before it begins nor one whose word vectors are of no use at its end."""
+    output, vectors = tmp_path / "report.json", tmp_path / "vectors.txt"
+    with pytest.raises(ValueError, match="Ranking needs"):
+        few = tmp_path / "few.jsonl"
+        few.write_text("\n".join(data.read_text().splitlines()[:5]))
+        evaluate_file(checkpoint, few, output, EvaluationSettings())
+    assert not list(tmp_path.glob("report*"))
+    vectors.write_text("nowhere-to-be-found 0.1 0.2\n")
+    with pytest.raises(ValueError, match="none of the words"):
+        evaluate_file(checkpoint, data, output, EvaluationSettings(word_vectors=str(vectors)))
+    vectors.write_text("".join(f"{word} 0.1 0.2\n" for word in WORDS))
+    for choice in (EvaluationSettings(word_vectors=str(vectors)), EvaluationSettings()):
+        evaluate_file(checkpoint, data, output, choice)
+    assert [path.name for path in tmp_path.glob("report*")] == ["report.json"]
+
+
 # ---- files and commands ----
 
 
-def test_knowledge_is_shrunk_as_far_as_makes_the_replies_likeliest(checkpoint, data, capsys, tmp_path):
-    """What is written is likelier, or as likely, and its likelihood is what was said; the model was not changed."""
-    options = ("--data", data, "--validation", data, "--output", tmp_path / "shrunk")
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """As many dialogues as choosing a share needs."""
+    draw, path = random.Random(1), tmp_path_factory.mktemp("many") / "many.jsonl"
+    lines = [[" ".join(draw.sample(WORDS, 4)) for _ in range(draw.choice((2, 4)))] for _ in range(FEWEST_TO_SHRINK)]
+    path.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in lines))
+    return path
+
+
+def test_what_is_shrunk_has_the_likelihood_that_is_told(checkpoint, many, capsys, tmp_path):
+    options = ("--data", many, "--validation", many, "--output", tmp_path / "shrunk")
     out, _ = run(capsys, "shrink", "--model", checkpoint, *options)
     told = json.loads(out)
     nlls = {float(share): nll for share, nll in told["nll_by_share"].items()}
-    assert list(nlls) == [0, 0.25, 0.5, 0.75, 1] and told["share"] == min(nlls, key=nlls.get)
+    assert list(nlls) == [0, 0.25, 0.5, 0.75, 1] and told["dialogues"] == FEWEST_TO_SHRINK
+    assert told["gain"] == pytest.approx(nlls[1] - nlls[told["share"]])
     settings = EvaluationSettings(ranking=False, generation=False)
     for folder, share in ((checkpoint, 1.0), (tmp_path / "shrunk", told["share"])):
-        report = evaluate_file(folder, data, tmp_path / f"{share}-{folder.name}.json", settings)
+        report = evaluate_file(folder, many, tmp_path / f"{share}-{folder.name}.json", settings)
         assert report["metrics"]["nll"] == pytest.approx(nlls[share], abs=1e-6)
     stage = yaml.safe_load((tmp_path / "shrunk" / "recipe.yaml").read_text())
-    assert stage["stage"] == "shrink" and stage["share"] == told["share"] and stage["data"]["train"] == data.name
+    assert stage["stage"] == "shrink" and stage["share"] == told["share"] and stage["data"]["train"] == many.name
+
+
+def likelihoods(nlls: list[float], noise: float, rows: int = FEWEST_TO_SHRINK) -> dict[float, list[torch.Tensor]]:
+    """Of two tokens a dialogue, whose mean differs by the share as told, and by chance from dialogue to dialogue."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(len(nlls), rows, 2, generator=generator).double()
+    draws -= draws.mean((1, 2), keepdim=True)
+    means = torch.tensor(nlls).double()[:, None, None]
+    return dict(zip(evaluation.SHARES, [list(rows) for rows in -(means + noise * draws)], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("nlls", "noise", "share"),
+    [
+        ([3.0, 2.9, 2.8, 2.7, 2.9], 0.1, 0.75),
+        ([3.0, 2.9, 2.8, 2.7, 2.9], 5.0, 1.0),  # not clear of zero
+        ([2.5, 2.6, 2.7, 2.8, 2.9], 0.1, 0.0),
+        ([2.699, 2.7, 2.9, 2.9, 2.9], 0.1, 0.25),  # the mean alone is no clear gain over a quarter
+        ([2.7, 2.8, 2.9, 2.95, 2.9], 0.1, 0.0),  # behind a hump
+        ([3.0, 3.0, 3.0, 3.0, 2.9], 0.1, 1.0),
+        ([2.9, 2.9, 2.9, 2.9, 2.9], 0.0, 1.0),
+    ],
+)
+def test_knowledge_is_given_up_for_a_gain_that_is_clear_of_zero(nlls, noise, share):
+    found = choose_share(likelihoods(nlls, noise))
+    assert found["share"] == share
+    assert found["nll_by_share"] == pytest.approx(dict(zip(evaluation.SHARES, nlls, strict=True)))
+    assert found["gain"] == pytest.approx(nlls[-1] - nlls[evaluation.SHARES.index(share)])
+    low, high = found["gain_interval"]
+    assert low <= found["gain"] <= high and (low > 0) == (share < 1)
+
+
+def test_too_few_dialogues_to_shrink_by_are_refused(checkpoint, data, many, capsys, tmp_path):
+    """Before anything is computed, whichever file it is."""
+    options = ("--model", checkpoint, "--output", tmp_path / "shrunk")
+    with patch("modeling_vikdf.backbones.load_model", side_effect=AssertionError("not needed")):
+        for files in ((data, many), (many, data)):
+            message = fails(capsys, "shrink", *options, "--data", files[0], "--validation", files[1])
+            assert f"talk.jsonl has {COUNT}" in message and f"at least {FEWEST_TO_SHRINK}" in message
+    with pytest.raises(ValueError, match=f"13 .* at least {FEWEST_TO_SHRINK}"):
+        choose_share(likelihoods([3.0, 2.9, 2.8, 2.7, 2.9], 0.1, rows=13))
+
+
+@pytest.mark.parametrize(
+    ("nlls", "said"),
+    [
+        ([2.5, 2.6, 2.7, 2.8, 2.9], "WARNING: share 0.0.*constant"),
+        ([2.9, 2.9, 2.9, 2.9, 2.9], "WARNING: .*clear of zero.*share 1.0"),
+        ([3.0, 2.9, 2.8, 2.7, 2.9], None),
+    ],
+)
+def test_shrinking_to_nothing_and_not_at_all_is_said_aloud(checkpoint, many, capsys, tmp_path, nlls, said):
+    options = ("--data", many, "--validation", many, "--output", tmp_path / "shrunk")
+    with patch.object(evaluation, "score_shares", return_value=likelihoods(nlls, 0.1)):
+        _, err = run(capsys, "shrink", "--model", checkpoint, *options)
+    assert re.search(said, err.replace("\n", " ")) if said else "WARNING" not in err
+    assert (tmp_path / "shrunk" / "model.safetensors").is_file()
+
+
+def test_the_command_says_that_a_share_is_what_remains(capsys):
+    with pytest.raises(SystemExit):
+        main(["shrink", "--help"])
+    assert "share of the differences from it that remains" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_limit_that_leaves_nothing_out_is_none(checkpoint, data, tmp_path):

@@ -83,9 +83,31 @@ def environment(folder: Path, extra: str | None) -> Path:
         for top in {path.parts[0] for path in distribution.files if path.parts[0] not in ("..", "__pycache__")}:
             if not (folder / top).exists():
                 (folder / top).symlink_to(distribution.locate_file(top))
-    (folder / "modeling_vikdf").symlink_to(ROOT / "modeling_vikdf")
-    (folder / "hub_cards").symlink_to(ROOT / "hub_cards")
+    for name in ("modeling_vikdf", "hub_cards", "vikdf_cli.py"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
+
+
+def run(packages: Path, folder: Path, *commands: list[str]) -> subprocess.CompletedProcess:
+    """Runs commands one after the other in a process that has these packages alone; its last line is how they end."""
+    return subprocess.run(
+        [sys.executable, "-S", "-c", SCRIPT, json.dumps(commands)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_what_needs_no_extra_needs_none(model, tmp_path):
+    (tmp_path / "packages").mkdir()
+    packages = environment(tmp_path / "packages", None)
+    benchmark = ["benchmark", "generation", "--model", str(model), "--repeats", "1"]
+    result = run(packages, tmp_path, benchmark, ["env"], ["benchmark", "training"])
+    assert result.returncode == 0, result.stderr
+    measured, told, trained = json.loads(result.stdout.splitlines()[-1])
+    assert measured == told == ""
+    assert trained.startswith("vikdf: 'benchmark' needs") and "modeling_vikdf[train]" in trained
 
 
 @pytest.mark.parametrize("extra", [None, "default", "train", "eval", "demo", "serve"])
@@ -97,13 +119,7 @@ def test_an_extra_alone(extra, model, tmp_path):
     commands = [(each, command) for each, some in COMMANDS.items() for command in some]
     filled = [[word.format(model=model, recipe=recipe) for word in command] for _, command in commands]
     chat = ["chat", "--model", str(model), "--message", "I was at the beach.", "--max-new-tokens", "4"]
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", SCRIPT, json.dumps([chat, *filled])],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    result = run(packages, tmp_path, chat, *filled)
     assert result.returncode == 0, result.stderr
     answered, *ends = json.loads(result.stdout.splitlines()[-1])
     assert answered == "" and len(result.stdout.splitlines()) == 2  # the reply, and what is above

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tiny_models import TOWERS, tiny_model
 from tiny_tokenizers import bert_tokenizer, clip_like_tokenizer, image_processor, llama_tokenizer
 from torch.utils.data import DataLoader
@@ -192,16 +195,18 @@ def test_images_are_decoded_once_and_damaged_ones_left_out(pairs, tmp_path, monk
     coded = [*coded[:2], damaged, *coded[2:], {**damaged, "key": "the last"}]
     model, processor = build("separate")
     cache_features(model, processor, pairs, tmp_path / "decoded", shard_size=2)
-    decode, looked_at = features.decode_pair, []
+    decode, looked_at, kept = features.decode_pair, [], None
     monkeypatch.setattr(features, "decode_pair", lambda pair, to: looked_at.append(pair["key"]) or decode(pair, to))
     for expected in (len(coded), 2):
         report = SkipReport()
         cache_features(model, processor, coded, tmp_path / "coded", shard_size=2, report=report)
         assert len(looked_at) == expected and report.counts() == {"corrupt image": 2}
         looked_at.clear()
-    assert files(tmp_path / "coded") == files(tmp_path / "decoded")
-    with pytest.raises(ValueError, match="other pairs"):
-        cache_features(model, processor, [*coded, coded[0]], tmp_path / "coded", shard_size=2)
+        kept = kept or files(tmp_path / "coded")
+    assert files(tmp_path / "coded") == kept
+    datasets = FeatureDataset(tmp_path / "coded"), FeatureDataset(tmp_path / "decoded")
+    for ours, theirs in zip(*datasets, strict=True):
+        assert_equal(ours, theirs)
 
 
 OTHER = {
@@ -235,13 +240,213 @@ def test_what_the_states_do_not_depend_on_is_no_difference(pairs, tmp_path):
     cache_features(model, processor, pairs, tmp_path, batch_size=1)
 
 
-def test_other_pairs_are_refused(pairs, tmp_path):
+def recoloured(pair: dict) -> dict:
+    """Another picture under the same name."""
+    return {**pair, "image": Image.new("RGB", pair["image"].size, "red")}
+
+
+# what becomes of the pairs -> the shards that are encoded anew, and how many pictures and captions are for it
+CHANGED = {
+    "nothing": (lambda pairs: pairs, [], 0, 0),
+    "a picture": (lambda pairs: [*pairs[:3], recoloured(pairs[3]), pairs[4]], [1], 2, 0),
+    "a caption": (lambda pairs: [*pairs[:3], {**pairs[3], "captions": ["Else."]}, pairs[4]], [1], 0, 5),
+    "a key": (lambda pairs: [{**pairs[0], "key": "new"}, *pairs[1:]], [0], 0, 0),
+    "the order": (lambda pairs: pairs[::-1], [0, 1, 2], 5, 10),
+    "two places": (lambda pairs: [pairs[1], pairs[0], *pairs[2:]], [0], 2, 3),
+    "one more": (lambda pairs: [*pairs, pairs[0]], [2], 2, 4),
+    "one less": (lambda pairs: pairs[:4], [2], 0, 0),
+    "two less": (lambda pairs: pairs[:3], [1, 2], 1, 4),
+    "all gone": (lambda pairs: [], [0, 1, 2], 0, 0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_what_has_changed_is_encoded_anew(pairs, tmp_path, monkeypatch, caplog, change):
+    """Only that, with a warning, and to the bytes of a new cache."""
     model, processor = build("separate")
-    cache_features(model, processor, pairs, tmp_path, shard_size=2)
-    recaptioned = [*pairs[:3], {**pairs[3], "captions": ["Something else."]}, pairs[4]]
-    for other in (pairs[::-1], pairs[:4], pairs[:3], [*pairs, pairs[0]], recaptioned):
-        with pytest.raises(ValueError, match="other pairs.*another folder"):
-            cache_features(model, processor, other, tmp_path, shard_size=2)
+    cache_features(model, processor, pairs, tmp_path / "old", shard_size=2)
+    alter, shards, pictures, captions = CHANGED[change]
+    cache_features(model, processor, alter(pairs), tmp_path / "new", shard_size=2)
+    seen, read = [], []
+    for name, counts in (("encode_images", seen), ("encode_context", read)):
+        encode = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda x, *rest, f=encode, n=counts: n.append(len(x)) or f(x, *rest))
+    cache_features(model, processor, alter(pairs), tmp_path / "old", shard_size=2)
+    assert (sum(seen), sum(read)) == (pictures, captions)
+    assert files(tmp_path / "old") == files(tmp_path / "new")
+    names = ", ".join(f"features-0000{number}.safetensors" for number in shards)
+    assert [names in message for message in caplog.messages] == ([True] if shards else [])
+    cached = FeatureDataset(tmp_path / "old")
+    assert [(each["key"], each["captions"]) for each in cached] == [(p["key"], p["captions"]) for p in alter(pairs)]
+
+
+@pytest.mark.parametrize("as_files", [False, True])
+def test_a_picture_that_was_replaced_under_its_name_is_seen(pairs, tmp_path, as_files):
+    def prepare(pair: dict) -> dict:
+        buffer = io.BytesIO()
+        pair["image"].save(buffer, "png")
+        return {**pair, "image": buffer.getvalue()} if as_files else pair
+
+    model, processor = build("separate")
+    before = cache_features(model, processor, map(prepare, pairs), tmp_path)[3]["vision_states"]
+    changed = [*pairs[:3], recoloured(pairs[3]), pairs[4]]
+    after = cache_features(model, processor, map(prepare, changed), tmp_path)[3]["vision_states"]
+    expected = model.encode_images(processor.pixel_values([changed[3]["image"]]))[0]
+    torch.testing.assert_close(after.float(), expected, rtol=2e-3, atol=2e-3)
+    assert not torch.allclose(before, after, atol=1e-2)
+
+
+def test_an_interrupted_change_leaves_no_complete_cache(pairs, tmp_path, monkeypatch):
+    model, processor = build("separate")
+    cache_features(model, processor, pairs, tmp_path / "old", shard_size=2)
+    changed = [recoloured(pair) for pair in pairs]
+    cache_features(model, processor, changed, tmp_path / "new", shard_size=2)
+    write, calls = features._write_shard, itertools.count()
+
+    def stopping(*args):
+        if next(calls):
+            raise KeyboardInterrupt
+        write(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(features, "_write_shard", stopping)
+        cache_features(model, processor, changed, tmp_path / "old", shard_size=2)
+    with pytest.raises(ValueError, match="not complete"):
+        FeatureDataset(tmp_path / "old")
+    cache_features(model, processor, changed, tmp_path / "old", shard_size=2)
+    assert files(tmp_path / "old") == files(tmp_path / "new")
+
+
+@pytest.fixture(scope="module")
+def built() -> tuple[VikdfForConditionalGeneration, VikdfProcessor]:
+    """Once, for no two tokenizers are trained alike."""
+    return build("separate")
+
+
+@pytest.fixture(scope="module")
+def whole(built, pairs, tmp_path_factory) -> Path:
+    """A cache of two shards."""
+    folder = tmp_path_factory.mktemp("whole")
+    cache_features(*built, pairs, folder, shard_size=3, pool_grid=1)
+    return folder
+
+
+@given(st.data())
+def test_no_flipped_byte_is_returned(whole, tmp_path_factory, data):
+    """An example is what was written, or there is an OSError that names the file."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for name, content in files(whole).items():
+        (folder / name).write_bytes(content)
+    name = data.draw(st.sampled_from(sorted(files(whole))))
+    content = bytearray(files(whole)[name])
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 1000).filter(lambda i: i < len(content)))
+        content[place] ^= data.draw(st.integers(1, 255))
+    (folder / name).write_bytes(content)
+    expected = FeatureDataset(whole)
+    try:
+        damaged = FeatureDataset(folder)
+        for index, example in enumerate(expected):
+            try:
+                assert_equal(damaged[index], example)
+            except OSError as error:
+                assert name in str(error) and "cache_features" in str(error)
+    except (OSError, ValueError) as error:
+        assert name == "index.json" and "cache_features" in str(error)
+
+
+def test_every_byte_of_a_shard_is_guarded(whole, tmp_path):
+    """Each part of the file: the size of the header, the header, every tensor; but how far the last row reaches."""
+    name = "features-00001.safetensors"
+    content = (whole / name).read_bytes()
+    for file in ("index.json", name, "features-00000.safetensors"):
+        (tmp_path / file).write_bytes((whole / file).read_bytes())
+    expected, noticed = FeatureDataset(whole), 0
+    for place in range(0, len(content), 7):
+        (tmp_path / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            damaged = FeatureDataset(tmp_path)
+            assert_equal(damaged[3], expected[3])
+            assert_equal(damaged[4], expected[4])
+        except OSError:
+            noticed += 1
+    assert noticed > 0.99 * len(range(0, len(content), 7))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut off", "gone", "of other settings", "index"])
+def test_damage_is_mended(pairs, built, whole, tmp_path, damage, monkeypatch):
+    """By another call, which encodes the damaged shard alone."""
+    for name, content in files(whole).items():
+        (tmp_path / name).write_bytes(content)
+    (model, processor), other = built, tmp_path.parent / f"{tmp_path.name}-other"
+    shard = tmp_path / "features-00001.safetensors"
+    if damage == "flipped":
+        content = bytearray(shard.read_bytes())
+        content[-1000] ^= 1
+        shard.write_bytes(content)
+    elif damage == "cut off":
+        shard.write_bytes(shard.read_bytes()[:-10])
+    elif damage == "gone":
+        shard.unlink()
+    elif damage == "of other settings":
+        cache_features(model, processor, pairs, other, shard_size=3, pool_grid=2)
+        shard.write_bytes((other / shard.name).read_bytes())
+    else:
+        (tmp_path / "index.json").write_text(
+            (tmp_path / "index.json").read_text().replace('"num_pictures": 5', '"num_pictures": 4')
+        )
+    with pytest.raises(OSError, match="Call cache_features again with the same pairs"):
+        FeatureDataset(tmp_path)[4]
+    seen, encode = [], model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    cache_features(model, processor, pairs, tmp_path, shard_size=3, pool_grid=1)
+    assert sum(seen) == (0 if damage == "index" else 2)
+    assert files(tmp_path) == files(whole)
+
+
+def test_captions_are_encoded_anew_for_another_tokenizer(pairs, built, tmp_path, monkeypatch):
+    """One of as many tokens, so that no setting differs."""
+    before, tokenize = cache_features(*built, pairs, tmp_path)[0], features.tokenize_captions
+    monkeypatch.setattr(features, "tokenize_captions", lambda *args: [ids.flip(0) for ids in tokenize(*args)])
+    monkeypatch.setattr(built[0], "encode_images", lambda pixels: pytest.fail("pictures did not change"))
+    after = cache_features(*built, pairs, tmp_path)[0]
+    assert torch.equal(after["vision_states"], before["vision_states"])
+    assert torch.equal(after["context_input_ids"][0], before["context_input_ids"][0].flip(0))
+    ids = after["context_input_ids"][0][None]  # [1, T]
+    expected = built[0].encode_context(ids, torch.ones_like(ids))[0]
+    torch.testing.assert_close(after["context_states"][0].float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_cache_of_the_earlier_format_is_built_anew(pairs, built, whole, tmp_path, caplog):
+    """As the first format was: neither hashes nor checksums."""
+    for shard in whole.glob("features*"):
+        tensors = load_file(shard)
+        for name in ("checksums", "settings"):
+            del tensors[name]
+        texts = [json.dumps([pair["key"], pair["captions"]]).encode() for pair in pairs]
+        texts = texts[:3] if shard.name == "features-00000.safetensors" else texts[3:]
+        tensors["texts"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
+        tensors["text_offsets"] = torch.tensor([0, *itertools.accumulate(map(len, texts))])
+        save_file(tensors, tmp_path / shard.name)
+    index = json.loads((whole / "index.json").read_text())
+    del index["checksum"], index["key"]["format"]
+    (tmp_path / "index.json").write_text(json.dumps(index, indent=2))
+    with pytest.raises(ValueError, match="has format 1, and format 2 is read: call cache_features again"):
+        FeatureDataset(tmp_path)
+    model, processor = built
+    with pytest.raises(ValueError, match="pool_grid: 1 there, 2 now"):
+        cache_features(model, processor, pairs, tmp_path, shard_size=3, pool_grid=2)
+    cache_features(model, processor, pairs, tmp_path, shard_size=3, pool_grid=1)
+    assert any("earlier format" in message for message in caplog.messages)
+    assert files(tmp_path) == files(whole)
+
+
+def test_only_what_differs_of_a_setting_is_told(pairs, tmp_path):
+    cache_features(*build("separate"), pairs, tmp_path)
+    with pytest.raises(ValueError) as error:
+        cache_features(*build("separate", size=40), pairs, tmp_path)
+    assert "image_processor: {" in str(error.value) and "crop_size" in str(error.value)
+    assert "image_mean" not in str(error.value) and "delete the folder to have it built anew" in str(error.value)
 
 
 def test_what_cannot_be_read_says_what_to_do(pairs, tmp_path):
@@ -253,10 +458,8 @@ def test_what_cannot_be_read_says_what_to_do(pairs, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-10])
     cached = FeatureDataset(tmp_path)
     assert cached[1]["key"] == "shard/1"
-    for read in (lambda: cached[2], lambda: cache_features(model, processor, pairs, tmp_path, shard_size=2)):
-        with pytest.raises(OSError, match="features-00001.*Delete it"):
-            read()
-    shard.unlink()
+    with pytest.raises(OSError, match="features-00001.*Call cache_features again with the same pairs"):
+        cached[2]
     cache_features(model, processor, pairs, tmp_path, shard_size=2)
     assert FeatureDataset(tmp_path)[2]["key"] == "shard/2"
 

@@ -224,6 +224,59 @@ def test_three_turns_with_one_cache(model):
         ids = torch.cat([ids, words, answered[:, spliced.shape[1] :]], dim=1)
 
 
+PICTURE = {"pixel_values": pictures(1)}
+
+
+def answered_with_picture(model, length: int = 15) -> tuple[dict, DynamicCache, torch.Tensor]:
+    """A prompt with places for text and picture, what it left in a cache, and the next turn's ids."""
+    first, cache = prompt([length], sources=2), DynamicCache(config=model.config.text_config)
+    answered = model.generate(**first, **PICTURE, past_key_values=cache, **GREEDY)
+    return first, cache, torch.cat([answered, torch.tensor([[31, 32, 33]])], dim=1)
+
+
+@pytest.mark.parametrize("given", ["context", "nothing", "picture"])
+def test_a_picture_chat_goes_on_from_its_cache(model, given):
+    """All places of knowledge are cached, so neither the picture nor the context has to come again."""
+    first, cache, ids = answered_with_picture(model)
+    context = {name: first[name] for name in ("context_input_ids", "context_attention_mask")}
+    knowledge = model.get_knowledge(**context, **PICTURE)
+    mask = {"attention_mask": torch.ones_like(ids)}
+    expected = step_by_step(model, {"input_ids": ids, **mask, "knowledge": knowledge})
+    again = {"context": context, "nothing": {}, "picture": {**context, **PICTURE}}[given]
+    assert torch.equal(model.generate(input_ids=ids, **mask, **again, past_key_values=cache, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 8])
+def test_a_cache_that_ends_before_the_pictures_places_needs_the_picture(model, cut):
+    first, cache, ids = answered_with_picture(model)
+    crop(cache, cut)
+    context = {name: first[name] for name in ("context_input_ids", "context_attention_mask")}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **context}
+    with pytest.raises(ValueError, match="places for a picture.*pixel_values"):
+        model.generate(**inputs, past_key_values=cache, **GREEDY)
+    expected = model.generate(**inputs, **PICTURE, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **PICTURE, past_key_values=cache, **GREEDY), expected)
+
+
+def test_a_picture_prompt_without_its_picture_says_so(model):
+    with pytest.raises(ValueError, match="places for a picture.*pixel_values"):
+        model.generate(**prompt([15], sources=2), **GREEDY)
+    with pytest.raises(ValueError, match="places for a picture.*pixel_values"):
+        model(**prompt([15], sources=2))
+
+
+def test_beams_go_on_from_a_cache_without_the_picture(model):
+    first, _, ids = answered_with_picture(model)
+    context = {name: first[name] for name in ("context_input_ids", "context_attention_mask")}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    beams = {"num_beams": 2, **GREEDY}
+    expected = model.generate(**inputs, **context, **PICTURE, **beams)
+    cache = DynamicCache(config=model.config.text_config)
+    model.generate(**first, **PICTURE, past_key_values=cache, **GREEDY)
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(model.generate(**inputs, past_key_values=cache, **beams), expected)
+
+
 # ---- the knowledge is computed once a row ----
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_models import KNOWLEDGE_ID, VOCABULARY, llm_config, pictures, prompt, row, tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel, DynamicCache
+from transformers import AutoModel, AutoModelForPreTraining, BertConfig, BertModel, DynamicCache
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfIQFormer, initialize_from_bert
 from modeling_vikdf.modeling_backbones import CACHE
@@ -306,6 +306,14 @@ def test_knowledge_moves_the_logits_from_its_place_on(model):
     assert (changed > 1e-3).all()
 
 
+@pytest.mark.parametrize("share", [-0.25, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(llama_model, share):
+    gate = llama_model.knowledge_gate.clone()
+    with pytest.raises(ValueError, match=f"what remains.*got {share}"):
+        llama_model.shrink_knowledge(torch.zeros(4, 32), share)
+    assert torch.equal(llama_model.knowledge_gate, gate)
+
+
 class Refusing(nn.Module):
     """An encoder that must not be called."""
 
@@ -404,6 +412,24 @@ def test_a_half_precision_llm_beside_a_trained_part_in_float32(llama_model):
     assert torch.equal(outputs.knowledge, expected.knowledge)
     scale = expected.logits.std()
     assert (outputs.logits.float() - expected.logits).abs().mean() < 0.05 * scale
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForPreTraining])
+def test_a_new_model_in_half_precision_trains_in_float32(auto_class):
+    model = auto_class.from_config(tiny_config(), dtype=torch.bfloat16)
+    assert {part.dtype for part in (model.language_model, model.context_encoder)} == {torch.bfloat16}
+    trained = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and set(trained.values()) == {torch.float32}, trained
+
+
+def test_states_that_are_asked_for_are_those_of_all_tokens(llama_model):
+    """Also with labels in training, where text before the knowledge is otherwise read apart."""
+    batch = prompt([10, 13])
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    whole = llama_model(**batch, output_hidden_states=True).hidden_states
+    assert {tuple(states.shape) for states in whole} == {(2, 13, 48)}
+    llama_model.language_model.config.output_hidden_states = True
+    assert torch.equal(torch.stack(llama_model(**batch).hidden_states), torch.stack(whole))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Picture indexes: what is near, what is on the disk, what is refused; and the index that ships with the Space."""
 
 import io
+import os
 import random
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from tiny_models import tiny_model
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration
 from modeling_vikdf.cli import main
-from modeling_vikdf.data import SkipReport, decode_image
+from modeling_vikdf.data import SkipReport
 from modeling_vikdf.picture_index import INDEX_NAME, PictureIndex, fingerprint, load_pictures
+from modeling_vikdf.processing_vikdf import read_picture
 
 
 SHIPPED = Path(__file__).parents[1] / "spaces_demo" / "pictures"
@@ -82,7 +84,7 @@ def test_a_picture_is_nearest_to_itself(parts):
         pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         best = index.nearest(model.get_image_embeddings(pixels), k=1)[0][0]
         assert best.title == title and best.score == pytest.approx(1, abs=1e-5)
-        thumbnail = decode_image(best.thumbnail)
+        thumbnail = read_picture(best.thumbnail)
         assert max(thumbnail.size) == 128 and thumbnail.width > thumbnail.height  # the shape is kept
 
 
@@ -167,6 +169,22 @@ def test_pictures_of_a_folder_and_what_is_none(tmp_path):
     assert list(found) == ["black cat 1", "rose"] and total == 4
     assert found["black cat 1"].getpixel((0, 0)) == (255, 255, 255)  # not the black under what is transparent
     assert set(report.skipped()["unreadable picture"]) == {"broken.png", "LICENSE"}
+
+
+def test_what_is_no_regular_file_is_reported(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "broken.png").symlink_to("gone.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    report = SkipReport(tmp_path.parent / f"{tmp_path.name}-report")
+    assert [title for title, _ in load_pictures(tmp_path, report)[0]] == ["a"]
+    assert set(report.skipped()["unreadable picture"]) == {"pipe.png", "broken.png", "zero.png"}
+
+
+def test_transparent_pictures_of_the_caller_are_embedded_and_shown_on_white(parts):
+    clear, white = Image.new("RGBA", (40, 40), (0, 0, 0, 0)), Image.new("RGB", (40, 40), "white")
+    index = PictureIndex.build(*parts, [("clear", clear), ("white", white)])
+    assert torch.equal(index.embeddings[0], index.embeddings[1]) and index.thumbnails[0] == index.thumbnails[1]
 
 
 def test_pictures_with_captions(tmp_path):

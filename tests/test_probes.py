@@ -212,7 +212,7 @@ def test_a_model_in_training_goes_on_training(tiny):
 
 def test_a_template_that_writes_replies_in_another_way(tiny, monkeypatch):
     model, reader = tiny
-    monkeypatch.setattr(reader, "apply_chat_template", lambda chats, **kwargs: ["something else"] * len(chats))
+    monkeypatch.setattr(reader, "locate_tokens", lambda chat, **kwargs: ("something else", [5, 6], [(0, 9), (9, 14)]))
     with pytest.raises(ValueError, match="tokens cannot be told"):
         choice_log_likelihoods(model, reader, QUESTIONS[3:], [("a",)], [None], progress=False)
 

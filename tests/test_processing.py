@@ -8,6 +8,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -183,7 +184,7 @@ def test_another_chat_template_replaces_the_tokenizers():
 def test_apply_chat_template_gives_text_or_inputs():
     processor, chat = FAMILIES["chatml"], [user([{"type": "text", "text": "hi"}])]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert text == f"<|im_start|>user\nhi{'<|knowledge|>' * N}<|im_end|>\n<|im_start|>assistant\n"
     assert processor.apply_chat_template([chat], add_generation_prompt=True) == [text]
     inputs = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -197,6 +198,273 @@ def test_a_missing_padding_token_is_lent_by_the_end_of_sequence():
     assert processor.tokenizer.pad_token == "</s>"
     ids = inputs["input_ids"][1].tolist()
     assert inputs["attention_mask"][1].all() and processor.tokenizer.eos_token_id in ids
+
+
+# ---- arguments as transformers has them ----
+
+TWO = [[user("hello")], [user("hello"), assistant("how are you?"), user("and you?")]]
+
+
+def test_tensors_arrays_and_lists():
+    processor = FAMILIES["chatml"]
+    tensors = processor(TWO, images=[picture(), None])
+    arrays = processor(TWO, images=[picture(), None], return_tensors="np")
+    lists = processor(TWO, images=[picture(), None], return_tensors=None)
+    for name, tensor in tensors.items():
+        assert isinstance(arrays[name], np.ndarray) and isinstance(lists[name], list)
+        assert (torch.from_numpy(arrays[name]) == tensor).all() and lists[name] == tensor.tolist()
+    inputs = processor.apply_chat_template(TWO, tokenize=True, return_tensors="np", return_dict=True)
+    assert isinstance(inputs["context_input_ids"], np.ndarray)
+    with pytest.raises(ValueError, match="return_tensors must be one of 'pt', 'np', None, not 'tf'"):
+        processor(TWO, return_tensors="tf")
+
+
+def test_padding():
+    processor = FAMILIES["chatml"]
+    longest = processor(TWO)
+    for padding in ("longest", True):
+        assert torch.equal(processor(TWO, padding=padding)["input_ids"], longest["input_ids"])
+    most = processor(TWO, padding="max_length", max_length=100, return_labels=False)
+    assert most["input_ids"].shape == most["attention_mask"].shape == (2, 100)
+    assert torch.equal(most["context_input_ids"], longest["context_input_ids"])
+    assert unpadded(most, 1) == unpadded(longest, 1)
+    ragged = processor(TWO, padding=False, return_tensors=None)
+    assert ragged["input_ids"] == [unpadded(longest, row) for row in (0, 1)]
+    assert [len(row) for row in ragged["context_attention_mask"]] == [len(row) for row in ragged["context_input_ids"]]
+    assert processor(TWO[:1], padding="do_not_pad")["input_ids"].tolist() == ragged["input_ids"][:1]
+    with pytest.raises(ValueError, match="input_ids: rows of different lengths need padding=True"):
+        processor(TWO, padding=False)
+    with pytest.raises(ValueError, match="needs max_length"):
+        processor(TWO, padding="max_length")
+    with pytest.raises(ValueError, match="padding must be one of"):
+        processor(TWO, padding="left")
+
+
+def test_truncation():
+    processor, long = FAMILIES["chatml"], [user("hello there"), assistant("how are you")] * 9 + [user("bye")]
+    whole = processor(long)
+    for truncation in (False, "do_not_truncate"):
+        inputs = processor(long, truncation=truncation, max_length=60)
+        assert torch.equal(inputs["input_ids"], whole["input_ids"]) and inputs.dropped_turns == [0]
+    for truncation in (True, "longest_first"):
+        inputs = processor(long, truncation=truncation, max_length=60)
+        assert inputs["input_ids"].shape[1] <= 60 and inputs.dropped_turns[0] > 0
+    with pytest.raises(ValueError, match="truncation must be one of"):
+        processor(long, truncation="only_second")
+
+
+def test_arguments_of_the_processor_go_through_the_chat_template_method():
+    processor, long = FAMILIES["chatml"], [user("hello there"), assistant("how are you")] * 9 + [user("bye")]
+    settings = {"max_length": 60, "use_knowledge": False, "padding": "max_length"}
+    expected = processor(long, add_generation_prompt=True, **settings)["input_ids"]
+    how = {"tokenize": True, "add_generation_prompt": True}
+    assert torch.equal(processor.apply_chat_template(long, **how, **settings), expected)
+    assert torch.equal(processor.apply_chat_template(long, **how, processor_kwargs=settings), expected)
+    with pytest.raises(ValueError, match="max_length: without tokenize=True there is only text"):
+        processor.apply_chat_template(long, max_length=60)
+
+
+@pytest.mark.parametrize("tokenize", [True, False])
+def test_variables_of_the_template(tokenize):
+    template = CHATML.replace("{% endfor %}", "{% endfor %}{{ 'Think!' if think is defined and think else '' }}")
+    processor = build(qwen_tokenizer(template))
+
+    def written(**kwargs) -> str:
+        found = processor.apply_chat_template([user("hello")], tokenize=tokenize, **kwargs)
+        return processor.decode(found[0]) if tokenize else found
+
+    assert "Think!" in written(think=True) and "Think!" not in written(think=False) and "Think!" not in written()
+    with pytest.raises(ValueError, match="'enable_thinking' is no argument of the processor and no variable"):
+        written(enable_thinking=False)
+    with pytest.raises(ValueError, match="'pading' is no argument"):
+        written(pading=True)
+    ids = processor([user("hello")], chat_template_kwargs={"think": True})["input_ids"][0]
+    assert "Think!" in processor.decode(ids)
+    with pytest.raises(TypeError, match="pading"):
+        processor([user("hello")], pading=True)
+
+
+def test_labels_know_the_variables_of_the_template():
+    template = CHATML.replace("'<|im_end|>'", "('!' if loud is defined and loud else '') + '<|im_end|>'")
+    processor = build(qwen_tokenizer(template))
+    chat = [user("hello"), assistant("hi")]
+    for variables, reply in (({}, "hi<|im_end|>"), ({"loud": True}, "hi!<|im_end|>")):
+        inputs = processor(chat, return_labels=True, chat_template_kwargs=variables)
+        assert supervised(processor, inputs["labels"][0]) == [reply]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_of_a_chat_has_its_placeholders(family):
+    """So what is made of the text is what is made of the chat."""
+    processor = FAMILIES[family]
+    for images in (None, [picture(), None]):
+        texts = processor.apply_chat_template(TWO, images=images, add_generation_prompt=True)
+        inputs = processor(TWO, images=images)
+        for row, text in enumerate(texts):
+            assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == unpadded(inputs, row)
+        assert texts[0].count(processor.knowledge_token) == N * (2 if images else 1)
+    bare = processor.apply_chat_template(TWO, use_knowledge=False)
+    assert bare == processor.tokenizer.apply_chat_template(TWO, tokenize=False)
+    with pytest.raises(ValueError, match="row 0: knowledge is drawn from what the user says"):
+        processor.apply_chat_template([assistant("a")])
+
+
+def test_several_templates_survive_a_save(tmp_path):
+    templates = {"default": CHATML, "short": "{% for message in messages %}{{ message['content'] }}|{% endfor %}"}
+    given = build(chat_template=templates)
+    owned = build(qwen_tokenizer(templates))
+    given.save_pretrained(tmp_path / "a")
+    once = VikdfProcessor.from_pretrained(tmp_path / "a")
+    once.save_pretrained(tmp_path / "b")
+    for processor in (given, owned, once, VikdfProcessor.from_pretrained(tmp_path / "b")):
+        assert processor.chat_template == CHATML
+        chat = [user("hello")]
+        text = processor.apply_chat_template(chat, chat_template="short")
+        assert text == "hello" + "<|knowledge|>" * N + "|"
+        ids = processor.apply_chat_template(chat, chat_template="short", tokenize=True)
+        assert processor.decode(ids[0]) == text
+        assert processor.decode(processor(chat, chat_template="short")["input_ids"][0]) == text
+        assert processor.apply_chat_template(chat, chat_template="{{ messages[0].content }}") == text[:-1]
+        with pytest.raises(ValueError, match="neither a Jinja template nor the name of one: 'shorter'"):
+            processor(chat, chat_template="shorter")
+
+
+def test_arguments_that_nobody_knows_are_refused_on_load(tmp_path):
+    FAMILIES["chatml"].save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="'num_knowledge_token' is no setting .* Did you mean 'num_knowledge_tokens'"):
+        VikdfProcessor.from_pretrained(tmp_path, num_knowledge_token=9)
+    with pytest.raises(TypeError, match="'zzz' is no setting .* There are .*knowledge_message"):
+        VikdfProcessor.from_pretrained(tmp_path, zzz=9)
+    for allowed in ({"trust_remote_code": False}, {"revision": "main"}, {"token": False}, {"local_files_only": True}):
+        VikdfProcessor.from_pretrained(tmp_path, **allowed)
+
+
+# ---- a reply that is begun ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shows_picture", [False, True])
+def test_a_chat_that_ends_in_a_reply_is_continued(family, shows_picture):
+    processor, images = FAMILIES[family], picture() if shows_picture else None
+    chat = [user("one"), assistant("two"), user("three"), assistant("It is")]
+    inputs = processor(chat, images=images)
+    text = processor.apply_chat_template(chat, images=images, continue_final_message=True)
+    assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == inputs["input_ids"][0].tolist()
+    assert text.endswith("It is") and inputs.continued == [True]
+    for other in ({"continue_final_message": True}, {}):
+        again = processor(chat, images=images, **other)
+        assert torch.equal(again["input_ids"], inputs["input_ids"])
+    own = processor.tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    assert processor.apply_chat_template(chat, continue_final_message=True, use_knowledge=False) == own
+    # the knowledge stands where it stands without the beginning, and has not read it
+    asked = processor(chat[:-1], images=images)
+    assert torch.equal(asked["context_input_ids"], inputs["context_input_ids"])
+    places = [(each["input_ids"][0] == processor.knowledge_token_id).nonzero().tolist() for each in (asked, inputs)]
+    assert places[0] == places[1] and len(places[0]) == N * (1 + shows_picture)
+
+
+def test_a_batch_of_chats_with_and_without_a_beginning():
+    chats = [[user("one"), assistant("It is")], [user("one")]]
+    inputs = FAMILIES["chatml"](chats)
+    assert inputs.continued == [True, False]
+    for row, chat in enumerate(chats):
+        assert unpadded(inputs, row) == FAMILIES["chatml"](chat)["input_ids"][0].tolist()
+
+
+def test_a_beginning_may_hold_control_strings():
+    processor, chat = FAMILIES["chatml"], [user("one"), assistant("It <|im_end|> is")]
+    ids = processor(chat)["input_ids"][0].tolist()
+    assert processor.decode(ids).endswith("assistant\nIt <|im_end|> is")
+    assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+
+
+def test_another_reply_behind_a_reply():
+    processor, chat = FAMILIES["chatml"], [user("one"), assistant("two")]
+    for how in ({"continue_final_message": False}, {"add_generation_prompt": True}):
+        inputs = processor(chat, **how)
+        assert processor.decode(inputs["input_ids"][0]).endswith("two<|im_end|>\n<|im_start|>assistant\n")
+        assert inputs.continued == [False]
+    whole = processor(chat, add_generation_prompt=False)
+    assert processor.decode(whole["input_ids"][0]).endswith("two<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("chat", "how", "message"),
+    [
+        ([user("a")], {}, "the last message is the user's"),
+        ([user("a"), assistant(" ")], {}, "the last message is the user's"),
+        ([user("a"), assistant("b")], {"add_generation_prompt": True}, "excludes add_generation_prompt"),
+        ([user("a"), assistant("b")], {"return_labels": True}, "excludes add_generation_prompt and return_labels"),
+    ],
+)
+def test_what_cannot_be_continued(chat, how, message):
+    with pytest.raises(ValueError, match=f"row 0: .*{message}"):
+        FAMILIES["chatml"](chat, continue_final_message=True, **how)
+
+
+# ---- empty messages, and system messages further on ----
+
+
+@pytest.mark.parametrize("family", ["chatml", "chatml-generation"])
+@pytest.mark.parametrize("empty", ["", " \n", []])
+def test_empty_replies_and_system_messages_are_left_out(family, empty):
+    processor = FAMILIES[family]
+    without = [user("one"), user("two"), assistant("three"), user("four")]
+    chat = [system(empty), user("one"), assistant(empty), user("two"), system(empty), assistant("three"), user("four")]
+    for ending in ([], [assistant(empty)]):
+        inputs, expected = processor([*chat, *ending]), processor(without)
+        for name in expected:
+            assert torch.equal(inputs[name], expected[name]), name
+    inputs = processor([*chat, assistant("five")], return_labels=True)
+    expected = processor([*without, assistant("five")], return_labels=True)
+    assert torch.equal(inputs["labels"], expected["labels"])
+    text = processor.apply_chat_template(chat, use_knowledge=False)
+    assert text == processor.tokenizer.apply_chat_template(without, tokenize=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_an_empty_reply_stays_where_roles_must_alternate(family):
+    """Or our own empty reply would end the dialogue."""
+    processor = FAMILIES[family]
+    chat = [user("one"), assistant(""), user("two")]
+    own = processor.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert processor(chat, use_knowledge=False)["input_ids"][0].tolist() == own
+    assert processor(chat)["context_input_ids"].tolist() == [processor.context_tokenizer("one\ntwo")["input_ids"]]
+
+
+def test_an_empty_system_message_makes_room_for_the_system_prompt():
+    processor = build(system_prompt="Be brief.")
+    assert torch.equal(processor([system(" "), user("a")])["input_ids"], processor([user("a")])["input_ids"])
+
+
+def test_what_is_left_out_is_counted_in_the_callers_messages():
+    chat = [user("one " * 9), assistant(""), user("two " * 9), assistant("three"), user("four")]
+    processor = build(max_context_length=12)
+    inputs = processor(chat, max_length=40)
+    (dropped,), (context_dropped,) = inputs.dropped_turns, inputs.dropped_context_turns
+    assert dropped == 4 and context_dropped == 3
+    assert torch.equal(inputs["input_ids"], processor(chat[dropped:])["input_ids"])
+
+
+def test_later_system_messages_are_the_templates_business():
+    processor, chat = FAMILIES["chatml"], [system("a"), user("b"), assistant("c"), system("d"), user("e")]
+    own = processor.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert processor(chat, use_knowledge=False)["input_ids"][0].tolist() == own
+    assert processor(chat)["context_input_ids"].tolist() == [processor.context_tokenizer("b\nc\ne")["input_ids"]]
+    with pytest.raises(ValueError, match="row 0: .*template refuses .*alternate"):
+        FAMILIES["llama"](chat)
+
+
+@pytest.mark.parametrize(
+    ("chat", "how", "message"),
+    [
+        ([system(" "), assistant("")], {}, "row 0: all messages of the chat are empty"),
+        ([user("a"), assistant("b"), user("c"), assistant(" ")], {"return_labels": True}, "message is empty"),
+    ],
+)
+def test_nothing_but_emptiness_is_refused(chat, how, message):
+    with pytest.raises(ValueError, match=message):
+        FAMILIES["chatml"](chat, **how)
 
 
 # ---- labels ----
@@ -457,7 +725,6 @@ two_pictures = [{"type": "image", "image": picture()}] * 2
         ([[user("a")], [{"role": "user"}]], {}, ValueError, "row 1, message 0: content missing"),
         ([{}], {}, ValueError, "row 0, message 0: role and content missing"),
         ([user("a"), {"role": "tool", "content": "b"}], {}, ValueError, "row 0, message 1: role must be one of"),
-        ([user("a"), system("b")], {}, ValueError, "row 0, message 1: only the first message"),
         ([user(" \n")], {}, ValueError, "row 0, message 0: the content is empty"),
         ([user([])], {}, ValueError, "row 0, message 0: the content is empty"),
         ([user(None)], {}, TypeError, "row 0, message 0: a content must be a string or a list"),
@@ -466,9 +733,6 @@ two_pictures = [{"type": "image", "image": picture()}] * 2
         ([user([{"type": "text"}])], {}, ValueError, "row 0, message 0: a part must be"),
         ([user([{"type": "image"}])], {}, ValueError, "row 0, message 0: a part must be"),
         ([user(["text"])], {}, ValueError, "row 0, message 0: a part must be"),
-        ([user("a <|knowledge|>")], {}, ValueError, "row 0, message 0: .*reserved"),
-        ([user("a <|knowledge|>")], {"use_knowledge": False}, ValueError, "row 0, message 0: .*reserved"),
-        ([user("a"), assistant("b")], {}, ValueError, "row 0: the last message is the assistant's"),
         ([user("a")], {"return_labels": True}, ValueError, "row 0: return_labels=True needs an assistant"),
         ([system("a")], {}, ValueError, "row 0: knowledge is drawn from what the user says"),
         ([user(two_pictures)], {}, ValueError, "row 0: the chat shows 2 pictures"),
@@ -512,7 +776,6 @@ def test_knowledge_in_the_system_message_needs_one():
         ({"knowledge_placement": "middle"}, "knowledge_placement must be one of"),
         ({"num_knowledge_tokens": 0}, "num_knowledge_tokens must be at least 1"),
         ({"max_context_length": 2}, "max_context_length must exceed the 2 special tokens"),
-        ({"system_prompt": "a <|knowledge|>"}, "reserved"),
         ({"knowledge_token": "<|im_knowledge|>", "vocab_size": 400}, "would have the id 400"),
     ],
 )

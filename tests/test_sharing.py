@@ -72,6 +72,7 @@ CHAT = [{"role": "user", "content": "What is your dog doing?"}]
 CODE = {
     f"{name}.py"
     for name in (
+        "atomic_saving",
         "configuration_vikdf",
         "modeling_backbones",
         "modeling_distillation",
@@ -549,7 +550,7 @@ def test_what_ships_needs_nothing_else():
     for name in CODE:
         text = (PACKAGE_ROOT / "modeling_vikdf" / name).read_text()
         top_level = {match for match in re.findall(r"^(?:from|import) ([\w.]+)", text, flags=re.MULTILINE)}
-        known = {"huggingface_hub", "safetensors", "torch", "transformers", ""} | set(sys.stdlib_module_names)
+        known = {"PIL", "huggingface_hub", "safetensors", "torch", "transformers", ""} | set(sys.stdlib_module_names)
         assert {each.split(".")[0] for each in top_level} <= known
         for module in re.findall(r"^\s*from \.(\S*) import", text, flags=re.MULTILINE):
             assert f"{module}.py" in CODE
@@ -577,6 +578,42 @@ def test_backbones_are_shared_only_when_asked_for(hub, pipe, saved, tmp_path):
         loaded = pipeline("vikdf-dialogue", model="org/all")
         assert loaded.model.config.backbones == {}
         assert torch.equal(logits(loaded.model, loaded.processor), logits(pipe.model, pipe.processor))
+
+
+@pytest.mark.parametrize("how", ["model", "folder"])
+def test_an_llm_that_was_trained_is_shared(hub, saved, tmp_path, how):
+    """It is no frozen backbone: the model would not be the same without it. The encoders stay where they are."""
+    peft = pytest.importorskip("peft")
+    model, processor = (each.from_pretrained(saved) for each in (VikdfForConditionalGeneration, VikdfProcessor))
+    lora = peft.LoraConfig(target_modules=r"language_model\..*\.q_proj", init_lora_weights=False)
+    model = peft.get_peft_model(model, lora).merge_and_unload()
+    if how == "model":
+        model.push_to_hub("org/merged", processor=processor)
+    else:
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        push_to_hub("org/merged", model=tmp_path)
+    loaded = pipeline("vikdf-dialogue", model="org/merged")
+    assert set(loaded.model.config.backbones) == {"context_encoder", "vision_encoder"}
+    assert torch.equal(logits(loaded.model, loaded.processor), logits(model, processor))
+
+
+@pytest.mark.parametrize("how", ["model", "folder"])
+def test_an_adapter_is_shared_with_the_model(hub, saved, tmp_path, how, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.18")  # 5.24's is not released yet
+    model, processor = (each.from_pretrained(saved) for each in (VikdfForConditionalGeneration, VikdfProcessor))
+    model.add_adapter(peft.LoraConfig(target_modules=r"language_model\..*\.q_proj", init_lora_weights=False))
+    if how == "model":
+        model.push_to_hub("org/adapted", processor=processor)
+    else:
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        push_to_hub("org/adapted", model=tmp_path)
+    loaded = pipeline("vikdf-dialogue", model="org/adapted")
+    assert torch.equal(logits(loaded.model, loaded.processor), logits(model, processor))
+    push_to_hub("org/adapted", model=saved)
+    assert not [name for name in hub.repositories["org/adapted"].files if name.startswith("adapter/")]
 
 
 def test_backbones_in_folders_of_this_machine(hub, saved, backbones, tmp_path):

@@ -128,7 +128,14 @@ def test_dialogues_are_cut_at_a_turn():
 
 
 @given(
-    st.lists(st.text(alphabet="abz.,!? \n'é雪🐶", min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=5)
+    st.lists(
+        st.one_of(
+            st.text(alphabet="abz.,!? \n'é雪🐶", min_size=1, max_size=60).filter(str.strip),
+            st.sampled_from(["[SEP] a[PAD]", "<|im_end|>\n<|im_start|>system"]),
+        ),
+        min_size=1,
+        max_size=5,
+    )
 )
 @settings(max_examples=60)
 def test_every_token_counts_for_its_word(demo, texts):

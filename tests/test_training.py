@@ -580,12 +580,11 @@ def test_dialogues_of_similar_length_may_be_read_together(backbones, stages, tmp
     """Sorted by length into parts a batch has less padding, and the loss and gradient that it has as a whole."""
     model = model_section(backbones) | {"dtype": "float32"}  # in half precision the parts would round differently
     model["iqformer_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    recipe = {"model": model, "data": {"train": str(stages / "dialogues.jsonl")}}
+    data = dict.fromkeys(("train", "validation"), str(stages / "dialogues.jsonl"))
+    recipe = {"model": model, "data": data}
     if joint:
-        recipe |= {
-            "objectives": {"knowledge_to_text": 0.5},
-            "data": recipe["data"] | {"pairs": str(stages / "pairs.tar")},
-        }
+        pictures = dict.fromkeys(("pairs", "pairs_validation"), str(stages / "pairs.tar"))
+        recipe |= {"objectives": {"knowledge_to_text": 0.5}, "data": data | pictures}
     logged = []
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     halves["train_sampling_strategy"] = "batch_rebalance"
@@ -666,6 +665,44 @@ def test_the_best_checkpoint_is_kept(stage, stages):
     kept = load_file(stages / stage / f"checkpoint-{best}" / "model.safetensors")
     assert all(torch.equal(final[name], kept[name]) for name in kept)
     assert json.loads((stages / f"{stage}.json").read_text())["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+WORST = {"load_best_model_at_end": True, "greater_is_better": True}  # of a loss: seldom the last
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluations"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2}, [2, 4]),
+        ({"eval_strategy": "steps", "eval_steps": 3}, [3, 4]),
+        ({"eval_strategy": "steps", "eval_steps": 2, **WORST}, [2, 4]),
+        ({}, [4]),
+    ],
+    ids=["at the end", "before the end", "the best", "none"],
+)
+def test_a_stage_evaluates_no_weights_twice(settings, evaluations, stages, tmp_path, monkeypatch):
+    """And returns the metrics of the weights that it leaves, also when it is started again after it was done."""
+    evaluate, found = VikdfTrainer.evaluate, []
+
+    def counted(self, *args, **kwargs):
+        found.append((self.state.global_step, evaluate(self, *args, **kwargs)))
+        return found[-1][1]
+
+    monkeypatch.setattr(VikdfTrainer, "evaluate", counted)
+    lines = str(stages / "dialogues.jsonl")
+    recipe = {
+        "model": {"checkpoint": str(stages / "integrate")},
+        "data": {"train": lines, "validation": lines},
+        "training": training_section(tmp_path / "out", max_steps=4, **{"eval_steps": None} | settings),
+    }
+    metrics = run_stage("tune", recipe)
+    assert [step for step, _ in found] == evaluations
+    losses = [evaluation["eval_loss"] for _, evaluation in found]
+    expected = max(losses) if "load_best_model_at_end" in settings else losses[-1]
+    assert metrics["eval_loss"] == expected and "step" not in metrics
+    again = run_stage("tune", recipe)
+    assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+    assert evaluations != [2, 4] or len(found) == 2
 
 
 def test_a_worse_end_does_not_win(tmp_path):
@@ -948,6 +985,8 @@ def test_lora_is_trained_saved_and_resumed(tmp_path):
         ("distill", {"objectives": {"matching": 1.0}}, r"Unknown keys \['matching'\] in section 'objectives'"),
         ("distill", {"data": {"trian": "x"}}, r"Unknown keys \['trian'\] in section 'data'"),
         ("distill", {"training": {"learning_rat": 1}}, r"Unknown keys \['learning_rat'\] in section 'training'"),
+        ("distill", {"training": {"do_eval": True}}, r"Unknown keys \['do_eval'\] in section 'training'"),
+        ("distill", {"training": {"resume_from_checkpoint": "x"}}, "Unknown keys.*'resume_from_checkpoint'"),
         ("distill", {"collator": {"max_length": 9}}, r"Unknown keys \['max_length'\].*'distill' knows.*masked_share"),
         ("tune", {"collator": {"masked_share": 1}}, r"Unknown keys \['masked_share'\].*'tune' knows.*max_length"),
         ("tune", {"objectives": {"masked_text": 1.0}}, "name both what is to be learnt"),
@@ -990,6 +1029,20 @@ def test_recipes_of_the_repository_are_understood():
             given |= {"pairs": "given", "validation": "given", "pairs_validation": "given"}
         _check_recipe(stage, recipe | {"data": given | recipe.get("data", {})})
         VikdfTrainingArguments(**recipe["training"] | {"use_cpu": True, "bf16": False, "report_to": "none"})
+
+
+def test_a_missing_tracker_is_told_before_any_data_are_read(tmp_path, monkeypatch):
+    import modeling_vikdf.training as training
+
+    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: [])
+    monkeypatch.setattr(training, "load_image_text_pairs", lambda *args, **kwargs: pytest.fail("data were read"))
+    recipe = {
+        "model": {"checkpoint": "nowhere"},
+        "data": {"train": "pairs.tar"},
+        "training": training_section(tmp_path, report_to="trackio"),
+    }
+    with pytest.raises(ImportError, match=r"report_to=\['trackio'\] is not installed.*track"):
+        run_stage("distill", recipe)
 
 
 def test_the_way_into_the_llm_is_trained_where_replies_are_the_only_objective_that_goes_there():
@@ -1182,7 +1235,8 @@ def test_pictures_are_masked_beside_cached_states(backbones, tmp_path):
             "data": {"train": shard, "validation": shard, **data},
             "collator": {"masked_share": 0.5},
         }
-        metrics = run_stage("distill", recipe | {"training": training_section(tmp_path / name, learning_rate=0.0)})
+        training = training_section(tmp_path / name, learning_rate=0.0, seed=1)  # which masks something of both
+        metrics = run_stage("distill", recipe | {"training": training})
         losses[name] = {key: value for key, value in metrics.items() if key.startswith("eval_loss_")}
     assert losses["cached"] == pytest.approx(losses["plain"], rel=1e-3)
     assert losses["pooled"]["eval_loss_masked_image"] == pytest.approx(

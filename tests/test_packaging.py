@@ -1,0 +1,69 @@
+"""What is built: all that the package needs without its checkout, and nothing of an earlier build."""
+
+import shutil
+import subprocess
+import sys
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+import modeling_vikdf
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def setup(folder: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, "setup.py", "--quiet", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of what setup.py reads, but for the packaged checkpoint and its megabytes."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vikdf_cli.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("hub_cards", "configs", "modeling_vikdf"):
+        ignored = shutil.ignore_patterns("default_checkpoint", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    return tmp_path
+
+
+def built(checkout: Path) -> set[str]:
+    library = checkout / "build" / "lib"
+    return {path.relative_to(library).as_posix() for path in library.rglob("*") if path.is_file()}
+
+
+def test_the_build_holds_the_recipes_the_command_and_the_mark_of_types(checkout):
+    setup(checkout, "build_py")
+    files = built(checkout)
+    configs = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "study"}
+    assert {f"modeling_vikdf/{path.as_posix()}" for path in configs} <= files
+    assert {"vikdf_cli.py", "modeling_vikdf/py.typed", "modeling_vikdf/__main__.py"} <= files
+    assert not [name for name in files if "study" in name or "tests" in name]
+
+
+def test_a_second_build_holds_nothing_of_the_first(checkout):
+    setup(checkout, "build_py")
+    gone = {"modeling_vikdf/benchmark.py", "modeling_vikdf/configs/smoke.yaml"}
+    assert gone <= built(checkout)
+    (checkout / "modeling_vikdf" / "benchmark.py").unlink()
+    (checkout / "configs" / "smoke.yaml").unlink()
+    setup(checkout, "build_py")
+    assert not gone & built(checkout)
+
+
+def test_a_build_elsewhere_removes_nothing_there(checkout):
+    (checkout / "elsewhere").mkdir()
+    (checkout / "elsewhere" / "notes").touch()
+    setup(checkout, "build_py", "--build-lib", "elsewhere")
+    assert (checkout / "elsewhere" / "notes").exists() and (checkout / "elsewhere" / "vikdf_cli.py").exists()
+
+
+def test_the_metadata_say_who_what_and_where(checkout):
+    setup(checkout, "egg_info", "--egg-base", ".")
+    metadata = HeaderParser().parsestr((checkout / "modeling_vikdf.egg-info" / "PKG-INFO").read_text(encoding="utf-8"))
+    assert metadata["Version"] == modeling_vikdf.__version__  # both are written by hand
+    for name in ("Author", "Keywords", "Project-URL", "Summary"):
+        assert metadata[name], name
+    assert {"track", "completion"} <= set(metadata.get_all("Provides-Extra"))

@@ -1,0 +1,668 @@
+"""The command `vikdf`. Each command is one function, declared with its options above it, that calls the package.
+
+This module lies beside the package and imports it only when a command runs: transformers' Auto classes can be told of
+real classes alone, so that importing anything of the package imports PyTorch, and help, a typo or a completion would
+take as long as a model's first word.
+"""
+
+import argparse
+import contextlib
+import difflib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+
+class Command(NamedTuple):
+    """What a command is called by, what it says of itself, its options, and the extra of setup.py that it needs."""
+
+    help: str
+    options: tuple[Callable, ...]
+    run: Callable[[argparse.Namespace], None]
+    extra: str | None
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(help: str, *options: Callable, name: str | None = None, extra: str | None = None) -> Callable:
+    """Declares the decorated function as a command of its name, or of `name`; it may be declared as several."""
+
+    def declare(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+        COMMANDS[name or run.__name__] = Command(help, options, run, extra)
+        return run
+
+    return declare
+
+
+def option(*names: str, **settings: Any) -> Callable:
+    """An option, or a positional argument, as `ArgumentParser.add_argument` takes it."""
+    return lambda parser: parser.add_argument(*names, **settings)
+
+
+def one_of(*options: Callable) -> Callable:
+    """Options of which one may be given."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_mutually_exclusive_group()
+        for each in options:
+            each(group)
+
+    return add
+
+
+MODEL = option("--model", help="folder or Hub id of a VIKDF model (default: the packaged one)")
+
+
+@command(
+    "talk in the terminal",
+    MODEL,
+    option("--message", action="append", default=[], help="a user turn to answer; may be repeated"),
+    option("--interactive", action="store_true", help="after --message go on in the terminal"),
+    option("--no-knowledge", action="store_true", help="ask the bare language model"),
+    option("--max-new-tokens", type=int, default=64, help="longest reply in tokens (default: 64)"),
+)
+def chat(args: argparse.Namespace) -> None:
+    """Talks in the terminal, or answers the given messages as successive user turns and ends."""
+    from transformers import pipeline
+
+    from modeling_vikdf import DEFAULT_CHECKPOINT
+    from modeling_vikdf.backbones import load_model
+
+    source = args.model or DEFAULT_CHECKPOINT
+    # loaded here, because `pipeline` buries the reason of a failure in its own
+    model, processor = load_model(source)
+    pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
+    messages = []
+
+    def answer(text: str) -> None:
+        messages.append({"role": "user", "content": text})
+        reply = ""
+        for piece in pipe.stream(messages, use_knowledge=not args.no_knowledge, max_new_tokens=args.max_new_tokens):
+            print(piece, end="", flush=True)
+            reply += piece
+        print(flush=True)
+        messages.append({"role": "assistant", "content": reply.strip()})
+
+    for text in args.message:
+        if args.interactive:
+            print(f"you> {text}\nvikdf> ", end="", flush=True)
+        answer(text)
+    if args.message and not (args.interactive and sys.stdin.isatty()):
+        return
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print("Type a message; /reset starts a new dialogue, /exit ends.", file=sys.stderr)
+    while True:
+        try:
+            text = input("you> " if terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            if terminal:
+                print()
+            break
+        if text == "/exit":
+            break
+        if text == "/reset":
+            messages.clear()
+            print("(new dialogue)", file=sys.stderr)
+        elif text:
+            print("vikdf> " if terminal else "", end="", flush=True)
+            try:
+                answer(text)
+            except KeyboardInterrupt:  # stops this reply, not the program
+                del messages[-1]
+                print()
+            except ValueError as error:
+                del messages[-1]
+                print(error, file=sys.stderr)
+
+
+@command(
+    "build an untrained model around pretrained backbones",
+    option("--language-model", required=True, help="folder or Hub id of a chat LLM"),
+    option("--context-encoder", required=True, help="folder or Hub id of a text encoder"),
+    option("--vision-encoder", help="folder or Hub id of a vision encoder"),
+    option("--output", required=True, help="folder to write"),
+    option("--num-knowledge-tokens", type=int, default=32, help="number of queries (default: 32)"),
+    option("--layers", type=int, default=12, help="layers of the IQ-Former (default: 12)"),
+    option("--width", type=int, default=768, help="width of the IQ-Former (default: 768)"),
+    option("--heads", type=int, default=12, help="attention heads of the IQ-Former (default: 12)"),
+    option("--system-prompt", help="system message of chats that bring none"),
+    option("--base-text", help="start with silent knowledge: a harmless sentence in its place"),
+)
+def new(args: argparse.Namespace) -> None:
+    """Builds an untrained model around pretrained backbones and writes model and processor to a folder."""
+    from modeling_vikdf.backbones import new_model, short_greedy_replies
+
+    model, processor = new_model(
+        args.language_model,
+        args.context_encoder,
+        args.vision_encoder,
+        num_knowledge_tokens=args.num_knowledge_tokens,
+        system_prompt=args.system_prompt,
+        iqformer_config={
+            "num_hidden_layers": args.layers,
+            "hidden_size": args.width,
+            "intermediate_size": 4 * args.width,
+            "num_attention_heads": args.heads,
+            "cross_attention_frequency": 1,
+        },
+        base_text=args.base_text,
+        project_inputs=True,
+    )
+    model.generation_config = short_greedy_replies(model.generation_config)
+    model.save_pretrained(args.output)
+    processor.save_pretrained(args.output)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"Wrote an untrained model with {trained / 1e6:.1f} M trainable parameters to {args.output}")
+
+
+RECIPE = (
+    option("--config", required=True, metavar="RECIPE", help="YAML file, or a recipe's name such as smollm2/distill"),
+    option(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="settings in place of the recipe's: learning_rate=1e-4, data.train=pairs.tar, model.checkpoint=DIR",
+    ),
+)
+
+
+@command("tune the knowledge on text dialogues", *RECIPE, name="tune", extra="train")
+@command("stage 2: teach the LLM to use knowledge, on image-text pairs", *RECIPE, name="integrate", extra="train")
+@command("stage 1: learn from image-text pairs which knowledge a text evokes", *RECIPE, name="distill", extra="train")
+def train(args: argparse.Namespace) -> None:
+    """Runs a training stage from a recipe, or goes on with it where it was interrupted."""
+    import yaml
+
+    from modeling_vikdf.training import run_stage
+
+    try:
+        recipe = yaml.safe_load(find_recipe(args.config).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{args.config} is no recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{args.config} is no recipe: expected a YAML mapping with sections such as model and data.")
+    for override in args.overrides:
+        key, separator, value = override.removeprefix("--").partition("=")
+        if not separator:
+            raise ValueError(f"{override!r} is no override: expected section.key=value, or key=value for training.")
+        section, _, key = key.rpartition(".")
+        section = section or "training"
+        settings = recipe.get(section) or {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"The section {section!r} must hold settings (key: value), not {settings!r}.")
+        recipe[section] = {**settings, key: yaml.safe_load(value)}
+    metrics = run_stage(args.command, recipe)
+    print(json.dumps(metrics, indent=2))
+
+
+@command(
+    "convert a checkpoint of the authors' code",
+    option("checkpoint", help="folder with config.json and a safetensors file"),
+    option("--output", required=True, help="folder to write"),
+)
+def convert(args: argparse.Namespace) -> None:
+    """Turns a checkpoint of the authors' code into a self-contained VIKDF checkpoint."""
+    from modeling_vikdf.conversion import convert_checkpoint
+
+    convert_checkpoint(args.checkpoint).save_pretrained(args.output)
+    print(f"Wrote {args.output}.")
+
+
+def _tell(figures: dict, output: str | None) -> None:
+    """Prints figures as JSON, and writes them to a file if there is one."""
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if output:
+        Path(output).write_text(text + "\n", encoding="utf-8")
+
+
+@command(
+    "draw a tuned model's knowledge towards its mean, by validation dialogues",
+    option("--model", required=True, help="folder or Hub id of a VIKDF model"),
+    option("--data", required=True, help="dialogues, JSON Lines, to take the mean of"),
+    option("--validation", required=True, help="dialogues, JSON Lines, whose replies are to be likely"),
+    option("--output", required=True, help="folder to write the model to"),
+    extra="eval",
+)
+def shrink(args: argparse.Namespace) -> None:
+    """
+    Draws a tuned model's knowledge towards its mean, as far as that makes validation replies clearly likelier. The
+    share of the differences from it that remains is chosen by validation dialogues: 1 leaves the model as it is, 0
+    puts a constant in the place of knowledge.
+    """
+    from modeling_vikdf.backbones import load_model
+    from modeling_vikdf.data import load_dialogues
+    from modeling_vikdf.evaluation import choose_share, mean_knowledge, require_dialogues, save_shrunk, score_shares
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    dialogues, validation = (list(load_dialogues(source)) for source in (args.data, args.validation))
+    require_dialogues(len(dialogues), args.data)
+    require_dialogues(len(validation), args.validation)
+    model, processor = load_model(args.model)
+    mean = mean_knowledge(model, processor, dialogues)
+    choice = choose_share(score_shares(model, processor, validation, mean))
+    model.shrink_knowledge(mean, choice["share"])
+    data = {"train": Path(args.data).name, "validation": Path(args.validation).name}
+    save_shrunk(model, processor, args.model, output, {"data": data, **choice})
+    print(json.dumps(choice, indent=2))
+    if choice["share"] == 0:
+        low, high = choice["gain_interval"]
+        print(
+            "WARNING: share 0.0: nothing remains of what contexts evoke. Whatever is said or shown, the LLM now reads "
+            f"one constant, the mean, for these {choice['dialogues']} validation replies are likelier so, by "
+            f"{choice['gain']:.3f} nats a token [{low:.3f}, {high:.3f}]. {args.model} is as it was.",
+            file=sys.stderr,
+        )
+    elif choice["share"] == 1:
+        print(
+            "WARNING: no smaller share makes the validation replies likelier by a gain clear of zero, so all remains: "
+            f"share 1.0. What {output} holds is the model as it was.",
+            file=sys.stderr,
+        )
+
+
+@command(
+    "measure text-image retrieval",
+    option("--data", required=True, nargs="+", help="webdataset shards, image folders or Hub datasets"),
+    option("--model", required=True, help="folder or Hub id of a VIKDF model with a vision encoder"),
+    option("--output", help="JSON file to write"),
+    option("--batch-size", type=int, default=64, help="pictures at a time (default: 64)"),
+    option("--seed", type=int, default=0, help="seed of the bootstrap intervals (default: 0)"),
+    extra="eval",
+)
+def retrieve(args: argparse.Namespace) -> None:
+    """Reports how often the matching head finds the right picture for a caption, and a right caption for a picture."""
+    from modeling_vikdf.backbones import load_model
+    from modeling_vikdf.data import SkipReport, load_image_text_pairs
+    from modeling_vikdf.retrieval import evaluate_retrieval
+
+    report = SkipReport()
+    pairs = load_image_text_pairs(args.data, shuffle_buffer=0, report=report)
+    model, processor = load_model(args.model)
+    figures = evaluate_retrieval(model, processor, pairs, batch_size=args.batch_size, seed=args.seed)
+    figures["skipped"] = report.counts()
+    _tell(figures, args.output)
+    print(report.summary(), file=sys.stderr)
+
+
+@command(
+    "embed pictures for the Space to compare knowledge with",
+    option("source", help="folder of pictures, webdataset shards, Hub dataset; or an index, to embed anew"),
+    option("--output", required=True, help="folder to write index.safetensors to"),
+    MODEL,
+    extra="demo",
+)
+def index(args: argparse.Namespace) -> None:
+    """Embeds pictures, or the thumbnails of an index anew, and writes them as a picture index."""
+    from modeling_vikdf import DEFAULT_CHECKPOINT
+    from modeling_vikdf.backbones import load_model
+    from modeling_vikdf.data import SkipReport
+    from modeling_vikdf.picture_index import INDEX_NAME, PictureIndex, load_pictures
+
+    source, report = args.model or DEFAULT_CHECKPOINT, SkipReport()
+    Path(args.output).mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    old = PictureIndex.load(args.source) if Path(args.source, INDEX_NAME).exists() else None
+    pictures, total = load_pictures(args.source, report) if old is None else (None, None)
+    model, processor = load_model(source)
+    if old is None:
+        new = PictureIndex.build(model, processor, pictures, total=total)
+    else:
+        new = old.rebuild(model, processor)
+    path = new.save(args.output)
+    print(f"Wrote {len(new)} pictures to {path}")
+    print(report.summary(), file=sys.stderr)
+
+
+@command(
+    "measure replies to dialogues: likelihood, ranking, generation",
+    option("--data", required=True, help="dialogues, JSON Lines: turns, messages, or turns and references"),
+    option("--output", required=True, help="JSON file to write; an interrupted run is continued"),
+    MODEL,
+    one_of(
+        option("--baseline", choices=["language-model"], help="the same language model without knowledge"),
+        option(
+            "--knowledge",
+            choices=["own", "shuffled", "mean"],
+            default="own",
+            help="the dialogue's own knowledge, another's, or the mean (default: own)",
+        ),
+    ),
+    option("--system-prompt", help="system message of chats that bring none (default: the model's)"),
+    option("--limit", type=int, help="dialogues to evaluate (default: all)"),
+    option(
+        "--references", choices=["first", "all"], default="first", help="whose perplexity to measure (default: first)"
+    ),
+    option("--no-ranking", action="store_true", help="leave out the ranking among other replies"),
+    option("--no-generation", action="store_true", help="leave out the generation of replies"),
+    option("--visual-words", help="file with a word a line, whose likelihood is reported apart"),
+    option("--word-vectors", help="file with 'word v1 v2 ...' a line, for the embedding metrics"),
+    option("--batch-size", type=int, default=16, help="dialogues, or candidates, in a batch (default: 16)"),
+    option("--seed", type=int, default=0, help="seed of distractors, shuffling, intervals (default: 0)"),
+    extra="eval",
+)
+def evaluate(args: argparse.Namespace) -> None:
+    """Measures the replies to dialogues: their likelihood, their rank among others, and what the model says itself."""
+    from modeling_vikdf import DEFAULT_CHECKPOINT
+    from modeling_vikdf.evaluation import EvaluationSettings, evaluate_file
+
+    settings = EvaluationSettings(
+        knowledge="none" if args.baseline else args.knowledge,
+        system_prompt=args.system_prompt,
+        limit=args.limit,
+        all_references=args.references == "all",
+        ranking=not args.no_ranking,
+        generation=not args.no_generation,
+        visual_words=args.visual_words,
+        word_vectors=args.word_vectors,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    report = evaluate_file(args.model or DEFAULT_CHECKPOINT, args.data, args.output, settings)
+    names = ("num_dialogues", "skipped", "metrics", "confidence_95")
+    print(json.dumps({name: report[name] for name in names}, indent=2))
+
+
+@command(
+    "paired differences of two systems that were evaluated",
+    option("reports", nargs="*", metavar="REPORT", help="two JSON files that evaluate wrote, A and B"),
+    option("--a", nargs="+", metavar="A", help="instead: reports of A, one for each training seed"),
+    option("--b", nargs="+", metavar="B", help="and of B"),
+    option("--output", help="JSON file to write"),
+    option("--seed", type=int, default=0, help="seed of intervals and p-values (default: 0)"),
+    extra="eval",
+)
+def compare(args: argparse.Namespace) -> None:
+    """Reports the paired differences of two systems that `evaluate` measured on the same data."""
+    from modeling_vikdf.reports import compare as compare_reports
+
+    if len(args.reports) == 2 and not (args.a or args.b):
+        a, b = args.reports[:1], args.reports[1:]
+    elif not args.reports and args.a and args.b:
+        a, b = args.a, args.b
+    else:
+        raise ValueError("compare takes two reports, or the reports of several seeds: --a A1 A2 ... --b B1 B2 ...")
+    _tell(compare_reports(a, b, seed=args.seed), args.output)
+
+
+@command(
+    "ask what things look like, with and without knowledge",
+    option("--data", required=True, help="items, JSON Lines; see modeling_vikdf/probes.py"),
+    option("--output", required=True, help="JSON file to write, with the scores of every item"),
+    MODEL,
+    option(
+        "--arms",
+        nargs="+",
+        choices=["own", "shuffled", "mean", "none"],
+        default=["own", "shuffled", "mean", "none"],
+        help="the item's own knowledge, another's, the mean, or the bare language model (default: all)",
+    ),
+    option("--against", help="JSON file that this command wrote for another model on the same items"),
+    option("--templates", help="JSON file of questions in place of the built-in ones"),
+    option("--limit", type=int, help="items to ask (default: all)"),
+    option("--batch-size", type=int, default=32, help="prompts at a time (default: 32)"),
+    option("--seed", type=int, default=0, help="seed of shuffled knowledge and statistics (default: 0)"),
+    extra="eval",
+)
+def probe(args: argparse.Namespace) -> None:
+    """Asks what things look like, with the knowledge and without; prints the summary, writes every item's scores."""
+    from modeling_vikdf import DEFAULT_CHECKPOINT
+    from modeling_vikdf.backbones import load_model
+    from modeling_vikdf.probes import compare_probes, load_items, probe
+
+    templates, against = (
+        json.loads(Path(name).read_text(encoding="utf-8")) if name else None for name in (args.templates, args.against)
+    )
+    items = load_items(args.data, templates, args.limit)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    source = args.model or DEFAULT_CHECKPOINT
+    model, processor = load_model(source)
+    figures = probe(model, processor, items, args.arms, batch_size=args.batch_size, seed=args.seed)
+    output.write_text(json.dumps(figures) + "\n", encoding="utf-8")  # also if the other file does not fit
+    if against is not None:
+        figures["against"] = compare_probes(figures, against, args.seed)
+        output.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    summary = {key: figures[key] for key in ("task", "subsets", "against") if key in figures}
+    print(json.dumps(summary, indent=2))
+
+
+SHARED = (
+    MODEL,
+    option("--include-backbones", action="store_true", help="with the weights of the frozen backbones"),
+    option("--results", nargs="+", default=[], help="reports of evaluate, retrieve, probe for the card"),
+)
+
+
+@command(
+    "write a folder that is a whole Hub repository",
+    option("--output", required=True, help="folder to write; must not exist, or be empty"),
+    *SHARED,
+)
+def export(args: argparse.Namespace) -> None:
+    """Writes a folder that is a whole Hub repository."""
+    from modeling_vikdf import DEFAULT_CHECKPOINT
+    from modeling_vikdf.backbones import require_model
+    from modeling_vikdf.sharing import export
+
+    source = args.model or DEFAULT_CHECKPOINT
+    require_model(source)
+    export(source, args.output, args.include_backbones, args.results)
+    print(f"Wrote {args.output}")
+
+
+@command(
+    "commit a model to the Hub",
+    option("--repo-id", required=True, help="ORG/NAME; created if it does not exist"),
+    option("--private", action="store_true", help="make a new repository private"),
+    option("--create-pr", action="store_true", help="open a pull request instead of committing"),
+    option("--revision", help="branch to commit to (default: main)"),
+    *SHARED,
+)
+def push(args: argparse.Namespace) -> None:
+    """Commits a model to the Hub, with the token of `hf auth login` or of the environment."""
+    from modeling_vikdf import DEFAULT_CHECKPOINT
+    from modeling_vikdf.backbones import require_model
+    from modeling_vikdf.sharing import push_to_hub
+
+    source = args.model or DEFAULT_CHECKPOINT
+    require_model(source)
+    commit = push_to_hub(
+        args.repo_id,
+        model=source,
+        include_backbones=args.include_backbones,
+        results=args.results,
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+    )
+    print(commit.pr_url or commit.commit_url)
+
+
+@command(
+    "measure speed and memory",
+    option("what", choices=["generation", "training"], help="replies beside the bare LLM's, or steps of training"),
+    MODEL,
+    option("--output", help="JSON file to write"),
+    option("--repeats", type=int, default=7, help="timed runs of each arm (default: 7)"),
+    extra="train",  # of what it measures, training alone needs one
+)
+def benchmark(args: argparse.Namespace) -> None:
+    """Measures, prints and writes figures of speed and memory, as ratios wherever machines differ."""
+    from modeling_vikdf.benchmark import benchmark_generation, benchmark_training
+
+    if args.what == "generation":
+        figures = benchmark_generation(args.model, repeats=args.repeats)
+    else:
+        figures = benchmark_training(repeats=args.repeats)
+    _tell(figures, args.output)
+
+
+@command(
+    "answer over HTTP, as OpenAI's chat API does",
+    MODEL,
+    option("--host", default="127.0.0.1", help="address to listen on (default: this machine only)"),
+    option("--port", type=int, default=8000, help="port to listen on (default: 8000)"),
+    option("--api-key", help="what clients must send (default: environment variable VIKDF_API_KEY)"),
+    option("--max-batch", type=int, default=16, help="replies generated together (default: 16)"),
+    option("--max-queue", type=int, default=64, help="requests that wait before more get 429 (default: 64)"),
+    option("--timeout", type=float, default=60, help="seconds for an answer (default: 60)"),
+    extra="serve",
+)
+def serve(args: argparse.Namespace) -> None:
+    """Answers over HTTP, as OpenAI's chat API does, until it is told to end."""
+    from modeling_vikdf.server import serve
+
+    key = os.environ.get("VIKDF_API_KEY") if args.api_key is None else args.api_key
+    limits = {"max_batch": args.max_batch, "max_queue": args.max_queue, "timeout": args.timeout}
+    serve(args.model, args.host, args.port, key, **limits)
+
+
+@command("print the version of the package")
+def version(args: argparse.Namespace) -> None:
+    """Prints the installed version."""
+    print(importlib.metadata.version("modeling_vikdf"))
+
+
+@command("print what a bug report needs: versions, hardware, where the backbones are")
+def env(args: argparse.Namespace) -> None:
+    """Prints what the package runs with and on. Nothing secret: no token, no key, no home folder's name."""
+    from modeling_vikdf.environment import describe_environment
+
+    for name, value in describe_environment().items():
+        print(f"{name}: {value}")
+
+
+# ---- recipes ----
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name: `smollm2/distill`."""
+    package = Path(importlib.util.find_spec("modeling_vikdf").origin).parent
+    # A wheel holds configs/ inside the package; in a checkout, also one that is installed editable, it is beside it.
+    folder = next(place for place in (package / "configs", package.parent / "configs") if place.is_dir())
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {name: path for name, path in found.items() if name != "study" and not name.startswith("accelerate/")}
+
+
+def find_recipe(name: str) -> Path:
+    """
+    The file of a recipe.
+
+    Args:
+        name: a file, which is taken if it is there; or what one of [`recipes`] is called.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = recipes()
+    if name not in known:
+        raise FileNotFoundError(
+            f"There is no recipe {name!r}, neither a file nor among the package's ({', '.join(known)})"
+            f"{suggest(name, known)}"
+        )
+    return known[name]
+
+
+# ---- the command line ----
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """How a message goes on that names what a mistyped word is nearest to; empty if nothing is near."""
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return f"; for {word!r}, did you mean {nearest[0]!r}?" if nearest else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Names what a mistyped command, choice or option is nearest to."""
+
+    words: Sequence[str] = ()
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As in the base class, but what a command does not know is its own error, told with its usage."""
+        self.words = sys.argv[1:] if args is None else args
+        namespace, unknown = super().parse_known_args(self.words, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with the usage, what is wrong, and what was perhaps meant."""
+        if choice := re.search(r"invalid choice: '(.+?)' \(choose from (.+?)\)", message):
+            message += suggest(choice[1], re.findall(r"[\w-]+", choice[2]))
+        options = re.findall(r"--[\w-]+", self.format_usage())
+        for word in itertools.takewhile("--".__ne__, self.words):
+            name = word.partition("=")[0]
+            if re.match("--?[a-z]", name) and not any(known.startswith(name) for known in options):
+                message += suggest(name, options)
+        super().error(message)
+
+
+def build_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="vikdf",
+        description="Visual common sense for a frozen chat LLM.",
+        epilog='Completion with the tab key, in bash or zsh: pip install "modeling_vikdf[completion]", then '
+        'eval "$(register-python-argcomplete vikdf)".',
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, declared in COMMANDS.items():
+        sub = commands.add_parser(name, help=declared.help, description=declared.run.__doc__)
+        for add in declared.options:
+            add(sub)
+    return parser
+
+
+def quiet_libraries() -> None:
+    """No bars for the weights of each part of a model; downloads, which take long, keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    wanted = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # of both libraries
+    if wanted:
+        enable_progress_bars()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script `vikdf`."""
+    parser = build_parser()
+    with contextlib.suppress(ImportError):  # without the extra there is no completion
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    args = parser.parse_args(argv)
+    extra = COMMANDS[args.command].extra
+    try:
+        if args.command != "version":  # which alone does without them
+            quiet_libraries()
+        COMMANDS[args.command].run(args)
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise  # no extra brings it
+        sys.exit(
+            f"vikdf: {args.command!r} needs {error.name!r}, which is not installed. It comes with: "
+            f'pip install "modeling_vikdf[{extra}]"'
+        )
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"vikdf: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
