@@ -1,6 +1,5 @@
 """README, docs/ and the pages beside them: what they say can be run, found, and is what it was rendered from."""
 
-import argparse
 import ast
 import importlib
 import importlib.util
@@ -21,7 +20,8 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_vikdf
-from modeling_vikdf import cli, sharing
+import vikdf_cli
+from modeling_vikdf import sharing
 from modeling_vikdf.configuration_vikdf import OBJECTIVES
 
 
@@ -155,19 +155,11 @@ def commands(page: Path) -> list[list[str]]:
     return found
 
 
-def check_vikdf(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_vikdf(words: list[str]) -> None:
     """That the parser of the command takes the words; nothing is run."""
-    parse = argparse.ArgumentParser.parse_args
-
-    def parse_only(self, *args):
-        parsed = parse(self, *args)
-        parsed.run = lambda _: None
-        return parsed
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-    cli.main(words)
-    if "--config" in words:
-        assert (ROOT / words[words.index("--config") + 1]).is_file(), words
+    args = vikdf_cli.build_parser().parse_args(words)
+    if "config" in args:
+        assert args.config in vikdf_cli.recipes(), words
 
 
 def check_pip(words: list[str]) -> None:
@@ -180,12 +172,12 @@ def check_pip(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", with_code("bash"), ids=name)
-def test_commands_exist(page, monkeypatch):
+def test_commands_exist(page):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     for program, *words in commands(page):
         match program.rpartition("/")[2]:
             case "vikdf":
-                check_vikdf(words, monkeypatch)
+                check_vikdf(words)
             case "make":
                 assert words[0] in targets, words
             case "pip":
@@ -195,7 +187,7 @@ def test_commands_exist(page, monkeypatch):
             case "accelerate":
                 assert words[:2] == ["launch", "--config_file"] and (ROOT / words[2]).is_file(), words
                 assert words[3:5] == ["-m", "modeling_vikdf.cli"], words
-                check_vikdf(words[5:], monkeypatch)
+                check_vikdf(words[5:])
             case _:
                 pytest.fail(f"{program} in {name(page)}: teach this test what it is")
 
@@ -234,8 +226,8 @@ def defines(module: object, dotted: str) -> bool:
 
 def test_the_map_has_every_file_and_says_what_ships():
     table = {cells[0].strip("`"): cells[2] for cells in rows(ROOT / "docs" / "architecture.md", "Map of files")}
-    package = {name(path) for path in (ROOT / "modeling_vikdf").glob("*.py")}
-    assert {path for path in table if path.endswith(".py")} == package
+    installed = {name(path) for path in (ROOT / "modeling_vikdf").glob("*.py")} | {"vikdf_cli.py"}
+    assert {path for path in table if path.endswith(".py")} == installed
     assert all((ROOT / path).exists() for path in table)
     shipped = {Path(path).name for path in {sharing.__file__, *get_relative_import_files(sharing.__file__)}}
     assert {Path(path).name for path, ships in table.items() if ships == "yes"} == shipped
