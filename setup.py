@@ -57,6 +57,7 @@ setup(
         "demo": ["gradio>=6", "datasets>=4"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
         "completion": ["argcomplete>=3"],  # of the command line, by the tab key
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "playwright"],
     },
     classifiers=[
