@@ -75,10 +75,18 @@ def saved_in(folder: str | os.PathLike, head: str) -> str:
     The sub-folder in which the current save of `head` is, where its own place does not hold it yet; else "".
 
     Raises:
+        FileNotFoundError: if that sub-folder is missing.
         ValueError: if a head names another folder than a save makes.
     """
     for each in ("config.json", head):  # the first may be of a save of both
-        if (name := _pointer(folder, each)) and Path(folder, name, head).is_file():
+        if not (name := _pointer(folder, each)):
+            continue
+        if not Path(folder, name).is_dir():
+            raise FileNotFoundError(
+                f"{os.fspath(folder)} was saved by a process that was killed, and the sub-folder {name!r} that its "
+                f"{each} names is missing. Was it copied without hidden files? Copy it whole, or save again."
+            )
+        if Path(folder, name, head).is_file():
             return name
     return ""
 

@@ -42,7 +42,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file, has_file, logging
 
-from .atomic_saving import check_saved_in, replace_files
+from .atomic_saving import check_saved_in, replace_files, saved_in
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig, nearest_name
 from .modeling_iqformer import CLIP_LOGIT_SCALE, VikdfIQFormer, VikdfMatchingHead
 
@@ -282,7 +282,8 @@ class VikdfPreTrainedModel(PreTrainedModel):
             return config, None, kwargs
         if os.path.isdir(path):
             # joined here: given a folder, transformers looks for generation defaults beside the `subfolder`, too
-            path = os.path.normpath(os.path.join(path, kwargs.pop("subfolder", ""), aside))
+            path = os.path.join(path, kwargs.pop("subfolder", ""))
+            path = os.path.normpath(os.path.join(path, saved_in(path, "config.json")))
         else:
             _check_repository_ids(config, path)
             kwargs["subfolder"] = os.path.join(kwargs.get("subfolder", ""), aside)

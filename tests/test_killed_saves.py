@@ -312,3 +312,15 @@ def test_a_processor_saved_over_an_unfinished_pipeline(llama, old, new, tmp_path
     marked_processor(llama, 2).save_pretrained(tmp_path / "folder")
     assert marks_in(tmp_path / "folder") == {1, "trained part"}
     assert marks_of(VikdfProcessor.from_pretrained(tmp_path / "folder")) == {2}
+
+
+def test_an_unfinished_save_that_was_copied_without_its_hidden_files(llama, old, tmp_path):
+    with kill_points(tmp_path / "folder") as states:
+        pipeline("vikdf-dialogue", model=old, processor=marked_processor(llama, 1)).save_pretrained(tmp_path / "folder")
+    unfinished = next(state for state in states if b"saved_in" in state.get("config.json", b""))
+    restore({name: data for name, data in unfinished.items() if not name.startswith(".")}, tmp_path / "copy")
+    for each in (VikdfForConditionalGeneration, VikdfProcessor):
+        with pytest.raises(FileNotFoundError, match=r"copied without hidden files\? Copy it whole"):
+            each.from_pretrained(tmp_path / "copy")
+    pipeline("vikdf-dialogue", model=old, processor=marked_processor(llama, 2)).save_pretrained(tmp_path / "copy")
+    assert marks_of(VikdfProcessor.from_pretrained(tmp_path / "copy")) == {2}
