@@ -315,8 +315,9 @@ def test_a_processor_saved_over_an_unfinished_pipeline(llama, old, new, tmp_path
 
 
 def test_an_unfinished_save_that_was_copied_without_its_hidden_files(llama, old, tmp_path):
+    pipe = pipeline("vikdf-dialogue", model=old, processor=marked_processor(llama, 1))
     with kill_points(tmp_path / "folder") as states:
-        pipeline("vikdf-dialogue", model=old, processor=marked_processor(llama, 1)).save_pretrained(tmp_path / "folder")
+        pipe.save_pretrained(tmp_path / "folder")
     unfinished = next(state for state in states if b"saved_in" in state.get("config.json", b""))
     restore({name: data for name, data in unfinished.items() if not name.startswith(".")}, tmp_path / "copy")
     for each in (VikdfForConditionalGeneration, VikdfProcessor):

@@ -68,10 +68,11 @@ PROCESSOR = {
     # a message is what the LLM's own template takes: a dictionary, its content a string
     "test_chat_template_jinja_kwargs": "the test's template reads a content as parts; an LLM's own reads a string",
     "test_chat_template_message_objects": "a message is a dictionary",
-    "test_chat_template_save_loading": "of several templates the processor keeps the one in use",
+    "test_chat_template_save_loading": "chat_template is the one in use; the others survive, and are called by name",
     # what its arguments are
     "test_call_arguments_default_none": "use_knowledge and return_labels are switches: True and False, not None",
     "test_call_arguments_not_in_processor_kwargs": "max_length is a prompt's, which loses whole turns and no tokens",
+    "test_call_arguments_not_in_attributes": "chat_template of a call chooses among the templates, as for tokenizers",
     "test_apply_chat_template_assistant_mask": "return_labels marks the assistant's tokens, and no second way does",
     "test_save_load_pretrained_additional_features": "a tokenizer's settings are not the processor's to change",
 }
