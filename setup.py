@@ -1,7 +1,7 @@
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 
@@ -26,7 +26,11 @@ setup(
     keywords=["dialogue", "visual common sense", "knowledge distillation", "Q-Former", "frozen LLM", "transformers"],
     project_urls={"Paper": "https://arxiv.org/abs/2405.10121"},
     cmdclass={"build_py": BuildAnew},
-    packages=["modeling_vikdf", "modeling_vikdf.hub_cards", "modeling_vikdf.configs"],
+    packages=[
+        *find_packages(include=["modeling_vikdf", "modeling_vikdf.*"]),
+        "modeling_vikdf.hub_cards",
+        "modeling_vikdf.configs",
+    ],
     py_modules=["vikdf_cli"],  # beside the package, see there
     # the templates of the cards, which the package fills, and the recipes
     package_dir={"modeling_vikdf.hub_cards": "hub_cards", "modeling_vikdf.configs": "configs"},

@@ -182,7 +182,7 @@ def train(args: argparse.Namespace) -> None:
     """Runs a training stage from a recipe, or goes on with it where it was interrupted."""
     import yaml
 
-    from modeling_vikdf.training import run_stage
+    from modeling_vikdf.training.trainer import run_stage
 
     try:
         recipe = yaml.safe_load(find_recipe(args.config).read_text(encoding="utf-8"))
@@ -240,8 +240,14 @@ def shrink(args: argparse.Namespace) -> None:
     puts a constant in the place of knowledge.
     """
     from modeling_vikdf.backbones import load_model
-    from modeling_vikdf.data import load_dialogues
-    from modeling_vikdf.evaluation import choose_share, mean_knowledge, require_dialogues, save_shrunk, score_shares
+    from modeling_vikdf.data.sources import load_dialogues
+    from modeling_vikdf.evaluation.dialogues import (
+        choose_share,
+        mean_knowledge,
+        require_dialogues,
+        save_shrunk,
+        score_shares,
+    )
 
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)  # now, not after all the work
@@ -283,8 +289,8 @@ def shrink(args: argparse.Namespace) -> None:
 def retrieve(args: argparse.Namespace) -> None:
     """Reports how often the matching head finds the right picture for a caption, and a right caption for a picture."""
     from modeling_vikdf.backbones import load_model
-    from modeling_vikdf.data import SkipReport, load_image_text_pairs
-    from modeling_vikdf.retrieval import evaluate_retrieval
+    from modeling_vikdf.data.sources import SkipReport, load_image_text_pairs
+    from modeling_vikdf.evaluation.retrieval import evaluate_retrieval
 
     report = SkipReport()
     pairs = load_image_text_pairs(args.data, shuffle_buffer=0, report=report)
@@ -306,7 +312,7 @@ def index(args: argparse.Namespace) -> None:
     """Embeds pictures, or the thumbnails of an index anew, and writes them as a picture index."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.backbones import load_model
-    from modeling_vikdf.data import SkipReport
+    from modeling_vikdf.data.sources import SkipReport
     from modeling_vikdf.picture_index import INDEX_NAME, PictureIndex, load_pictures
 
     source, report = args.model or DEFAULT_CHECKPOINT, SkipReport()
@@ -353,7 +359,7 @@ def index(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Measures the replies to dialogues: their likelihood, their rank among others, and what the model says itself."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
-    from modeling_vikdf.evaluation import EvaluationSettings, evaluate_file
+    from modeling_vikdf.evaluation.dialogues import EvaluationSettings, evaluate_file
 
     settings = EvaluationSettings(
         knowledge="none" if args.baseline else args.knowledge,
@@ -383,7 +389,7 @@ def evaluate(args: argparse.Namespace) -> None:
 )
 def compare(args: argparse.Namespace) -> None:
     """Reports the paired differences of two systems that `evaluate` measured on the same data."""
-    from modeling_vikdf.reports import compare as compare_reports
+    from modeling_vikdf.evaluation.reports import compare as compare_reports
 
     if len(args.reports) == 2 and not (args.a or args.b):
         a, b = args.reports[:1], args.reports[1:]
@@ -396,7 +402,7 @@ def compare(args: argparse.Namespace) -> None:
 
 @command(
     "ask what things look like, with and without knowledge",
-    option("--data", required=True, help="items, JSON Lines; see modeling_vikdf/probes.py"),
+    option("--data", required=True, help="items, JSON Lines; see modeling_vikdf/evaluation/probes.py"),
     option("--output", required=True, help="JSON file to write, with the scores of every item"),
     MODEL,
     option(
@@ -417,7 +423,7 @@ def probe(args: argparse.Namespace) -> None:
     """Asks what things look like, with the knowledge and without; prints the summary, writes every item's scores."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.backbones import load_model
-    from modeling_vikdf.probes import compare_probes, load_items, probe
+    from modeling_vikdf.evaluation.probes import compare_probes, load_items, probe
 
     templates, against = (
         json.loads(Path(name).read_text(encoding="utf-8")) if name else None for name in (args.templates, args.against)
@@ -520,7 +526,7 @@ def benchmark(args: argparse.Namespace) -> None:
 )
 def serve(args: argparse.Namespace) -> None:
     """Answers over HTTP, as OpenAI's chat API does, until it is told to end."""
-    from modeling_vikdf.server import serve
+    from modeling_vikdf.server.app import serve
 
     key = os.environ.get("VIKDF_API_KEY") if args.api_key is None else args.api_key
     limits = {"max_batch": args.max_batch, "max_queue": args.max_queue, "timeout": args.timeout}

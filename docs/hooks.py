@@ -19,7 +19,7 @@ SHOWN = (
     "examples/*",
     "configs/**/*.yaml",
     "hub_cards/vikdf.svg",
-    "modeling_vikdf/*.py",
+    "modeling_vikdf/**/*.py",
     "spaces_demo/space.webp",
 )
 

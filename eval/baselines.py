@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from modeling_vikdf.features import FeatureDataset
+from modeling_vikdf.data.features import FeatureDataset
+from modeling_vikdf.evaluation.retrieval import retrieval_intervals, retrieval_recall
 from modeling_vikdf.modeling_distillation import matching_loss
 from modeling_vikdf.modeling_iqformer import CLIP_LOGIT_SCALE
-from modeling_vikdf.retrieval import retrieval_intervals, retrieval_recall
 
 
 WARMUP = 0.1  # share of the steps

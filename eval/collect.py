@@ -20,8 +20,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from modeling_vikdf.probes import average_probes, compare_probes
-from modeling_vikdf.reports import compare
+from modeling_vikdf.evaluation.probes import average_probes, compare_probes
+from modeling_vikdf.evaluation.reports import compare
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,7 +15,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from modeling_vikdf.backbones import new_model
-from modeling_vikdf.reports import versions
+from modeling_vikdf.evaluation.reports import versions
 
 
 HERE = Path(__file__).parent

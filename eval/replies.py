@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import pipeline
 
 from modeling_vikdf.backbones import load_model
-from modeling_vikdf.evaluation import DECODING
+from modeling_vikdf.evaluation.dialogues import DECODING
 
 
 HERE = Path(__file__).parent

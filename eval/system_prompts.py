@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from modeling_vikdf import DEFAULT_CHECKPOINT
-from modeling_vikdf.evaluation import EvaluationSettings, evaluate_file
+from modeling_vikdf.evaluation.dialogues import EvaluationSettings, evaluate_file
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from modeling_vikdf import DEFAULT_CHECKPOINT
 from modeling_vikdf.backbones import load_model
-from modeling_vikdf.data import SkipReport, load_dialogues
-from modeling_vikdf.evaluation import (
+from modeling_vikdf.data.sources import SkipReport, load_dialogues
+from modeling_vikdf.evaluation.dialogues import (
     EvaluationSettings,
     compute_knowledge,
     evaluate_dialogues,
@@ -24,7 +24,7 @@ from modeling_vikdf.evaluation import (
     read_prefixes,
     score_candidates,
 )
-from modeling_vikdf.reports import versions
+from modeling_vikdf.evaluation.reports import versions
 
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from modeling_vikdf.cards import (
+from modeling_vikdf.cards.render import (
     FIGURE,
     render_dataset_card,
     render_eval_results,

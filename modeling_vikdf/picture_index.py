@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from .data import METADATA, SkipReport, load_image_text_pairs
+from .data.sources import METADATA, SkipReport, load_image_text_pairs
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import PICTURE_FORMATS, VikdfProcessor, read_picture
 

@@ -268,7 +268,7 @@ def _add_card(folder: Path, repo_id: str | None, results: Iterable[str | os.Path
         shutil.copyfile(path, folder / path.name)
     try:
         # the installed package has the templates; code loaded from the Hub leaves a repository its card
-        from modeling_vikdf.cards import FIGURE, render_model_card
+        from modeling_vikdf.cards.render import FIGURE, render_model_card
     except ImportError:
         return
     (folder / "README.md").write_text(render_model_card(folder, repo_id), encoding="utf-8")

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_models import tiny_config
 
-from modeling_vikdf import DEFAULT_CHECKPOINT, cards
-from modeling_vikdf.cards import (
+from modeling_vikdf import DEFAULT_CHECKPOINT
+from modeling_vikdf.cards import render as cards
+from modeling_vikdf.cards.render import (
     BACKBONES,
     DATA_SETS,
     FIGURE,

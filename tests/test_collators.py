@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_training import ALL, WORDS, dialogues, model_config, pairs, picture, processor
 from torch.utils.data import DataLoader
 
-from modeling_vikdf.collators import (
+from modeling_vikdf.data.collators import (
     CAPTION_INSTRUCTIONS,
     DRAW_INSTRUCTIONS,
     MAX_CAPTION,
@@ -21,7 +21,7 @@ from modeling_vikdf.collators import (
     PreTrainingCollator,
     align_at_knowledge,
 )
-from modeling_vikdf.data import SkipReport
+from modeling_vikdf.data.sources import SkipReport
 
 
 PLACEHOLDER = 400  # the id that processor() gives to knowledge

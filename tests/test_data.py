@@ -29,8 +29,8 @@ from PIL import Image
 from tiny_tokenizers import CHATML, qwen_tokenizer
 from torch.utils.data import DataLoader
 
-from modeling_vikdf import data
-from modeling_vikdf.data import SkipReport, expand_braces, load_dialogues, load_image_text_pairs
+from modeling_vikdf.data import sources as data
+from modeling_vikdf.data.sources import SkipReport, expand_braces, load_dialogues, load_image_text_pairs
 
 
 DATA = Path(os.environ.get("VIKDF_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))

@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 import modeling_vikdf
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfForPreTraining
-from modeling_vikdf.collators import DialogueCollator, PreTrainingCollator
+from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
 from modeling_vikdf.modeling_distillation import (
     cells_to_pixels,
     masked_image_loss,
@@ -24,7 +24,7 @@ from modeling_vikdf.modeling_distillation import (
     text_to_knowledge_loss,
 )
 from modeling_vikdf.modeling_vikdf import reply_loss
-from modeling_vikdf.training import freeze_unused
+from modeling_vikdf.training.trainer import freeze_unused
 
 
 # ---- the loss functions ----
@@ -487,7 +487,7 @@ def test_prefix_without_gradient_is_exact(llm, objective, aligned, worth_sharing
     monkeypatch.setattr(modeling_vikdf.modeling_vikdf, "WORTH_SHARING", worth_sharing)
     model = pretraining_model({objective: 1.0}, llm=llm, knowledge_token_id=processor(llm).knowledge_token_id)
     if not aligned:
-        monkeypatch.setattr("modeling_vikdf.collators.align_at_knowledge", lambda batch, processor: batch)
+        monkeypatch.setattr("modeling_vikdf.data.collators.align_at_knowledge", lambda batch, processor: batch)
     examples = pairs(4)
     for row, example in enumerate(examples):  # rows of very different lengths
         example["captions"] = [" ".join(example["captions"][0].split() * (1 + 3 * row))]
@@ -518,7 +518,7 @@ def test_what_all_dialogues_begin_with_is_read_once(llm, monkeypatch):
     batch = DialogueCollator(reader)(dialogues(4))
     # the same loss and gradients as from prompts that are padded on the left and read in every row
     with monkeypatch.context() as context:
-        context.setattr("modeling_vikdf.collators.align_at_knowledge", lambda batch, processor: batch)
+        context.setattr("modeling_vikdf.data.collators.align_at_knowledge", lambda batch, processor: batch)
         padded = DialogueCollator(reader)(dialogues(4))
     assert not padded["attention_mask"][:, 0].all() and "position_ids" not in padded
     read, run = [], model.language_model.base_model.forward

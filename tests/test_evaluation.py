@@ -25,11 +25,12 @@ from test_cli import PACKAGE_ROOT, fails, run
 from tiny_tokenizers import CHATML_WITH_GENERATION, LLAMA_WITH_GENERATION
 from tiny_training import WORDS, dialogue_model, processor
 
-from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor, evaluation
+from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
 from modeling_vikdf.cli import main
-from modeling_vikdf.collators import DialogueCollator
-from modeling_vikdf.data import SkipReport, load_dialogues
-from modeling_vikdf.evaluation import (
+from modeling_vikdf.data.collators import DialogueCollator
+from modeling_vikdf.data.sources import SkipReport, load_dialogues
+from modeling_vikdf.evaluation import dialogues as evaluation
+from modeling_vikdf.evaluation.dialogues import (
     FEWEST_TO_SHRINK,
     EvaluationSettings,
     Journal,
@@ -44,8 +45,8 @@ from modeling_vikdf.evaluation import (
     score_candidates,
     work_through,
 )
+from modeling_vikdf.evaluation.reports import compare
 from modeling_vikdf.metrics import bleu, distinct, embedding_similarity, rouge_l
-from modeling_vikdf.reports import compare
 
 
 COUNT = 14
@@ -524,7 +525,7 @@ def test_a_killed_evaluation_goes_on(checkpoint, data, tmp_path):
     choice, output = EvaluationSettings(batch_size=4, ranking=False), tmp_path / "report.json"
     script = f"""
 import os, signal
-from modeling_vikdf import evaluation
+from modeling_vikdf.evaluation import dialogues as evaluation
 
 write = evaluation.Journal._write
 def write_and_die(self, lines):

@@ -18,9 +18,10 @@ from tiny_models import TOWERS, tiny_model
 from tiny_tokenizers import bert_tokenizer, clip_like_tokenizer, image_processor, llama_tokenizer
 from torch.utils.data import DataLoader
 
-from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor, features
-from modeling_vikdf.data import SkipReport
-from modeling_vikdf.features import FeatureDataset, cache_features
+from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
+from modeling_vikdf.data import features
+from modeling_vikdf.data.features import FeatureDataset, cache_features
+from modeling_vikdf.data.sources import SkipReport
 
 
 CAPTIONS = [

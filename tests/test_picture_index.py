@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration
 from modeling_vikdf.cli import main
-from modeling_vikdf.data import SkipReport
+from modeling_vikdf.data.sources import SkipReport
 from modeling_vikdf.picture_index import INDEX_NAME, PictureIndex, fingerprint, load_pictures
 from modeling_vikdf.processing_vikdf import read_picture
 

@@ -9,10 +9,10 @@ import torch
 from conftest import build_from
 from tiny_training import dialogue_model, processor
 
-from modeling_vikdf import probes
 from modeling_vikdf.cli import main
-from modeling_vikdf.evaluation import KNOWLEDGE_ARMS
-from modeling_vikdf.probes import (
+from modeling_vikdf.evaluation import probes
+from modeling_vikdf.evaluation.dialogues import KNOWLEDGE_ARMS
+from modeling_vikdf.evaluation.probes import (
     Question,
     average_probes,
     choice_log_likelihoods,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from modeling_vikdf.evaluation.reports import compare, load_word_vectors, summarise
 from modeling_vikdf.metrics import bleu, bleu_statistics, distinct
-from modeling_vikdf.reports import compare, load_word_vectors, summarise
 
 
 # ---- metrics ----

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_vikdf.resampling import bootstrap_counts, bootstrap_interval, holm, paired_randomisation
+from modeling_vikdf.evaluation.statistics import bootstrap_counts, bootstrap_interval, holm, paired_randomisation
 
 
 def test_interval_of_a_mean():

@@ -12,9 +12,10 @@ from PIL import Image
 from tiny_models import TOWERS, tiny_model
 from tiny_tokenizers import bert_tokenizer, clip_like_tokenizer, image_processor, llama_tokenizer
 
-from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor, retrieval
-from modeling_vikdf.features import cache_features
-from modeling_vikdf.retrieval import embed_pairs, evaluate_retrieval, retrieval_intervals, retrieval_recall
+from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
+from modeling_vikdf.data.features import cache_features
+from modeling_vikdf.evaluation import retrieval
+from modeling_vikdf.evaluation.retrieval import embed_pairs, evaluate_retrieval, retrieval_intervals, retrieval_recall
 
 
 DIRECTIONS = ("text_to_image", "image_to_text")

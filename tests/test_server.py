@@ -32,8 +32,8 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from modeling_vikdf import server  # noqa: E402
-from modeling_vikdf.server import create_app, encode_prompt_embeddings, prompt_embeddings  # noqa: E402
+from modeling_vikdf.server import app as server  # noqa: E402
+from modeling_vikdf.server.app import create_app, encode_prompt_embeddings, prompt_embeddings  # noqa: E402
 
 
 LOAD_SERVER = runpy.run_path(Path(modeling_vikdf.__file__).parents[1] / "eval" / "load_server.py")

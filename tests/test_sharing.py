@@ -62,9 +62,9 @@ import modeling_vikdf
 from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfProcessor
 from modeling_vikdf.backbones import BackboneNotFoundError, new_model
 from modeling_vikdf.cli import main
-from modeling_vikdf.collators import DialogueCollator
+from modeling_vikdf.data.collators import DialogueCollator
 from modeling_vikdf.sharing import export, push_to_hub
-from modeling_vikdf.training import VikdfTrainer, VikdfTrainingArguments
+from modeling_vikdf.training.trainer import VikdfTrainer, VikdfTrainingArguments
 
 
 PACKAGE_ROOT = Path(modeling_vikdf.__file__).parents[1]

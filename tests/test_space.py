@@ -23,7 +23,7 @@ from tiny_models import tiny_model
 from transformers import GenerationConfig, pipeline
 
 from modeling_vikdf import DEFAULT_CHECKPOINT
-from modeling_vikdf.cards import render_space_readme
+from modeling_vikdf.cards.render import render_space_readme
 from modeling_vikdf.picture_index import Match, PictureIndex
 
 

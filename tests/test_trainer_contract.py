@@ -27,10 +27,11 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
-from modeling_vikdf import VikdfForConditionalGeneration, modeling_distillation, modeling_vikdf, training
-from modeling_vikdf.collators import DialogueCollator, PreTrainingCollator
+from modeling_vikdf import VikdfForConditionalGeneration, modeling_distillation, modeling_vikdf
+from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
 from modeling_vikdf.modeling_backbones import CACHE
-from modeling_vikdf.training import VikdfTrainer, VikdfTrainingArguments
+from modeling_vikdf.training import trainer as training
+from modeling_vikdf.training.trainer import VikdfTrainer, VikdfTrainingArguments
 
 
 def enable_checkpointing(model: nn.Module, **kwargs) -> None:

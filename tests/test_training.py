@@ -34,9 +34,15 @@ from transformers import TrainerCallback
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
 from modeling_vikdf.cli import main
-from modeling_vikdf.collators import DialogueCollator
-from modeling_vikdf.data import load_image_text_pairs
-from modeling_vikdf.training import VikdfTrainer, VikdfTrainingArguments, freeze_unused, last_checkpoint, run_stage
+from modeling_vikdf.data.collators import DialogueCollator
+from modeling_vikdf.data.sources import load_image_text_pairs
+from modeling_vikdf.training.trainer import (
+    VikdfTrainer,
+    VikdfTrainingArguments,
+    freeze_unused,
+    last_checkpoint,
+    run_stage,
+)
 
 
 # ---- a batch in parts ----
@@ -363,7 +369,7 @@ def test_each_epoch_has_every_pair_once_in_another_order_masked_anew(kind, shard
 
 def test_processes_share_a_stream_without_repeats(shards, tmp_path):
     """Each process reads its own shards where these go round, and its own examples where they do not."""
-    from modeling_vikdf.training import _Endless
+    from modeling_vikdf.training.trainer import _Endless
 
     for files in (shards, shards[:1]):
         parts = []
@@ -376,7 +382,7 @@ def test_processes_share_a_stream_without_repeats(shards, tmp_path):
 
 
 def test_nothing_to_read_ends(tmp_path):
-    from modeling_vikdf.training import _Endless
+    from modeling_vikdf.training.trainer import _Endless
 
     assert list(_Endless([])) == []
 
@@ -743,7 +749,7 @@ def test_objectives_and_throughput_are_logged(tmp_path):
 
 
 def test_throughput_counts_pairs_and_real_tokens_but_neither_evaluations_nor_saves(tmp_path, monkeypatch):
-    import modeling_vikdf.training as training
+    import modeling_vikdf.training.trainer as training
 
     clock = [0.0]
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
@@ -1015,7 +1021,7 @@ def test_recipes_that_cannot_be_meant(stage, change, message, tmp_path):
 
 
 def test_recipes_of_the_repository_are_understood():
-    from modeling_vikdf.training import _check_recipe
+    from modeling_vikdf.training.trainer import _check_recipe
 
     recipes = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
     recipes = [path for path in recipes if path.parent.name != "accelerate" and path.name != "study.yaml"]
@@ -1032,7 +1038,7 @@ def test_recipes_of_the_repository_are_understood():
 
 
 def test_a_missing_tracker_is_told_before_any_data_are_read(tmp_path, monkeypatch):
-    import modeling_vikdf.training as training
+    import modeling_vikdf.training.trainer as training
 
     monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: [])
     monkeypatch.setattr(training, "load_image_text_pairs", lambda *args, **kwargs: pytest.fail("data were read"))
@@ -1056,7 +1062,7 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     import argparse
     import importlib.util
 
-    from modeling_vikdf.training import _check_recipe
+    from modeling_vikdf.training.trainer import _check_recipe
 
     root = Path(__file__).parents[1]
     spec = importlib.util.spec_from_file_location("study", root / "eval" / "study.py")
@@ -1137,7 +1143,7 @@ def test_corrupt_images_and_a_truncated_shard_are_skipped_and_told(backbones, tm
     }
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        from modeling_vikdf.collators import PreTrainingCollator
+        from modeling_vikdf.data.collators import PreTrainingCollator
 
         collate = PreTrainingCollator.__call__
         patch.setattr(

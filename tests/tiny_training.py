@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import logging
 
 from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
-from modeling_vikdf.collators import DialogueCollator, PreTrainingCollator
-from modeling_vikdf.training import VikdfTrainer, VikdfTrainingArguments
+from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
+from modeling_vikdf.training.trainer import VikdfTrainer, VikdfTrainingArguments
 
 
 WORDS = "a dog runs on the beach two people walk with red umbrellas in rain under blue mountains".split()

@@ -11,7 +11,7 @@ from tiny_models import prompt, tiny_config
 from tiny_training import ALL, model_config, pairs, processor
 
 from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfForPreTraining
-from modeling_vikdf.collators import PreTrainingCollator
+from modeling_vikdf.data.collators import PreTrainingCollator
 
 
 modeling = suite("test_modeling_common")

@@ -25,11 +25,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .evaluation import KNOWLEDGE_ARMS, arm_knowledge, select_rows
-from .modeling_backbones import CACHE
-from .modeling_vikdf import VikdfForConditionalGeneration
-from .processing_vikdf import VikdfProcessor
-from .resampling import bootstrap_interval, paired_randomisation
+from ..modeling_backbones import CACHE
+from ..modeling_vikdf import VikdfForConditionalGeneration
+from ..processing_vikdf import VikdfProcessor
+from .dialogues import KNOWLEDGE_ARMS, arm_knowledge, select_rows
+from .statistics import bootstrap_interval, paired_randomisation
 
 
 # Relation -> questions, beginnings of the reply, and the text that evokes the knowledge (the first is used). X is the

@@ -34,13 +34,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
-from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
+from ..configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 
 
 # A wheel holds hub_cards/ inside the package; in a checkout, also one that is installed editable, it is beside it.
 TEMPLATES = next(
     place
-    for place in (Path(__file__).with_name("hub_cards"), Path(__file__).parents[1] / "hub_cards")
+    for place in (Path(__file__).parents[1] / "hub_cards", Path(__file__).parents[2] / "hub_cards")
     if place.is_dir()
 )
 FIGURE = TEMPLATES / "vikdf.svg"  # a model card shows it and expects it beside itself

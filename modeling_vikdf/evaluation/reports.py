@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .environment import versions
-from .metrics import (
+from ..environment import versions
+from ..metrics import (
     bleu_from_statistics,
     bleu_statistics,
     distinct_from_statistics,
@@ -24,7 +24,7 @@ from .metrics import (
     rouge_l_items,
     tokenize,
 )
-from .resampling import (
+from .statistics import (
     CHUNK,
     RANDOMISATIONS,
     bootstrap_counts,

@@ -41,15 +41,15 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .backbones import half_precision_is_slow, new_model, require_model, widen_slow_half_precision
-from .collators import DialogueCollator, JointCollator, PreTrainingCollator
-from .configuration_vikdf import BACKBONE_CONFIGS, OBJECTIVES, VikdfConfig
-from .data import SkipReport, load_dialogues, load_image_text_pairs
-from .features import FeatureDataset, cache_features
-from .modeling_distillation import MATCHING, TOKENS, VikdfForPreTraining, cells_to_pixels
-from .modeling_vikdf import VikdfForConditionalGeneration
-from .processing_vikdf import VikdfProcessor
-from .sharing import push_to_hub
+from ..backbones import half_precision_is_slow, new_model, require_model, widen_slow_half_precision
+from ..configuration_vikdf import BACKBONE_CONFIGS, OBJECTIVES, VikdfConfig
+from ..data.collators import DialogueCollator, JointCollator, PreTrainingCollator
+from ..data.features import FeatureDataset, cache_features
+from ..data.sources import SkipReport, load_dialogues, load_image_text_pairs
+from ..modeling_distillation import MATCHING, TOKENS, VikdfForPreTraining, cells_to_pixels
+from ..modeling_vikdf import VikdfForConditionalGeneration
+from ..processing_vikdf import VikdfProcessor
+from ..sharing import push_to_hub
 
 
 logger = logging.get_logger(__name__)
@@ -896,7 +896,7 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     trainer.save_model()
     metrics = _last_evaluation(trainer) if validation is not None else {}
     if args.should_save:
-        from .cards import write_history
+        from ..cards.render import write_history
 
         sections = {section: settings for section, settings in recipe.items() if settings}
         write_history({"stage": stage, **sections}, args.output_dir, checkpoint)

@@ -28,9 +28,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .data import SkipReport, decode_pair
-from .modeling_vikdf import VikdfForConditionalGeneration
-from .processing_vikdf import VikdfProcessor, encode_truncated, read_picture
+from ..modeling_vikdf import VikdfForConditionalGeneration
+from ..processing_vikdf import VikdfProcessor, encode_truncated, read_picture
+from .sources import SkipReport, decode_pair
 
 
 logger = logging.get_logger(__name__)

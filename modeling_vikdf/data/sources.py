@@ -37,8 +37,8 @@ import fsspec
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
-from .backbones import may_be_on_hub
-from .processing_vikdf import MAX_PICTURE_BYTES, read_file, read_picture
+from ..backbones import may_be_on_hub
+from ..processing_vikdf import MAX_PICTURE_BYTES, read_file, read_picture
 
 
 logger = logging.get_logger(__name__)

@@ -45,9 +45,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from . import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
-from .backbones import load_model
-from .processing_vikdf import read_picture
+from .. import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
+from ..backbones import load_model
+from ..processing_vikdf import read_picture
 
 
 logger = logging.getLogger(__name__)

@@ -34,14 +34,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig
 
-from .backbones import load_model
-from .collators import align_at_knowledge
-from .data import SkipReport, load_dialogues
-from .modeling_backbones import CACHE
-from .modeling_vikdf import VikdfForConditionalGeneration
-from .processing_vikdf import IGNORED, VikdfProcessor
+from ..backbones import load_model
+from ..data.collators import align_at_knowledge
+from ..data.sources import SkipReport, load_dialogues
+from ..modeling_backbones import CACHE
+from ..modeling_vikdf import VikdfForConditionalGeneration
+from ..processing_vikdf import IGNORED, VikdfProcessor
 from .reports import summarise, versions
-from .resampling import bootstrap_interval, number_labels
+from .statistics import bootstrap_interval, number_labels
 
 
 KNOWLEDGE_ARMS = ("own", "shuffled", "mean", "none")
@@ -586,7 +586,7 @@ def save_shrunk(
     stage: dict[str, Any],
 ) -> None:
     """Saves a model whose knowledge was shrunk, with how it was trained: the recipes of its source, and this stage."""
-    from .cards import write_history
+    from ..cards.render import write_history
 
     model.save_pretrained(output)
     processor.save_pretrained(output)

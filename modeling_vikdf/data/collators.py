@@ -1,0 +1,474 @@
+"""Examples -> batches: masks, prompts and labels for every objective, drawn from the example's key and nothing else.
+
+What is random about an example (which caption, which cells and tokens are masked, which instruction) is a function of
+the seed, the epoch and the example's key. So a run that was interrupted draws what it would have drawn, whatever the
+number of workers or processes, and evaluation, which stays in epoch 0, always sees the same masks.
+"""
+
+import copy
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..configuration_vikdf import VikdfConfig
+from ..processing_vikdf import VikdfProcessor
+from .features import tokenize_captions
+from .sources import SkipReport
+
+
+logger = logging.get_logger(__name__)
+
+
+# What the LLM is asked for in knowledge -> text, and told in text -> knowledge.
+CAPTION_INSTRUCTIONS = (
+    "Describe the picture in one sentence.",
+    "What does the picture show?",
+    "What can be seen here?",
+    "Say briefly what is in this image.",
+    "Write a short caption for this photograph.",
+    "Tell me what you see.",
+    "Give a one-line description of the scene.",
+    "What is happening in this picture?",
+    "Put this image into words.",
+    "Summarise the photograph in a sentence.",
+    "How would you caption this?",
+)
+DRAW_INSTRUCTIONS = (
+    "Picture this scene:",
+    "Imagine a photograph of this:",
+    "Draw what is described here:",
+    "Make a picture of the following:",
+    "See this before your eyes:",
+    "Paint this scene:",
+)
+
+MASKED_CELL = 28  # pixels: the side of the cells in which pictures are masked (Xie et al. 2022 mask 32-px cells)
+MASKED_CELLS, VISIBLE_CELLS = 0.6, 0.2  # share of cells scored; share of those left visible
+MASKED_TOKENS, VISIBLE_TOKENS = 0.15, 0.2  # share of tokens scored; share of those left as they are
+MAX_CAPTION = 1000  # characters of a caption that the LLM reads; the text encoder cuts for itself
+
+
+def _generator(seed: int, epoch: int, key: str) -> random.Random:
+    return random.Random(f"{seed}/{epoch}/{key}")
+
+
+class _Collator:
+    """Knows the epoch, in memory shared with the DataLoader's workers, which may outlive it."""
+
+    def __init__(self):
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of examples that do not bring their own as `example["epoch"]`."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def for_evaluation(self) -> "_Collator":
+        """A collator like this one that stays in epoch 0 whatever happens to this one."""
+        collator = copy.copy(self)
+        collator._epoch = torch.zeros((), dtype=torch.long)
+        return collator
+
+
+class PreTrainingCollator(_Collator):
+    """
+    Image-text pairs -> the inputs of `VikdfForPreTraining.forward` that its objectives of positive weight need.
+
+    Args:
+        processor: tokenizers, image processor, prompts.
+        config: says which objectives have weight.
+        seed: of all that is drawn.
+        masked_share: share of the examples that take part in the two masked objectives (the costly ones: each needs
+            the encoder again, on masked input).
+        image_knowledge_share: share of the rows whose BVIF knowledge is the picture's instead of the text's.
+        other_caption: whether the LLM's target is another caption of the picture than the one its knowledge is from,
+            where there is another.
+        caption_as_picture: a control without pictures: in the place of a picture's states, the cached ones of another
+            of its captions, resampled to their number. Needs encoders of equal width.
+    """
+
+    def __init__(
+        self,
+        processor: VikdfProcessor,
+        config: VikdfConfig,
+        *,
+        seed: int = 0,
+        masked_share: float = 1.0,
+        image_knowledge_share: float = 0.0,
+        other_caption: bool = False,
+        caption_as_picture: bool = False,
+    ):
+        super().__init__()
+        for name, share in (("masked_share", masked_share), ("image_knowledge_share", image_knowledge_share)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share}.")
+        if not masked_share and (config.loss_weights["masked_image"] or config.loss_weights["masked_text"]):
+            raise ValueError("masked_share=0 leaves nothing to masked_image and masked_text: set their weights to 0.")
+        self.processor, self.config, self.seed = processor, config, seed
+        self.masked_share, self.image_knowledge_share = masked_share, image_knowledge_share
+        self.other_caption, self.caption_as_picture = other_caption, caption_as_picture
+        tokenizer = processor.context_tokenizer
+        self.mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
+        if config.loss_weights["masked_text"] and self.mask_id is None:
+            raise ValueError("masked_text needs a mask or unknown token, and the context tokenizer has neither.")
+        # text -> knowledge wants the knowledge behind the text, wherever dialogues put it
+        self.draw_processor = copy.copy(processor)
+        self.draw_processor.knowledge_message, self.draw_processor.knowledge_placement = "last_user", "end"
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            examples: `{"key", "captions"}` with `"image"` (PIL), or with the cached `"vision_states"` [S, d],
+                `"context_states"` (one [T, d] for each caption) and `"context_input_ids"`; masked image modelling
+                needs the image in either case (PIL, or the content of its file).
+        """
+        weights = self.config.loss_weights
+        draws = [_generator(self.seed, example.get("epoch", self.epoch), example["key"]) for example in examples]
+        masked = 0
+        if weights["masked_image"] or weights["masked_text"]:
+            examples, draws, masked = self._masked_first(examples, draws)
+        chosen = [draw.randrange(len(example["captions"])) for draw, example in zip(draws, examples, strict=True)]
+        batch = self._captions("context", examples, chosen)
+        if weights["text_text_matching"]:
+            partners = [
+                _another(i, len(example["captions"]), draw)
+                for example, i, draw in zip(examples, chosen, draws, strict=True)
+            ]
+            batch |= self._captions("partner", examples, partners)
+        if self.caption_as_picture:
+            examples = [self._pictured_by_a_caption(*row) for row in zip(examples, chosen, draws, strict=True)]
+        batch |= self._pictures(examples, masked)
+        # of none that was drawn the first row goes the same way, with nothing to score: what runs in a step must not
+        # depend on chance, because processes that hold a model in shards wait for one another
+        rows, drawn = draws[: max(masked, 1)], masked > 0
+        if weights["masked_image"]:
+            batch |= self._masked_cells(rows, batch["pixel_values"].shape[-1], drawn)
+        if weights["masked_text"]:
+            batch |= self._masked_tokens(rows, batch, drawn)
+        if weights["knowledge_to_text"]:
+            batch |= self._caption_prompts(examples, chosen, draws)
+        if weights["text_to_knowledge"]:
+            batch |= self._draw_prompts(examples, chosen, draws)
+        if self.uses_image_knowledge:
+            batch["use_image_knowledge"] = torch.tensor([draw.random() < self.image_knowledge_share for draw in draws])
+        return batch
+
+    @property
+    def uses_pictures(self) -> bool:
+        """Whether pictures become knowledge, or are masked."""
+        weights = self.config.loss_weights
+        pictured = weights["text_image_matching"] or weights["masked_image"] or weights["masked_text"]
+        return bool(pictured or self.uses_image_knowledge)
+
+    @property
+    def uses_image_knowledge(self) -> bool:
+        """Whether the LLM gets to know of the picture in some rows."""
+        weights = self.config.loss_weights
+        return bool(self.image_knowledge_share and (weights["knowledge_to_text"] or weights["text_to_knowledge"]))
+
+    def _masked_first(self, examples: list[dict], draws: list[random.Random]) -> tuple[list, list, int]:
+        """The rows that take part in the masked objectives before the others, and their number."""
+        masked = [draw.random() < self.masked_share for draw in draws]
+        order = sorted(range(len(masked)), key=lambda row: not masked[row])
+        return [examples[row] for row in order], [draws[row] for row in order], sum(masked)
+
+    def _captions(self, role: str, examples: list[dict], chosen: list[int]) -> dict[str, torch.Tensor]:
+        """The chosen caption of each example, as `role`'s ids, mask and, where they are cached, states."""
+        tokenizer = self.processor.context_tokenizer
+        if "context_input_ids" in examples[0]:
+            ids = [example["context_input_ids"][i] for example, i in zip(examples, chosen, strict=True)]
+        else:
+            captions = [example["captions"][i] for example, i in zip(examples, chosen, strict=True)]
+            ids = tokenize_captions(self.processor, captions)
+        batch = {
+            f"{role}_input_ids": _pad_right(ids, tokenizer.pad_token_id),  # [B, T]
+            f"{role}_attention_mask": _pad_right([torch.ones_like(row) for row in ids], 0),
+        }
+        if "context_states" in examples[0]:
+            states = [example["context_states"][i] for example, i in zip(examples, chosen, strict=True)]
+            batch[f"{role}_states"] = _pad_right(states, 0.0)  # [B, T, d]
+        return batch
+
+    def _pictured_by_a_caption(self, example: dict, chosen: int, draw: random.Random) -> dict:
+        if "context_states" not in example or len(example["captions"]) < 2:
+            raise ValueError("caption_as_picture needs a feature cache and at least two captions of every picture.")
+        other = example["context_states"][_another(chosen, len(example["captions"]), draw)]  # [T, d]
+        rows = torch.linspace(0, len(other) - 1, len(example["vision_states"])).round().long()  # [S]
+        return {**example, "vision_states": other[rows]}
+
+    def _pictures(self, examples: list[dict], masked: int) -> dict[str, torch.Tensor]:
+        weights = self.config.loss_weights
+        batch, needed = {}, []
+        if weights["text_image_matching"] or weights["masked_text"] or self.uses_image_knowledge:
+            if "vision_states" in examples[0]:
+                batch["vision_states"] = torch.stack([example["vision_states"] for example in examples])  # [B, S, d]
+            else:
+                needed = examples
+        if weights["masked_image"] and not needed:
+            needed = examples[: max(masked, 1)]
+        if needed:
+            if "image" not in needed[0]:
+                raise ValueError(
+                    "masked_image needs the pictures themselves, and the examples only have the encoder's states: "
+                    "give FeatureDataset the images."
+                )
+            batch["pixel_values"] = self.processor.pixel_values(example["image"] for example in needed)
+        return batch
+
+    def _masked_cells(self, draws: list[random.Random], size: int, drawn: bool) -> dict[str, torch.Tensor]:
+        cells = max(size // MASKED_CELL, 1) ** 2
+        scored, hidden = torch.zeros(2, len(draws), cells, dtype=torch.bool)
+        for row, draw in enumerate(draws if drawn else ()):
+            order = torch.tensor(draw.sample(range(cells), _round(MASKED_CELLS * cells, draw)), dtype=torch.long)
+            scored[row, order] = True
+            hidden[row, order[_round(VISIBLE_CELLS * len(order), draw) :]] = True
+        return {"masked_cells": scored, "hidden_cells": hidden}
+
+    def _masked_tokens(
+        self, draws: list[random.Random], batch: dict[str, torch.Tensor], drawn: bool
+    ) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.context_tokenizer
+        ids = batch["context_input_ids"][: len(draws)].clone()
+        labels = torch.full_like(ids, -100)
+        special = set(tokenizer.all_special_ids)
+        for row, draw in enumerate(draws if drawn else ()):
+            for column, token in enumerate(ids[row].tolist()):
+                if token not in special and draw.random() < MASKED_TOKENS:
+                    labels[row, column] = token
+                    if draw.random() >= VISIBLE_TOKENS:
+                        ids[row, column] = self.mask_id
+        return {"masked_input_ids": ids, "masked_labels": labels}
+
+    def _caption_prompts(self, examples: list[dict], chosen: list[int], draws: list[random.Random]) -> dict:
+        chats = []
+        for example, i, draw in zip(examples, chosen, draws, strict=True):
+            captions, instruction = example["captions"], draw.choice(CAPTION_INSTRUCTIONS)
+            if self.other_caption:
+                i = _another(i, len(captions), draw)
+            caption = self._readable(captions[i])
+            chats.append([{"role": "user", "content": instruction}, {"role": "assistant", "content": caption}])
+        inputs = self.processor(chats, return_labels=True)
+        return align_at_knowledge(
+            {key: inputs[key] for key in ("input_ids", "attention_mask", "labels")}, self.processor
+        )
+
+    def _draw_prompts(self, examples: list[dict], chosen: list[int], draws: list[random.Random]) -> dict:
+        chats = [
+            [{"role": "user", "content": f"{draw.choice(DRAW_INSTRUCTIONS)} {self._readable(example['captions'][i])}"}]
+            for example, i, draw in zip(examples, chosen, draws, strict=True)
+        ]
+        inputs = self.draw_processor(chats)
+        # what the template writes behind the knowledge is not needed, and is the same in every row
+        last = (inputs["input_ids"] == self.processor.knowledge_token_id).any(0).nonzero()[-1]
+        cut = {key: inputs[key][:, : last + 1] for key in ("input_ids", "attention_mask")}
+        return {f"draw_{key}": value for key, value in align_at_knowledge(cut, self.processor).items()}
+
+    def _readable(self, caption: str) -> str:
+        """What the LLM may read of a caption."""
+        return caption[:MAX_CAPTION].strip() or "..."
+
+
+class DialogueCollator(_Collator):
+    """
+    Dialogues `{"messages": [...]}` that end in a reply -> the inputs of `VikdfForConditionalGeneration.forward`.
+
+    A dialogue that no prompt can be made of (its newest turn is too long, say) is skipped and reported: its row is
+    there, but nothing of it is learnt.
+
+    Args:
+        processor: writes prompts, contexts and labels.
+        max_length: most tokens of a prompt with its replies; older turns are left out.
+        earlier_replies: whether replies in front of the knowledge are learnt too. The knowledge cannot change them,
+            so they only teach an LLM that is itself trained (LoRA).
+        hide_context: share of the dialogues, each time others, of which the LLM reads the newest turn alone while the
+            knowledge is drawn from all of them; so the knowledge can tell it something. None in an evaluation.
+        posterior_share: share of the dialogues, each time others, whose knowledge has read the reply as well: the
+            posterior that the prior, knowledge of the context alone, stands in for. None in an evaluation.
+        seed: of these draws.
+        report: gets to know what is skipped; by default it is logged alone.
+    """
+
+    uses_pictures = False  # a picture in a dialogue is read, but does not train the projection of pictures
+
+    # stands for a dialogue that is skipped
+    STUB = ({"role": "user", "content": "..."}, {"role": "assistant", "content": "..."})
+
+    def __init__(
+        self,
+        processor: VikdfProcessor,
+        *,
+        max_length: int | None = None,
+        earlier_replies: bool = False,
+        hide_context: float = 0.0,
+        posterior_share: float = 0.0,
+        seed: int = 0,
+        report: SkipReport | None = None,
+    ):
+        super().__init__()
+        for name, share in (("hide_context", hide_context), ("posterior_share", posterior_share)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share}.")
+        self.processor, self.max_length, self.earlier_replies = processor, max_length, earlier_replies
+        self.hide_context, self.posterior_share = hide_context, posterior_share
+        self.seed, self.report = seed, report
+
+    def for_evaluation(self) -> "DialogueCollator":
+        """A collator like this one that hides nothing and whose knowledge reads no reply."""
+        collator = super().for_evaluation()
+        collator.hide_context = collator.posterior_share = 0.0
+        return collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """-> `input_ids`, `attention_mask`, `labels` [B, T]; `context_input_ids`, `context_attention_mask` [B, C]."""
+        chats = [example["messages"] for example in examples]
+        draws = [_generator(self.seed, self.epoch, example.get("key", "")) for example in examples]
+        hidden = [draw.random() < self.hide_context for draw in draws]
+        posterior = [draw.random() < self.posterior_share for draw in draws]
+        skipped = []
+        try:
+            inputs = self._read(chats)
+        except (TypeError, ValueError):
+            for row, example in enumerate(examples):
+                try:
+                    self._read(chats[row : row + 1])
+                except (TypeError, ValueError) as error:
+                    chats[row] = list(self.STUB)
+                    skipped.append(row)
+                    self._skip(str(example.get("key", row)), str(error).removeprefix("row 0: "))
+            inputs = self._read(chats)
+        inputs = dict(inputs)
+        if any(hidden):  # the contexts of whole dialogues stay
+            newest = [_newest_turn(chat) if hide else chat for chat, hide in zip(chats, hidden, strict=True)]
+            prompts = self._read(newest)
+            inputs |= {key: prompts[key] for key in ("input_ids", "attention_mask", "labels")}
+        if any(posterior):  # the prompts stay
+            known = [_with_reply(chat) if reads else chat for chat, reads in zip(chats, posterior, strict=True)]
+            contexts = self._read(known)
+            inputs |= {key: contexts[key] for key in ("context_input_ids", "context_attention_mask")}
+        batch = align_at_knowledge(inputs, self.processor)
+        batch["labels"][skipped] = -100
+        if not self.earlier_replies:
+            knowledge = (batch["input_ids"] == self.processor.knowledge_token_id).any(0).int().argmax()
+            batch["labels"][:, :knowledge] = -100
+        return batch
+
+    def _read(self, chats: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        return self.processor(chats, return_labels=True, max_length=self.max_length)
+
+    def _skip(self, key: str, reason: str) -> None:
+        if self.report is not None:
+            self.report.add("unusable dialogue", key, reason)
+        else:
+            logger.warning(f"Skipped the dialogue {key}: {reason}")
+
+
+class JointCollator(_Collator):
+    """
+    Text dialogues, and beside each a captioned picture, so that dialogues do not undo what pictures taught.
+
+    Args:
+        dialogues, pairs: collate either kind.
+        pictures: the image-text pairs (map-style); which of them goes with a dialogue is drawn anew in every epoch.
+        validation_pictures: those to evaluate with.
+    """
+
+    def __init__(
+        self,
+        dialogues: DialogueCollator,
+        pairs: PreTrainingCollator,
+        pictures: Sequence[dict[str, Any]],
+        validation_pictures: Sequence[dict[str, Any]] | None = None,
+    ):
+        super().__init__()
+        self.dialogues, self.pairs = dialogues, pairs
+        self.pictures, self.validation_pictures = pictures, validation_pictures
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Dialogues -> the inputs of `VikdfForPreTraining.forward`, their own under `dialogues`."""
+        drawn = []
+        for example in examples:
+            draw = _generator(self.pairs.seed, self.epoch, example["key"])
+            drawn.append({**self.pictures[draw.randrange(len(self.pictures))], "epoch": self.epoch})
+        self.dialogues.epoch = self.epoch
+        return {**self.pairs(drawn), "dialogues": self.dialogues(examples)}
+
+    def for_evaluation(self) -> "JointCollator":
+        """A collator of the other pictures that stays in epoch 0 and hides nothing."""
+        collator = super().for_evaluation()
+        collator.pictures = self.validation_pictures
+        collator.dialogues = self.dialogues.for_evaluation()
+        return collator
+
+    @property
+    def uses_pictures(self) -> bool:
+        """Whether the pictures themselves become knowledge, or are masked."""
+        return self.pairs.uses_pictures
+
+
+def _newest_turn(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat from its last user turn on, and the system message if it has one."""
+    last = max(index for index, message in enumerate(chat) if message["role"] == "user")
+    return [message for message in chat[:1] if message["role"] == "system"] + list(chat[last:])
+
+
+def _with_reply(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat with what follows the last user turn also at that turn's end, where a context ends."""
+    last = max(index for index, message in enumerate(chat) if message["role"] == "user")
+    said = "\n".join(message["content"] for message in chat[last:])
+    return [*chat[:last], {**chat[last], "content": said}, *chat[last + 1 :]]
+
+
+def align_at_knowledge(batch: dict[str, torch.Tensor], processor: VikdfProcessor) -> dict[str, torch.Tensor]:
+    """
+    Lays the rows of a left-padded batch out so that the knowledge begins in the same column of every row, and what all
+    rows begin with (a system prompt) stands in the first columns: head, padding, rest, knowledge, text, padding. The
+    text before the knowledge is then one block, which the model reads without gradient, and the head only once.
+
+    Args:
+        batch: `input_ids`, `attention_mask` and perhaps `labels` [B, T]; other entries pass.
+
+    Returns:
+        The batch with these three as [B, T'], and `position_ids` [B, T'] that count a row's own tokens.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    first = mask.argmax(1)[:, None]  # [B, 1] first real token
+    start = (ids == processor.knowledge_token_id).int().argmax(1)[:, None]  # [B, 1] first placeholder
+    before = start - first  # tokens before the knowledge
+    beginning = ids.gather(1, first + torch.arange(int(before.min()), device=ids.device)[None])  # [B, shortest]
+    head = int((beginning == beginning[:1]).all(0).cumprod(0).sum())
+    columns = torch.arange(int(before.max()) + ids.shape[1] - int(start.min()), device=ids.device)[None]  # [1, T']
+    behind = start + columns - before.max()  # [B, T'] where what is not head comes from
+    source = torch.where(columns < head, first + columns, behind)
+    inside = (columns < head) | ((behind >= first + head) & (behind < ids.shape[1]))
+    source = source.clamp(0, ids.shape[1] - 1)
+    fills = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+    aligned = {
+        key: batch[key].gather(1, source).masked_fill(~inside, fill) for key, fill in fills.items() if key in batch
+    }
+    aligned["position_ids"] = (aligned["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return {**batch, **aligned}
+
+
+def _another(chosen: int, count: int, draw: random.Random) -> int:
+    """One of `count` that is not the chosen one, where there is another."""
+    return draw.choice([other for other in range(count) if other != chosen] or [chosen])
+
+
+def _round(value: float, draw: random.Random) -> int:
+    """Up or down by chance, so that the mean is the value."""
+    return math.floor(value + draw.random())
+
+
+def _pad_right(rows: list[torch.Tensor], value: float) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+__all__ = ["DialogueCollator", "JointCollator", "PreTrainingCollator", "align_at_knowledge"]
