@@ -611,10 +611,12 @@ def _find_files(pattern: str) -> list[str]:
 
 
 def _open_hub(source: str, split: str) -> IterableDataset:
-    if not may_be_on_hub(source):
+    dataset = HUB_ID.fullmatch(source).groupdict()
+    # only what is on the Hub has configurations and revisions
+    if not (dataset["name"] or dataset["revision"] or may_be_on_hub(dataset["path"])):
         raise FileNotFoundError(f"There is no file or folder {source!r}, and a Hub dataset is called ORG/NAME.")
     try:
-        return datasets.load_dataset(**HUB_ID.fullmatch(source).groupdict(), split=split, streaming=True)
+        return datasets.load_dataset(**dataset, split=split, streaming=True)
     except OSError as error:
         raise FileNotFoundError(f"{source!r} is no file or folder here, and as a Hub dataset: {error}") from error
 
