@@ -30,7 +30,8 @@ from transformers.utils import logging
 
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor, encode_truncated, read_picture
-from .sources import SkipReport, decode_pair
+from .pairs import decode_pair
+from .sources import SkipReport
 
 
 logger = logging.get_logger(__name__)

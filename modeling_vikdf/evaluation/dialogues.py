@@ -36,7 +36,8 @@ from transformers import Cache, GenerationConfig
 
 from ..backbones import load_model
 from ..data.collators import align_at_knowledge
-from ..data.sources import SkipReport, load_dialogues
+from ..data.dialogues import load_dialogues
+from ..data.sources import SkipReport
 from ..modeling_backbones import CACHE
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import IGNORED, VikdfProcessor
