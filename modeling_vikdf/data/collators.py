@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..configuration_vikdf import VikdfConfig
 from ..processing_vikdf import VikdfProcessor
-from .features import tokenize_captions
+from .features import pad, tokenize_captions
 from .sources import SkipReport
 
 
@@ -182,19 +182,16 @@ class PreTrainingCollator(_Collator):
 
     def _captions(self, role: str, examples: list[dict], chosen: list[int]) -> dict[str, torch.Tensor]:
         """The chosen caption of each example, as `role`'s ids, mask and, where they are cached, states."""
-        tokenizer = self.processor.context_tokenizer
         if "context_input_ids" in examples[0]:
             ids = [example["context_input_ids"][i] for example, i in zip(examples, chosen, strict=True)]
         else:
             captions = [example["captions"][i] for example, i in zip(examples, chosen, strict=True)]
             ids = tokenize_captions(self.processor, captions)
-        batch = {
-            f"{role}_input_ids": _pad_right(ids, tokenizer.pad_token_id),  # [B, T]
-            f"{role}_attention_mask": _pad_right([torch.ones_like(row) for row in ids], 0),
-        }
+        input_ids, attention_mask = pad(ids, self.processor.context_tokenizer.pad_token_id)  # [B, T]
+        batch = {f"{role}_input_ids": input_ids, f"{role}_attention_mask": attention_mask}
         if "context_states" in examples[0]:
             states = [example["context_states"][i] for example, i in zip(examples, chosen, strict=True)]
-            batch[f"{role}_states"] = _pad_right(states, 0.0)  # [B, T, d]
+            batch[f"{role}_states"], _ = pad(states)  # [B, T, d]
         return batch
 
     def _pictured_by_a_caption(self, example: dict, chosen: int, draw: random.Random) -> dict:
@@ -465,10 +462,6 @@ def _another(chosen: int, count: int, draw: random.Random) -> int:
 def _round(value: float, draw: random.Random) -> int:
     """Up or down by chance, so that the mean is the value."""
     return math.floor(value + draw.random())
-
-
-def _pad_right(rows: list[torch.Tensor], value: float) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 __all__ = ["DialogueCollator", "JointCollator", "PreTrainingCollator", "align_at_knowledge"]

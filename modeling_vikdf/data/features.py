@@ -184,10 +184,10 @@ def tokenize_captions(processor: VikdfProcessor, captions: list[str]) -> list[to
     ]
 
 
-def pad(rows: list[torch.Tensor], value: float = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths [T, ...] as [B, longest, ...], padded on the right, and their mask [B, longest]."""
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
-    return pad_sequence(rows, batch_first=True, padding_value=value), mask
+def pad(rows: list[torch.Tensor], value: float = 0, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths [T, ...] as [B, longest, ...], and their mask [B, longest], int64."""
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
+    return pad_sequence(rows, True, value, side), mask
 
 
 # ---- encoding ----
