@@ -15,8 +15,8 @@ import torch
 from transformers.utils import logging
 
 from ..configuration_vikdf import VikdfConfig
-from ..processing_vikdf import VikdfProcessor
-from .features import pad, tokenize_captions
+from ..processing_vikdf import VikdfProcessor, pad
+from .features import tokenize_captions
 from .sources import SkipReport
 
 

@@ -23,13 +23,12 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..modeling_vikdf import VikdfForConditionalGeneration
-from ..processing_vikdf import VikdfProcessor, encode_truncated, read_picture
+from ..processing_vikdf import VikdfProcessor, encode_truncated, pad, read_picture
 from .pairs import decode_pair
 from .sources import SkipReport
 
@@ -182,12 +181,6 @@ def tokenize_captions(processor: VikdfProcessor, captions: list[str]) -> list[to
         torch.tensor(row if len(row) <= limit else encode_truncated(tokenizer, caption, limit))
         for row, caption in zip(rows, captions, strict=True)
     ]
-
-
-def pad(rows: list[torch.Tensor], value: float = 0, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths [T, ...] as [B, longest, ...], and their mask [B, longest], int64."""
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
-    return pad_sequence(rows, True, value, side), mask
 
 
 # ---- encoding ----
@@ -542,4 +535,4 @@ def _max_length(processor: VikdfProcessor) -> int:
     return processor.max_context_length or processor.context_tokenizer.model_max_length
 
 
-__all__ = ["FeatureDataset", "cache_features", "pad", "tokenize_captions"]
+__all__ = ["FeatureDataset", "cache_features", "tokenize_captions"]
