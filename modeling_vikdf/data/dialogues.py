@@ -59,8 +59,8 @@ def load_dialogues(
         sources: A source, or a list of sources.
         split: The split of Hub datasets.
         streaming: True reads while iterating, in order; False reads now, into memory.
-        column: The one that holds turns or messages, if its name is unusual.
-        report: Gets to know what is skipped; by default one that only logs.
+        column: The column of turns or messages, if its name is unusual.
+        report: Records what is skipped; by default one in a temporary folder.
 
     Raises:
         FileNotFoundError: If a file or Hub dataset does not exist.
@@ -102,13 +102,14 @@ def _try_dialogue(key: str, record: dict, column: str | None, report: SkipReport
 
 
 def _read_dialogue(record: dict[str, Any], column: str | None) -> tuple[list[dict[str, str]], list[str]]:
-    """Messages and references; a ValueError says why a dialogue is none."""
-    turns = next((record[each] for each in ([column] if column else DIALOGUE_COLUMNS) if record.get(each)), None)
+    """Messages and references; a ValueError says why a dialogue is unusable."""
+    columns = [column] if column else DIALOGUE_COLUMNS
+    turns = next(filter(None, map(record.get, columns)), None)
     if not isinstance(turns, list):
         raise ValueError("no turns")
     references = record.get("references") or []
     if not isinstance(references, list):
-        raise ValueError("references that are no list")
+        raise ValueError("references that are not a list")
     references = [_read_text(reference) for reference in references]
     if all(isinstance(turn, dict) for turn in turns):
         messages = [{"role": turn.get("role"), "content": _read_text(turn.get("content"))} for turn in turns]
@@ -128,11 +129,11 @@ def _read_dialogue(record: dict[str, Any], column: str | None) -> tuple[list[dic
 
 
 def _read_text(content: Any) -> str:
-    """A content, or the text parts that make it up, without spaces around."""
+    """A content, or the text parts that make it up, stripped."""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "\n".join(str(part.get("text")) for part in content)
     if not isinstance(content, str):
-        raise ValueError("a turn that is no text")
+        raise ValueError("a turn that is not text")
     if not content.strip():
         raise ValueError("empty turn")
     return replace_surrogates(content.strip())

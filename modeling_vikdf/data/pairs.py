@@ -32,8 +32,8 @@ from .sources import (
     map_or_drop,
     name_files,
     read_records,
-    read_stubbornly,
     read_tar,
+    read_with_retries,
     replace_surrogates,
     require_example,
     stream_shards,
@@ -67,9 +67,9 @@ def load_image_text_pairs(
 
     A source is one of these, or a list of them that counts as one:
       * webdataset shards: a path, a glob, a brace range (`train-{00000..00005}.tar`) or a URL (`https://`, `hf://`,
-        ...). Files that follow each other and are called the same are one sample: `.jpg`, `.jpeg`, `.png` or `.webp`,
-        and `.txt` (a caption a line) or, if that has none, `.json` (as a line of `metadata.jsonl`). Names may hold
-        dots (`cat.v2.jpg`, `cat.v2.txt`), and files that add to the name of a sample (`cat.jpg`, `cat.txt`,
+        ...). Consecutive files of the same name are one sample: `.jpg`, `.jpeg`, `.png` or `.webp`, and `.txt` (a
+        caption a line) or, if that has none, `.json` (as a line of `metadata.jsonl`). Names may hold dots
+        (`cat.v2.jpg`, `cat.v2.txt`), and files that add to the name of a sample (`cat.jpg`, `cat.txt`,
         `cat.mask.png`) must follow each other, too;
       * a folder of images with `metadata.jsonl`, an object a line: `file_name`, the path of a file within the folder
         (links are followed), and its captions, a string or a list of strings, in the first of `captions`, `caption`,
@@ -98,9 +98,9 @@ def load_image_text_pairs(
             default the sources take turns and every example comes once.
         num_shards: Files are cut into parts until their number is a multiple of this (Hub datasets are not). Local
             files are not read more for it, but a URL is downloaded for each of its parts.
-        image_column, captions_column: Of Hub datasets, if the names are unusual.
+        image_column, captions_column: Columns of Hub datasets, if their names are unusual.
         decode: False streams each image as the content of its file, for a reader that may not need it.
-        report: Gets to know what is skipped; by default one that only logs.
+        report: Records what is skipped; by default one in a temporary folder.
 
     Raises:
         FileNotFoundError: If a file, folder or Hub dataset does not exist.
@@ -204,7 +204,7 @@ def _clean_captions(captions: Any) -> list[str]:
 def _read_webdataset(name: str, path: str, part: int, parts: int, report: SkipReport) -> Iterator[tuple]:
     """(key, image, captions, what to know if one is missing) of the samples in one part of a shard."""
     unused = UnusedFiles(name, report)
-    members = read_stubbornly(lambda: read_tar(path, part, parts, unused), name, path, report)
+    members = read_with_retries(lambda: read_tar(path, part, parts, unused), name, path, report)
     for _, group in itertools.groupby(members, key=lambda member: member[0]):
         samples = _split_group(group, unused)
         detail = f"{', '.join(samples)}: names must be equal up to the last dot" if len(samples) > 1 else ""
@@ -235,7 +235,7 @@ def _split_group(group: Iterable[tuple[int, str, bytes]], unused: UnusedFiles) -
         files[extension] = content
     kinds = {sample: {extension in IMAGE_EXTENSIONS for extension in files} for sample, files in samples.items()}
     whole = tuple(f"{sample}." for sample in samples if len(kinds[sample]) == 2)
-    for sample in [each for each in samples if each.startswith(whole) and f"{each}." not in whole]:
+    for sample in [name for name in samples if name.startswith(whole) and f"{name}." not in whole]:
         for extension in samples.pop(sample):
             unused.add(f"{sample}.{extension}", ", whose name adds to that of a sample")
     return samples

@@ -2,7 +2,7 @@
 
     find_sources -> paths and datasets -> read_tar, read_records -> members and records -> stream_shards -> a stream
 
-What cannot be read is skipped and told to a `SkipReport`. This module knows files and their faults; it knows
+What cannot be read is skipped and recorded in a `SkipReport`. This module knows files and their faults; it knows
 neither what a pair or a dialogue is (pairs.py, dialogues.py) nor a tokenizer, a model or a batch.
 """
 
@@ -51,7 +51,7 @@ EXTENDED_HEADERS = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
-# How files begin that no text begins like.
+# First bytes that no text starts with.
 SIGNATURES = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -71,9 +71,9 @@ ONCE_EACH = "all_exhausted_without_replacement"
 class SkipReport:
     """Counts what was skipped, by reason, over all processes that share its folder: ranks and DataLoader workers.
 
-    Each process appends to a file of its own, line by line, so that a process that is killed has told what it skipped.
-    What is met again, in another epoch or on another rank, counts once.
-    The first of each reason are logged as they happen; when to log `summary()` is up to the caller.
+    Each process appends to a file of its own, line by line, so that nothing is lost with a process that is killed.
+    What is skipped again, in another epoch or on another rank, counts once. The first three of each reason are logged
+    as they happen; when to log `summary()` is up to the caller.
 
     Args:
         folder: Where to write, on a disk that the processes share; by default a temporary folder, made when needed.
@@ -92,7 +92,7 @@ class SkipReport:
         key = key.encode(errors="backslashreplace").decode()  # names of files may hold anything
         self._logged[reason] = self._logged.get(reason, 0) + 1
         if self._logged[reason] <= 3:
-            further = f"; any more of these only get into {self.folder}" if self._logged[reason] == 3 else ""
+            further = f"; further ones are only recorded in {self.folder}" if self._logged[reason] == 3 else ""
             logger.warning(f"Skipped {key}: {reason}{f' ({detail})' if detail else ''}{further}.")
         try:
             if self._owner != os.getpid():  # the first time, and in a fork
@@ -101,18 +101,18 @@ class SkipReport:
                 self._file, self._owner = open(path, "a", encoding="utf-8", buffering=1), os.getpid()
                 weakref.finalize(self, self._file.close)
             self._file.write(json.dumps({"reason": reason, "key": key, "detail": detail[:300]}) + "\n")
-        except OSError as error:  # a full disk must not end what a damaged image may not
+        except OSError as error:  # neither a full disk nor a damaged image may end the run
             logger.warning(f"Skipped {key}: {reason}, which cannot be recorded in {self.folder}: {error}")
 
     def skipped(self) -> dict[str, dict[str, str]]:
         """Reason -> key -> detail of everything skipped so far."""
-        found: dict[str, dict[str, str]] = {}
+        details: dict[str, dict[str, str]] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # the last line of a process that was killed
                     entry = json.loads(line)
-                    found.setdefault(entry["reason"], {})[entry["key"]] = entry["detail"]
-        return found
+                    details.setdefault(entry["reason"], {})[entry["key"]] = entry["detail"]
+        return details
 
     def counts(self) -> dict[str, int]:
         """Reason -> how many different examples, lines or shards were skipped for it."""
@@ -132,7 +132,7 @@ class SkipReport:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """What a shell makes of `{00..12}` (zeros in front are kept, both ends included) and `{a,b}`."""
+    """Expands `{00..12}` (leading zeros are kept, both ends included) and `{a,b}` as a shell does."""
     match = BRACES.search(pattern)
     if match is None:
         return [pattern]
@@ -151,22 +151,22 @@ def find_sources(source: Any, split: str) -> tuple[list[str], list[tuple[str, It
     """The paths of files, image folders and URLs, and the (name, dataset) of datasets, that a source consists of."""
     paths: list[str] = []
     hub: list[tuple[str, IterableDataset]] = []
-    for each in source if isinstance(source, (list, tuple)) else [source]:
-        if isinstance(each, (list, tuple)):
-            nested_paths, nested_hub = find_sources(each, split)
+    for item in source if isinstance(source, (list, tuple)) else [source]:
+        if isinstance(item, (list, tuple)):
+            nested_paths, nested_hub = find_sources(item, split)
             paths += nested_paths
             hub += nested_hub
-        elif isinstance(each, IterableDataset):
-            hub.append((each.info.dataset_name or "dataset", each))
-        elif isinstance(each, Dataset):
-            hub.append((each.info.dataset_name or "dataset", each.to_iterable_dataset()))
+        elif isinstance(item, IterableDataset):
+            hub.append((item.info.dataset_name or "dataset", item))
+        elif isinstance(item, Dataset):
+            hub.append((item.info.dataset_name or "dataset", item.to_iterable_dataset()))
         else:
-            each = os.path.expanduser(os.fspath(each))
-            is_id = HUB_ID.fullmatch(each) and "://" not in each and not FILE_SUFFIX.search(each)[0]
-            if is_id and not os.path.exists(each):
-                hub.append((each, _open_hub(each, split)))
+            item = os.path.expanduser(os.fspath(item))
+            is_id = HUB_ID.fullmatch(item) and "://" not in item and not FILE_SUFFIX.search(item)[0]
+            if is_id and not os.path.exists(item):
+                hub.append((item, _open_hub(item, split)))
             else:
-                paths += _find_files(each)
+                paths += _find_files(item)
     return list(dict.fromkeys(paths)), hub
 
 
@@ -175,10 +175,10 @@ def _find_files(pattern: str) -> list[str]:
         return [pattern]
     paths = []
     for path in expand_braces(pattern):
-        found = [path] if "://" in path or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        if not found:
-            raise FileNotFoundError(f"There is no file {path!r}, looked for because of {pattern!r}.")
-        paths += found
+        matches = [path] if "://" in path or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        if not matches:
+            raise FileNotFoundError(f"There is no file {path!r}, which {pattern!r} asks for.")
+        paths += matches
     return paths
 
 
@@ -202,13 +202,13 @@ def name_files(paths: list[str]) -> dict[str, str]:
 def find_column(dataset: IterableDataset, wanted: str | None, usual: tuple[str, ...], name: str, argument: str) -> str:
     """The column that is wanted, or else the first of the usual ones that there is."""
     columns = dataset.column_names or []
-    found = [column for column in ([wanted] if wanted else usual) if column in columns]
-    if not found:
+    column = next((column for column in ([wanted] if wanted else usual) if column in columns), None)
+    if column is None:
         raise ValueError(
             f"{name} has the columns {columns}, and none of them is called {wanted or ' or '.join(usual)}. "
             f"Name the right one by {argument}=."
         )
-    return found[0]
+    return column
 
 
 def stream_shards(generate: Callable, shards: list[tuple], features: Features, report: SkipReport) -> IterableDataset:
@@ -257,7 +257,7 @@ def _open(path: str) -> Any:
 
 
 def _signature(file: Any) -> str:
-    """What a file is by its first bytes, or nothing where they say nothing."""
+    """The kind of a file by its first bytes, or "" where they are not in `SIGNATURES`."""
     head = file.read(max(map(len, SIGNATURES)))
     file.seek(0)
     return next((name for signature, name in SIGNATURES.items() if head.startswith(signature)), "")
@@ -284,8 +284,8 @@ def read_tar(path: str, part: int, parts: int, unused: UnusedFiles) -> Iterator[
     """(number of the group, name, content) of the pictures and texts of every `parts`-th group; see `_split_group`."""
     mode = "r|*" if "://" in path else "r:*"  # what comes over the network is read in one go
     with _open(path) as file:
-        if mode == "r:*" and (found := _signature(file)) in ("zstd", "zip", "UTF-16"):
-            raise ValueError(f"it is {found}; a shard is a tar archive, as it is or in gzip, bzip2 or xz")
+        if mode == "r:*" and (kind := _signature(file)) in ("zstd", "zip", "UTF-16"):
+            raise ValueError(f"it is {kind}; a shard is a tar archive, as it is or in gzip, bzip2 or xz")
         with tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictTarInfo) as tar:
             number, previous, member = -1, None, None
             for member in itertools.filterfalse(tarfile.TarInfo.isdir, tar):
@@ -343,7 +343,7 @@ def read_records(
     name: str, path: str, report: SkipReport, required: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(NAME:line, JSON object) of the lines of a JSON Lines file."""
-    for number, line in read_stubbornly(lambda: _read_lines(path), name, path, report):
+    for number, line in read_with_retries(lambda: _read_lines(path), name, path, report):
         if record := _parse(line, f"{name}:{number}", report, required):
             yield f"{name}:{number}", record
 
@@ -354,8 +354,8 @@ def _read_lines(path: str) -> Iterator[tuple[int, bytes]]:
         # Reading all at once fails if the connection breaks; reading line by line takes that for the end.
         file = io.BytesIO(file.read()) if "://" in path else file
         file = gzip.open(file) if _signature(file) == "gzip" else file
-        if found := _signature(file):
-            raise ValueError(f"it is {found}; JSON Lines are read in UTF-8, as they are or in gzip, once")
+        if kind := _signature(file):
+            raise ValueError(f"it is {kind}; JSON Lines are read in UTF-8, as they are or in gzip, once")
         lines = _number_lines(file)
         first = list(itertools.islice(lines, 2))
         if not first:
@@ -366,7 +366,7 @@ def _read_lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _number_lines(file: Any) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank; of one that is too long as much as shows it."""
+    """The lines that are not blank, numbered from 1; one that is too long is cut just beyond the limit."""
     for number in itertools.count(1):
         rest = line = file.readline(MAX_TEXT_BYTES + 1)
         while len(line) > MAX_TEXT_BYTES and rest and not rest.endswith(b"\n"):
@@ -389,8 +389,10 @@ def _begins_document(lines: list[bytes]) -> bool:
     return len(lines) == 1
 
 
-def read_stubbornly(read: Callable[[], Iterator[tuple]], name: str, path: str, report: SkipReport) -> Iterator[tuple]:
-    """What `read()` yields. After an error a URL is read again, from there on; what stays lost is reported."""
+def read_with_retries(
+    read: Callable[[], Iterator[tuple]], name: str, path: str, report: SkipReport
+) -> Iterator[tuple]:
+    """What `read()` yields. After an error a URL is read again, from there on; what remains unreadable is reported."""
     done, delays = 0, iter(RETRY_DELAYS)
     while True:
         before = done
@@ -401,7 +403,7 @@ def read_stubbornly(read: Callable[[], Iterator[tuple]], name: str, path: str, r
             return
         except Exception as error:  # damaged archives and broken connections make readers raise nearly anything
             gone = isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404, 410)
-            gone |= type(error) is ValueError  # ours, about what the file is
+            gone |= type(error) is ValueError  # raised here, about the kind of file
             delays = iter(RETRY_DELAYS) if done > before else delays  # it broke at another place
             delay = next(delays, None)
             if "://" not in path or gone or delay is None:
@@ -424,7 +426,7 @@ def _parse(line: bytes, where: str, report: SkipReport, required: str | None = N
 
 
 def replace_surrogates(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON may hold and neither Arrow nor tokenizers take."""
+    """The text with `?` for lone surrogates, which JSON may hold and neither Arrow nor tokenizers accept."""
     return text.encode(errors="replace").decode()
 
 
