@@ -240,7 +240,7 @@ def shrink(args: argparse.Namespace) -> None:
     puts a constant in the place of knowledge.
     """
     from modeling_vikdf.backbones import load_model
-    from modeling_vikdf.data.sources import load_dialogues
+    from modeling_vikdf.data import load_dialogues
     from modeling_vikdf.evaluation.dialogues import (
         choose_share,
         mean_knowledge,
@@ -289,7 +289,7 @@ def shrink(args: argparse.Namespace) -> None:
 def retrieve(args: argparse.Namespace) -> None:
     """Reports how often the matching head finds the right picture for a caption, and a right caption for a picture."""
     from modeling_vikdf.backbones import load_model
-    from modeling_vikdf.data.sources import SkipReport, load_image_text_pairs
+    from modeling_vikdf.data import SkipReport, load_image_text_pairs
     from modeling_vikdf.evaluation.retrieval import evaluate_retrieval
 
     report = SkipReport()

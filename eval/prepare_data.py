@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 
-from modeling_vikdf.data.sources import SkipReport, load_dialogues, load_image_text_pairs
+from modeling_vikdf.data import SkipReport, load_dialogues, load_image_text_pairs
 
 
 HELD_OUT = 400  # dialogues for validation, no turn of which is in training

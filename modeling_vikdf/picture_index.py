@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from .data.sources import METADATA, SkipReport, load_image_text_pairs
+from .data.pairs import METADATA, load_image_text_pairs
+from .data.sources import SkipReport
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import PICTURE_FORMATS, VikdfProcessor, read_picture
 

@@ -32,6 +32,7 @@ from urllib.parse import unquote_to_bytes
 
 import torch
 from PIL import Image, ImageChops, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AddedToken,
     AutoTokenizer,
@@ -1109,6 +1110,12 @@ def encode_truncated(tokenizer: "PreTrainedTokenizerBase | TextTokenizer", text:
     before, behind = ids[:start], ids[start + len(bare) :]
     excess = len(ids) - limit
     return before + (bare[excess:] if tokenizer.truncation_side == "left" else bare[:-excess]) + behind
+
+
+def pad(rows: list[torch.Tensor], value: float = 0, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths [T, ...] as [B, longest, ...], and their mask [B, longest], int64."""
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
+    return pad_sequence(rows, True, value, side), mask
 
 
 def _pad(rows: list[list[int]], value: int, side: str, length: int | None) -> torch.Tensor | list[list[int]]:

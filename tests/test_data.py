@@ -29,8 +29,8 @@ from PIL import Image
 from tiny_tokenizers import CHATML, qwen_tokenizer
 from torch.utils.data import DataLoader
 
-from modeling_vikdf.data import sources as data
-from modeling_vikdf.data.sources import SkipReport, expand_braces, load_dialogues, load_image_text_pairs
+from modeling_vikdf.data import SkipReport, dialogues, load_dialogues, load_image_text_pairs, pairs, sources
+from modeling_vikdf.data.sources import expand_braces
 
 
 DATA = Path(os.environ.get("VIKDF_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
@@ -191,7 +191,7 @@ def test_hub_datasets_are_streamed(monkeypatch, source, arguments):
         assert given == {**arguments, "split": "test", "streaming": True}
         return Dataset.from_dict({"image": [PNG], "text": ["x"], "turns": [["a", "b"]]}).to_iterable_dataset()
 
-    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources.datasets, "load_dataset", load_dataset)
     assert [pair["captions"] for pair in load_image_text_pairs(source, split="test")] == [["x"]]
     assert load_dialogues(source, split="test")["references"] == [["b"]]
 
@@ -211,7 +211,7 @@ def test_a_mistyped_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     def asked(*args, **kwargs):
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr(data.datasets, "load_dataset", asked)
+    monkeypatch.setattr(sources.datasets, "load_dataset", asked)
     monkeypatch.chdir(tmp_path)
     Path("photographs").mkdir()
     for source in ("photograps", "photographs/flikr", "./flickr"):
@@ -395,7 +395,7 @@ def test_rows_of_datasets_lead_to_files_alone(tmp_path, report, monkeypatch):
     paths = ["/dev/zero", str(tmp_path), str(tmp_path / "large.png"), f"file://{tmp_path}/large.png"]
     images = [{"bytes": PNG}, *({"bytes": None, "path": path} for path in paths)]
     source = Dataset.from_dict({"image": images, "text": ["x"] * 5}).cast_column("image", ImageFeature())
-    monkeypatch.setattr(data, "MAX_PICTURE_BYTES", len(PNG) - 1)
+    monkeypatch.setattr(pairs, "MAX_PICTURE_BYTES", len(PNG) - 1)
     assert len(keys(load_image_text_pairs(source, report=report))) == 1
     details = sorted(report.skipped()["unreadable image"].values())
     assert details == sorted(
@@ -503,7 +503,7 @@ def test_a_damaged_header_ends_a_shard_loudly(tmp_path, report):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serves `tmp_path/www`; `plan(name, *answers)` says what the next requests get: a status or a share of it."""
-    monkeypatch.setattr(data, "RETRY_DELAYS", (0.0, 0.01, 0.02))
+    monkeypatch.setattr(sources, "RETRY_DELAYS", (0.0, 0.01, 0.02))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     plans, requests = {}, Counter()
@@ -608,7 +608,7 @@ def test_a_report_gathers_what_worker_processes_skip(tmp_path, report):
 def test_a_report_opens_its_file_once(report, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        data, "open", lambda path, *args, **kw: opened.append(path) or open(path, *args, **kw), raising=False
+        sources, "open", lambda path, *args, **kw: opened.append(path) or open(path, *args, **kw), raising=False
     )
     for number in range(100):
         report.add("corrupt image", f"s/{number}")
@@ -809,17 +809,17 @@ def test_dialogue_formats(tmp_path, record, messages, references, hub):
         ({"turns": ["alone"]}, "no reply to a user's turn"),
         ({"turns": ["u", " ", "a"]}, "empty turn"),
         ({"turns": ["u", ""]}, "empty turn"),
-        ({"turns": ["u", None]}, "a turn that is no text"),
-        ({"turns": ["u", {"role": "user"}]}, "a turn that is no text"),
+        ({"turns": ["u", None]}, "a turn that is not text"),
+        ({"turns": ["u", {"role": "user"}]}, "a turn that is not text"),
         ({"turns": ["u"], "references": []}, "no reply to a user's turn"),
-        ({"turns": ["u"], "references": "no list"}, "references that are no list"),
+        ({"turns": ["u"], "references": "no list"}, "references that are not a list"),
         ({"turns": ["u"], "references": ["a", ""]}, "empty turn"),
         ({"messages": [U]}, "no reply to a user's turn"),
         ({"messages": [S, A]}, "no reply to a user's turn"),
         ({"messages": [U, A, S, A]}, "unknown role or misplaced system message"),
         ({"messages": [{"role": "tool", "content": "x"}, U, A]}, "unknown role or misplaced system message"),
         ({"messages": [{"role": ["user"], "content": "x"}, A]}, "unknown role or misplaced system message"),
-        ({"messages": [{"from": "human", "value": "x"}, A]}, "a turn that is no text"),
+        ({"messages": [{"from": "human", "value": "x"}, A]}, "a turn that is not text"),
         ("{broken", "malformed JSON"),
         ("[1]", "malformed JSON"),
         ("[" * 100_000, "malformed JSON"),
@@ -895,7 +895,7 @@ def test_an_array_in_the_first_line_is_that_line_alone(tmp_path, report):
 
 
 def test_lines_too_long_to_read_are_reported(tmp_path, report, monkeypatch):
-    monkeypatch.setattr(data, "MAX_TEXT_BYTES", 40)
+    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 40)
     lines = [{"turns": ["u", "a"]}, {"turns": ["u", "b" * 100]}, {"turns": ["u", "c"]}]
     source = write_jsonl(tmp_path / "d.jsonl", lines)
     assert load_dialogues(source, report=report)["key"][:] == ["d:1", "d:3"]
@@ -953,7 +953,7 @@ WORDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5).filter(str
 def test_roles_alternate_back_from_the_reply_and_render(turns, references):
     if len(turns) + bool(references) < 2:
         return
-    messages, found = data._read_dialogue({"turns": turns, "references": references}, None)
+    messages, found = dialogues._read_dialogue({"turns": turns, "references": references}, None)
     roles = [message["role"] for message in messages]
     assert roles[::-1] == ["assistant", "user"] * (len(roles) // 2) + ["assistant"] * (len(roles) % 2)
     assert [message["content"] for message in messages] == [turn.strip() for turn in [*turns, *references[:1]]]
@@ -1000,7 +1000,7 @@ def test_ranges_expand_to_every_number_in_order(first, last, width, text):
 @given(st.text("{},.0129ab*?[]/", max_size=12))
 def test_no_pattern_breaks_the_parser(pattern):
     paths = expand_braces(pattern)
-    assert paths and all(data.BRACES.search(path) is None for path in paths)
+    assert paths and all(sources.BRACES.search(path) is None for path in paths)
 
 
 def test_globs_braces_and_literal_names(tmp_path):

@@ -27,8 +27,8 @@ from tiny_training import WORDS, dialogue_model, processor
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
 from modeling_vikdf.cli import main
+from modeling_vikdf.data import SkipReport, load_dialogues
 from modeling_vikdf.data.collators import DialogueCollator
-from modeling_vikdf.data.sources import SkipReport, load_dialogues
 from modeling_vikdf.evaluation import dialogues as evaluation
 from modeling_vikdf.evaluation.dialogues import (
     FEWEST_TO_SHRINK,

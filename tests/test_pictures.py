@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_tokenizers import bert_tokenizer, image_processor, qwen_tokenizer
 
 from modeling_vikdf import VikdfProcessor, processing_vikdf
-from modeling_vikdf.data.sources import SkipReport, load_image_text_pairs
+from modeling_vikdf.data import SkipReport, load_image_text_pairs
 from modeling_vikdf.picture_index import load_pictures
 from modeling_vikdf.processing_vikdf import read_picture
 from modeling_vikdf.server.app import ImagePart

@@ -34,8 +34,8 @@ from transformers import TrainerCallback
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
 from modeling_vikdf.cli import main
+from modeling_vikdf.data import load_image_text_pairs
 from modeling_vikdf.data.collators import DialogueCollator
-from modeling_vikdf.data.sources import load_image_text_pairs
 from modeling_vikdf.training.trainer import (
     VikdfTrainer,
     VikdfTrainingArguments,

@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from modeling_vikdf.backbones import BackboneNotFoundError, locate_backbone
+from modeling_vikdf.data import load_dialogues
 from modeling_vikdf.data.features import tokenize_captions
-from modeling_vikdf.data.sources import load_dialogues
 from modeling_vikdf.processing_vikdf import VikdfProcessor
 
 

@@ -1,8 +1,9 @@
-"""Examples -> batches: masks, prompts and labels for every objective, drawn from the example's key and nothing else.
+"""Examples -> batches: masks, prompts and labels for every objective.
 
-What is random about an example (which caption, which cells and tokens are masked, which instruction) is a function of
-the seed, the epoch and the example's key. So a run that was interrupted draws what it would have drawn, whatever the
-number of workers or processes, and evaluation, which stays in epoch 0, always sees the same masks.
+Everything random about an example (its caption, its masked cells and tokens, its instruction) is a function of the
+seed, the epoch and the example's key. So a resumed run sees what the uninterrupted run would have seen, whatever the
+number of workers or processes, and evaluation, which stays in epoch 0, always sees the same masks. This module knows
+no files and no losses.
 """
 
 import copy
@@ -15,7 +16,7 @@ import torch
 from transformers.utils import logging
 
 from ..configuration_vikdf import VikdfConfig
-from ..processing_vikdf import VikdfProcessor
+from ..processing_vikdf import VikdfProcessor, pad
 from .features import tokenize_captions
 from .sources import SkipReport
 
@@ -52,19 +53,20 @@ MASKED_TOKENS, VISIBLE_TOKENS = 0.15, 0.2  # share of tokens scored; share of th
 MAX_CAPTION = 1000  # characters of a caption that the LLM reads; the text encoder cuts for itself
 
 
-def _generator(seed: int, epoch: int, key: str) -> random.Random:
+def _make_rng(seed: int, epoch: int, key: str) -> random.Random:
+    """The random generator of an example in an epoch."""
     return random.Random(f"{seed}/{epoch}/{key}")
 
 
 class _Collator:
-    """Knows the epoch, in memory shared with the DataLoader's workers, which may outlive it."""
+    """Knows the epoch, in memory shared with the DataLoader's workers, which may live through several epochs."""
 
     def __init__(self):
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     @property
     def epoch(self) -> int:
-        """The epoch of examples that do not bring their own as `example["epoch"]`."""
+        """The epoch of examples without one of their own (`example["epoch"]`)."""
         return int(self._epoch)
 
     @epoch.setter
@@ -72,7 +74,7 @@ class _Collator:
         self._epoch.fill_(epoch)
 
     def for_evaluation(self) -> "_Collator":
-        """A collator like this one that stays in epoch 0 whatever happens to this one."""
+        """A copy of this collator that stays in epoch 0."""
         collator = copy.copy(self)
         collator._epoch = torch.zeros((), dtype=torch.long)
         return collator
@@ -84,15 +86,15 @@ class PreTrainingCollator(_Collator):
 
     Args:
         processor: tokenizers, image processor, prompts.
-        config: says which objectives have weight.
-        seed: of all that is drawn.
+        config: which objectives have a weight.
+        seed: of everything random.
         masked_share: share of the examples that take part in the two masked objectives (the costly ones: each needs
             the encoder again, on masked input).
         image_knowledge_share: share of the rows whose BVIF knowledge is the picture's instead of the text's.
-        other_caption: whether the LLM's target is another caption of the picture than the one its knowledge is from,
-            where there is another.
-        caption_as_picture: a control without pictures: in the place of a picture's states, the cached ones of another
-            of its captions, resampled to their number. Needs encoders of equal width.
+        other_caption: whether the LLM's target is a caption of the picture other than the one that its knowledge comes
+            from, if there is another.
+        caption_as_picture: a control without pictures: a picture's states are replaced by the cached states of another
+            of its captions, resampled to the same number. Needs encoders of equal width.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class PreTrainingCollator(_Collator):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {share}.")
         if not masked_share and (config.loss_weights["masked_image"] or config.loss_weights["masked_text"]):
-            raise ValueError("masked_share=0 leaves nothing to masked_image and masked_text: set their weights to 0.")
+            raise ValueError("masked_share=0 turns masked_image and masked_text off: set their weights to 0 instead.")
         self.processor, self.config, self.seed = processor, config, seed
         self.masked_share, self.image_knowledge_share = masked_share, image_knowledge_share
         self.other_caption, self.caption_as_picture = other_caption, caption_as_picture
@@ -119,7 +121,7 @@ class PreTrainingCollator(_Collator):
         self.mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
         if config.loss_weights["masked_text"] and self.mask_id is None:
             raise ValueError("masked_text needs a mask or unknown token, and the context tokenizer has neither.")
-        # text -> knowledge wants the knowledge behind the text, wherever dialogues put it
+        # text -> knowledge needs the knowledge after the text, wherever dialogues put it
         self.draw_processor = copy.copy(processor)
         self.draw_processor.knowledge_message, self.draw_processor.knowledge_placement = "last_user", "end"
 
@@ -131,34 +133,34 @@ class PreTrainingCollator(_Collator):
                 needs the image in either case (PIL, or the content of its file).
         """
         weights = self.config.loss_weights
-        draws = [_generator(self.seed, example.get("epoch", self.epoch), example["key"]) for example in examples]
+        rngs = [_make_rng(self.seed, example.get("epoch", self.epoch), example["key"]) for example in examples]
         masked = 0
         if weights["masked_image"] or weights["masked_text"]:
-            examples, draws, masked = self._masked_first(examples, draws)
-        chosen = [draw.randrange(len(example["captions"])) for draw, example in zip(draws, examples, strict=True)]
+            examples, rngs, masked = self._masked_first(examples, rngs)
+        chosen = [rng.randrange(len(example["captions"])) for rng, example in zip(rngs, examples, strict=True)]
         batch = self._captions("context", examples, chosen)
         if weights["text_text_matching"]:
-            partners = [
-                _another(i, len(example["captions"]), draw)
-                for example, i, draw in zip(examples, chosen, draws, strict=True)
+            second_captions = [
+                _pick_other(i, len(example["captions"]), rng)
+                for example, i, rng in zip(examples, chosen, rngs, strict=True)
             ]
-            batch |= self._captions("partner", examples, partners)
+            batch |= self._captions("partner", examples, second_captions)
         if self.caption_as_picture:
-            examples = [self._pictured_by_a_caption(*row) for row in zip(examples, chosen, draws, strict=True)]
+            examples = [self._show_caption_states(*row) for row in zip(examples, chosen, rngs, strict=True)]
         batch |= self._pictures(examples, masked)
-        # of none that was drawn the first row goes the same way, with nothing to score: what runs in a step must not
+        # where no row takes part the first one does, with nothing to score: which modules run in a step must not
         # depend on chance, because processes that hold a model in shards wait for one another
-        rows, drawn = draws[: max(masked, 1)], masked > 0
+        rows, any_masked = rngs[: max(masked, 1)], masked > 0
         if weights["masked_image"]:
-            batch |= self._masked_cells(rows, batch["pixel_values"].shape[-1], drawn)
+            batch |= self._masked_cells(rows, batch["pixel_values"].shape[-1], any_masked)
         if weights["masked_text"]:
-            batch |= self._masked_tokens(rows, batch, drawn)
+            batch |= self._masked_tokens(rows, batch, any_masked)
         if weights["knowledge_to_text"]:
-            batch |= self._caption_prompts(examples, chosen, draws)
+            batch |= self._caption_prompts(examples, chosen, rngs)
         if weights["text_to_knowledge"]:
-            batch |= self._draw_prompts(examples, chosen, draws)
+            batch |= self._draw_prompts(examples, chosen, rngs)
         if self.uses_image_knowledge:
-            batch["use_image_knowledge"] = torch.tensor([draw.random() < self.image_knowledge_share for draw in draws])
+            batch["use_image_knowledge"] = torch.tensor([rng.random() < self.image_knowledge_share for rng in rngs])
         return batch
 
     @property
@@ -170,37 +172,34 @@ class PreTrainingCollator(_Collator):
 
     @property
     def uses_image_knowledge(self) -> bool:
-        """Whether the LLM gets to know of the picture in some rows."""
+        """Whether the LLM gets knowledge of the picture in some rows."""
         weights = self.config.loss_weights
         return bool(self.image_knowledge_share and (weights["knowledge_to_text"] or weights["text_to_knowledge"]))
 
-    def _masked_first(self, examples: list[dict], draws: list[random.Random]) -> tuple[list, list, int]:
+    def _masked_first(self, examples: list[dict], rngs: list[random.Random]) -> tuple[list, list, int]:
         """The rows that take part in the masked objectives before the others, and their number."""
-        masked = [draw.random() < self.masked_share for draw in draws]
+        masked = [rng.random() < self.masked_share for rng in rngs]
         order = sorted(range(len(masked)), key=lambda row: not masked[row])
-        return [examples[row] for row in order], [draws[row] for row in order], sum(masked)
+        return [examples[row] for row in order], [rngs[row] for row in order], sum(masked)
 
     def _captions(self, role: str, examples: list[dict], chosen: list[int]) -> dict[str, torch.Tensor]:
         """The chosen caption of each example, as `role`'s ids, mask and, where they are cached, states."""
-        tokenizer = self.processor.context_tokenizer
         if "context_input_ids" in examples[0]:
             ids = [example["context_input_ids"][i] for example, i in zip(examples, chosen, strict=True)]
         else:
             captions = [example["captions"][i] for example, i in zip(examples, chosen, strict=True)]
             ids = tokenize_captions(self.processor, captions)
-        batch = {
-            f"{role}_input_ids": _pad_right(ids, tokenizer.pad_token_id),  # [B, T]
-            f"{role}_attention_mask": _pad_right([torch.ones_like(row) for row in ids], 0),
-        }
+        input_ids, attention_mask = pad(ids, self.processor.context_tokenizer.pad_token_id)  # [B, T]
+        batch = {f"{role}_input_ids": input_ids, f"{role}_attention_mask": attention_mask}
         if "context_states" in examples[0]:
             states = [example["context_states"][i] for example, i in zip(examples, chosen, strict=True)]
-            batch[f"{role}_states"] = _pad_right(states, 0.0)  # [B, T, d]
+            batch[f"{role}_states"], _ = pad(states)  # [B, T, d]
         return batch
 
-    def _pictured_by_a_caption(self, example: dict, chosen: int, draw: random.Random) -> dict:
+    def _show_caption_states(self, example: dict, chosen: int, rng: random.Random) -> dict:
         if "context_states" not in example or len(example["captions"]) < 2:
             raise ValueError("caption_as_picture needs a feature cache and at least two captions of every picture.")
-        other = example["context_states"][_another(chosen, len(example["captions"]), draw)]  # [T, d]
+        other = example["context_states"][_pick_other(chosen, len(example["captions"]), rng)]  # [T, d]
         rows = torch.linspace(0, len(other) - 1, len(example["vision_states"])).round().long()  # [S]
         return {**example, "vision_states": other[rows]}
 
@@ -223,36 +222,37 @@ class PreTrainingCollator(_Collator):
             batch["pixel_values"] = self.processor.pixel_values(example["image"] for example in needed)
         return batch
 
-    def _masked_cells(self, draws: list[random.Random], size: int, drawn: bool) -> dict[str, torch.Tensor]:
+    def _masked_cells(self, rngs: list[random.Random], size: int, any_masked: bool) -> dict[str, torch.Tensor]:
         cells = max(size // MASKED_CELL, 1) ** 2
-        scored, hidden = torch.zeros(2, len(draws), cells, dtype=torch.bool)
-        for row, draw in enumerate(draws if drawn else ()):
-            order = torch.tensor(draw.sample(range(cells), _round(MASKED_CELLS * cells, draw)), dtype=torch.long)
+        scored, hidden = torch.zeros(2, len(rngs), cells, dtype=torch.bool)
+        for row, rng in enumerate(rngs if any_masked else ()):
+            count = _stochastic_round(MASKED_CELLS * cells, rng)
+            order = torch.tensor(rng.sample(range(cells), count), dtype=torch.long)
             scored[row, order] = True
-            hidden[row, order[_round(VISIBLE_CELLS * len(order), draw) :]] = True
+            hidden[row, order[_stochastic_round(VISIBLE_CELLS * len(order), rng) :]] = True
         return {"masked_cells": scored, "hidden_cells": hidden}
 
     def _masked_tokens(
-        self, draws: list[random.Random], batch: dict[str, torch.Tensor], drawn: bool
+        self, rngs: list[random.Random], batch: dict[str, torch.Tensor], any_masked: bool
     ) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.context_tokenizer
-        ids = batch["context_input_ids"][: len(draws)].clone()
+        ids = batch["context_input_ids"][: len(rngs)].clone()
         labels = torch.full_like(ids, -100)
         special = set(tokenizer.all_special_ids)
-        for row, draw in enumerate(draws if drawn else ()):
+        for row, rng in enumerate(rngs if any_masked else ()):
             for column, token in enumerate(ids[row].tolist()):
-                if token not in special and draw.random() < MASKED_TOKENS:
+                if token not in special and rng.random() < MASKED_TOKENS:
                     labels[row, column] = token
-                    if draw.random() >= VISIBLE_TOKENS:
+                    if rng.random() >= VISIBLE_TOKENS:
                         ids[row, column] = self.mask_id
         return {"masked_input_ids": ids, "masked_labels": labels}
 
-    def _caption_prompts(self, examples: list[dict], chosen: list[int], draws: list[random.Random]) -> dict:
+    def _caption_prompts(self, examples: list[dict], chosen: list[int], rngs: list[random.Random]) -> dict:
         chats = []
-        for example, i, draw in zip(examples, chosen, draws, strict=True):
-            captions, instruction = example["captions"], draw.choice(CAPTION_INSTRUCTIONS)
+        for example, i, rng in zip(examples, chosen, rngs, strict=True):
+            captions, instruction = example["captions"], rng.choice(CAPTION_INSTRUCTIONS)
             if self.other_caption:
-                i = _another(i, len(captions), draw)
+                i = _pick_other(i, len(captions), rng)
             caption = self._readable(captions[i])
             chats.append([{"role": "user", "content": instruction}, {"role": "assistant", "content": caption}])
         inputs = self.processor(chats, return_labels=True)
@@ -260,19 +260,19 @@ class PreTrainingCollator(_Collator):
             {key: inputs[key] for key in ("input_ids", "attention_mask", "labels")}, self.processor
         )
 
-    def _draw_prompts(self, examples: list[dict], chosen: list[int], draws: list[random.Random]) -> dict:
+    def _draw_prompts(self, examples: list[dict], chosen: list[int], rngs: list[random.Random]) -> dict:
         chats = [
-            [{"role": "user", "content": f"{draw.choice(DRAW_INSTRUCTIONS)} {self._readable(example['captions'][i])}"}]
-            for example, i, draw in zip(examples, chosen, draws, strict=True)
+            [{"role": "user", "content": f"{rng.choice(DRAW_INSTRUCTIONS)} {self._readable(example['captions'][i])}"}]
+            for example, i, rng in zip(examples, chosen, rngs, strict=True)
         ]
         inputs = self.draw_processor(chats)
-        # what the template writes behind the knowledge is not needed, and is the same in every row
+        # what the template writes after the knowledge is not needed, and is the same in every row
         last = (inputs["input_ids"] == self.processor.knowledge_token_id).any(0).nonzero()[-1]
         cut = {key: inputs[key][:, : last + 1] for key in ("input_ids", "attention_mask")}
         return {f"draw_{key}": value for key, value in align_at_knowledge(cut, self.processor).items()}
 
     def _readable(self, caption: str) -> str:
-        """What the LLM may read of a caption."""
+        """The part of a caption that the LLM reads."""
         return caption[:MAX_CAPTION].strip() or "..."
 
 
@@ -280,25 +280,25 @@ class DialogueCollator(_Collator):
     """
     Dialogues `{"messages": [...]}` that end in a reply -> the inputs of `VikdfForConditionalGeneration.forward`.
 
-    A dialogue that no prompt can be made of (its newest turn is too long, say) is skipped and reported: its row is
-    there, but nothing of it is learnt.
+    A dialogue without a valid prompt (say, because its newest turn is too long) is skipped and reported: its row stays
+    in the batch, without labels.
 
     Args:
         processor: writes prompts, contexts and labels.
-        max_length: most tokens of a prompt with its replies; older turns are left out.
-        earlier_replies: whether replies in front of the knowledge are learnt too. The knowledge cannot change them,
-            so they only teach an LLM that is itself trained (LoRA).
-        hide_context: share of the dialogues, each time others, of which the LLM reads the newest turn alone while the
-            knowledge is drawn from all of them; so the knowledge can tell it something. None in an evaluation.
-        posterior_share: share of the dialogues, each time others, whose knowledge has read the reply as well: the
-            posterior that the prior, knowledge of the context alone, stands in for. None in an evaluation.
-        seed: of these draws.
-        report: gets to know what is skipped; by default it is logged alone.
+        max_length: maximum tokens of a prompt with its replies; the oldest turns are dropped.
+        earlier_replies: whether replies before the knowledge have labels, too. The knowledge cannot change them, so
+            this only helps an LLM that is itself trained (LoRA).
+        hide_context: share of the dialogues, chosen anew in every epoch, of which the LLM reads only the newest turn
+            while the knowledge comes from the whole dialogue, so that it has something to add. 0 in evaluation.
+        posterior_share: share of the dialogues, chosen anew in every epoch, whose knowledge has read the reply, too:
+            the posterior that the prior, knowledge of the context alone, approximates. 0 in evaluation.
+        seed: of these choices.
+        report: records what is skipped; by default it is only logged.
     """
 
     uses_pictures = False  # a picture in a dialogue is read, but does not train the projection of pictures
 
-    # stands for a dialogue that is skipped
+    # takes the place of a skipped dialogue
     STUB = ({"role": "user", "content": "..."}, {"role": "assistant", "content": "..."})
 
     def __init__(
@@ -321,7 +321,7 @@ class DialogueCollator(_Collator):
         self.seed, self.report = seed, report
 
     def for_evaluation(self) -> "DialogueCollator":
-        """A collator like this one that hides nothing and whose knowledge reads no reply."""
+        """A copy of this collator that hides nothing and whose knowledge never reads the reply."""
         collator = super().for_evaluation()
         collator.hide_context = collator.posterior_share = 0.0
         return collator
@@ -329,9 +329,9 @@ class DialogueCollator(_Collator):
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """-> `input_ids`, `attention_mask`, `labels` [B, T]; `context_input_ids`, `context_attention_mask` [B, C]."""
         chats = [example["messages"] for example in examples]
-        draws = [_generator(self.seed, self.epoch, example.get("key", "")) for example in examples]
-        hidden = [draw.random() < self.hide_context for draw in draws]
-        posterior = [draw.random() < self.posterior_share for draw in draws]
+        rngs = [_make_rng(self.seed, self.epoch, example.get("key", "")) for example in examples]
+        hidden = [rng.random() < self.hide_context for rng in rngs]
+        posterior = [rng.random() < self.posterior_share for rng in rngs]
         skipped = []
         try:
             inputs = self._read(chats)
@@ -372,12 +372,12 @@ class DialogueCollator(_Collator):
 
 class JointCollator(_Collator):
     """
-    Text dialogues, and beside each a captioned picture, so that dialogues do not undo what pictures taught.
+    Text dialogues, each with a captioned picture, so that tuning on dialogues does not undo what pictures taught.
 
     Args:
-        dialogues, pairs: collate either kind.
-        pictures: the image-text pairs (map-style); which of them goes with a dialogue is drawn anew in every epoch.
-        validation_pictures: those to evaluate with.
+        dialogues, pairs: the collators of both kinds.
+        pictures: the image-text pairs (map-style); each dialogue gets a random one, another in every epoch.
+        validation_pictures: the pairs for evaluation.
     """
 
     def __init__(
@@ -393,15 +393,15 @@ class JointCollator(_Collator):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Dialogues -> the inputs of `VikdfForPreTraining.forward`, their own under `dialogues`."""
-        drawn = []
+        shown = []
         for example in examples:
-            draw = _generator(self.pairs.seed, self.epoch, example["key"])
-            drawn.append({**self.pictures[draw.randrange(len(self.pictures))], "epoch": self.epoch})
+            rng = _make_rng(self.pairs.seed, self.epoch, example["key"])
+            shown.append({**self.pictures[rng.randrange(len(self.pictures))], "epoch": self.epoch})
         self.dialogues.epoch = self.epoch
-        return {**self.pairs(drawn), "dialogues": self.dialogues(examples)}
+        return {**self.pairs(shown), "dialogues": self.dialogues(examples)}
 
     def for_evaluation(self) -> "JointCollator":
-        """A collator of the other pictures that stays in epoch 0 and hides nothing."""
+        """A copy of this collator, of the validation pictures, that stays in epoch 0 and hides nothing."""
         collator = super().for_evaluation()
         collator.pictures = self.validation_pictures
         collator.dialogues = self.dialogues.for_evaluation()
@@ -409,7 +409,7 @@ class JointCollator(_Collator):
 
     @property
     def uses_pictures(self) -> bool:
-        """Whether the pictures themselves become knowledge, or are masked."""
+        """Whether pictures become knowledge, or are masked."""
         return self.pairs.uses_pictures
 
 
@@ -420,7 +420,7 @@ def _newest_turn(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_reply(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The chat with what follows the last user turn also at that turn's end, where a context ends."""
+    """The chat with everything after the last user turn also appended to that turn, where a context ends."""
     last = max(index for index, message in enumerate(chat) if message["role"] == "user")
     said = "\n".join(message["content"] for message in chat[last:])
     return [*chat[:last], {**chat[last], "content": said}, *chat[last + 1 :]]
@@ -457,18 +457,14 @@ def align_at_knowledge(batch: dict[str, torch.Tensor], processor: VikdfProcessor
     return {**batch, **aligned}
 
 
-def _another(chosen: int, count: int, draw: random.Random) -> int:
-    """One of `count` that is not the chosen one, where there is another."""
-    return draw.choice([other for other in range(count) if other != chosen] or [chosen])
+def _pick_other(chosen: int, count: int, rng: random.Random) -> int:
+    """A random index below `count` other than `chosen`; `chosen` itself if there is no other."""
+    return rng.choice([other for other in range(count) if other != chosen] or [chosen])
 
 
-def _round(value: float, draw: random.Random) -> int:
-    """Up or down by chance, so that the mean is the value."""
-    return math.floor(value + draw.random())
-
-
-def _pad_right(rows: list[torch.Tensor], value: float) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+def _stochastic_round(value: float, rng: random.Random) -> int:
+    """`value` rounded up or down at random, so that its mean is kept."""
+    return math.floor(value + rng.random())
 
 
 __all__ = ["DialogueCollator", "JointCollator", "PreTrainingCollator", "align_at_knowledge"]

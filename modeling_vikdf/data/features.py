@@ -4,8 +4,9 @@ A cache is a folder: `index.json` says what the states depend on, each shard `fe
 of `shard_size` pictures and of all their captions, in the order in which the pairs came. Rows of different lengths lie
 one behind the other; `*_offsets` say where each begins and ends, so an example is found without reading the others.
 
-Nothing in it is taken on trust: a shard knows by hashes the settings it was made with and the content of each picture,
-so that what has changed is encoded anew, and by checksums what it holds, so that no damaged states are returned.
+Nothing in it is taken on trust: a shard holds hashes of the settings it was made with and of each picture, so that
+what has changed is encoded anew, and checksums of its content, so that no damaged states are returned. This module
+knows neither objectives nor batches.
 """
 
 import hashlib
@@ -23,19 +24,19 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..modeling_vikdf import VikdfForConditionalGeneration
-from ..processing_vikdf import VikdfProcessor, encode_truncated, read_picture
-from .sources import SkipReport, decode_pair
+from ..processing_vikdf import VikdfProcessor, encode_truncated, pad, read_picture
+from .pairs import decode_pair
+from .sources import SkipReport
 
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 2  # 1 knew neither what the states were made of nor what they were
+FORMAT = 2  # format 1 had neither hashes of what was encoded nor checksums
 INDEX_NAME = "index.json"
 SHARD_NAME = "features-{:05d}.safetensors"
 
@@ -124,12 +125,12 @@ def cache_features(
         pairs: `{"key": str, "image": ..., "captions": [str, ...]}`; an image is the content of its file, which is
             decoded only if its states are not there yet, or a PIL image, which is recognised by its pixels (so the two
             are different pictures).
-        folder: where to write; made if need be.
-        batch_size: pictures, or captions, that an encoder sees at a time.
+        folder: where to write; created if missing.
+        batch_size: pictures, or captions, in a batch of an encoder.
         pool_grid: g averages the patch states to a grid of g x g, and keeps the class and register states before them
             as they are; `None` keeps all.
         shard_size: pictures in a file.
-        report: gets to know which images cannot be decoded; they are left out.
+        report: records which images cannot be decoded; they are left out.
 
     Raises:
         OSError: if an encoder cannot be found or the disk is full.
@@ -174,7 +175,7 @@ def cache_features(
 
 
 def tokenize_captions(processor: VikdfProcessor, captions: list[str]) -> list[torch.Tensor]:
-    """The text encoder's ids of each caption [T], special tokens included, cut to the most that it reads."""
+    """The text encoder's ids of each caption [T], special tokens included, truncated to its limit."""
     tokenizer, limit = processor.context_text_tokenizer, _max_length(processor)
     rows = tokenizer(captions)["input_ids"]
     return [
@@ -183,17 +184,11 @@ def tokenize_captions(processor: VikdfProcessor, captions: list[str]) -> list[to
     ]
 
 
-def pad(rows: list[torch.Tensor], value: float = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths [T, ...] as [B, longest, ...], padded on the right, and their mask [B, longest]."""
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
-    return pad_sequence(rows, batch_first=True, padding_value=value), mask
-
-
 # ---- encoding ----
 
 
 class _Row(NamedTuple):
-    """What a picture and its captions are recognised by."""
+    """What identifies a picture and its captions."""
 
     key: str
     captions: list[str]
@@ -446,15 +441,15 @@ def _delete_shards(folder: Path, first: int) -> list[str]:
 def _begin(folder: Path, index: dict[str, Any]) -> bool:
     """Whether there is a complete cache; where there is none to go on with, its index is written."""
     try:
-        found = _read_index(folder)
+        existing = _read_index(folder)
     except OSError as error:
         logger.warning(str(error))
-        found = None  # the shards know themselves what they were made with
-    if found is not None:
-        earlier = found["key"].get("format", 1) < FORMAT
-        _check_key({**found["key"], "format": FORMAT} if earlier else found["key"], index["key"], folder)
+        existing = None  # each shard records what it was made with
+    if existing is not None:
+        earlier = existing["key"].get("format", 1) < FORMAT
+        _check_key({**existing["key"], "format": FORMAT} if earlier else existing["key"], index["key"], folder)
         if not earlier:
-            return found["num_pictures"] is not None
+            return existing["num_pictures"] is not None
         logger.warning(
             f"The cache in {folder} is of an earlier format, which cannot tell whether it is stale: it is built anew."
         )
@@ -521,13 +516,13 @@ def _fingerprint(encoder: nn.Module) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _check_key(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+def _check_key(cached: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     differences = []
-    for name in {**found, **wanted}:
-        there, now = found.get(name), wanted.get(name)
+    for name in {**cached, **wanted}:
+        there, now = cached.get(name), wanted.get(name)
         if isinstance(there, dict) and isinstance(now, dict):  # only what differs of it
-            names = [each for each in {**there, **now} if there.get(each) != now.get(each)]
-            there, now = ({each: value.get(each) for each in names} for value in (there, now))
+            names = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+            there, now = ({key: value.get(key) for key in names} for value in (there, now))
         if there != now:
             differences.append(f"{name}: {there} there, {now} now")
     if differences:
@@ -541,4 +536,4 @@ def _max_length(processor: VikdfProcessor) -> int:
     return processor.max_context_length or processor.context_tokenizer.model_max_length
 
 
-__all__ = ["FeatureDataset", "cache_features", "pad", "tokenize_captions"]
+__all__ = ["FeatureDataset", "cache_features", "tokenize_captions"]

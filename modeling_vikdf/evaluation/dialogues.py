@@ -30,16 +30,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig
 
 from ..backbones import load_model
 from ..data.collators import align_at_knowledge
-from ..data.sources import SkipReport, load_dialogues
+from ..data.dialogues import load_dialogues
+from ..data.sources import SkipReport
 from ..modeling_backbones import CACHE
 from ..modeling_vikdf import VikdfForConditionalGeneration
-from ..processing_vikdf import IGNORED, VikdfProcessor
+from ..processing_vikdf import IGNORED, VikdfProcessor, pad
 from .reports import summarise, versions
 from .statistics import bootstrap_interval, number_labels
 
@@ -779,8 +779,7 @@ def generate_replies(
 
 def _pad(rows: list[list[int]], value: int, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of different lengths as one tensor [B, longest], and their mask [B, longest]."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], True, value, side)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
+    ids, mask = pad([torch.tensor(row) for row in rows], value, side)
     return ids.to(device), mask.to(device)
 
 

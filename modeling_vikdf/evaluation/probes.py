@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..modeling_backbones import CACHE
 from ..modeling_vikdf import VikdfForConditionalGeneration
-from ..processing_vikdf import VikdfProcessor
+from ..processing_vikdf import VikdfProcessor, pad
 from .dialogues import KNOWLEDGE_ARMS, arm_knowledge, select_rows
 from .statistics import bootstrap_interval, paired_randomisation
 
@@ -349,7 +348,7 @@ def _score(
         i, column, token, reply = torch.tensor(wanted, device=device).T
         columns, column = column.unique(return_inverse=True)
         owner = torch.tensor([rows[row][0] for row in batch], device=device)
-        read = pad_sequence([torch.tensor(rows[row][1], dtype=torch.long) for row in batch], batch_first=True)
+        read, _ = pad([torch.tensor(rows[row][1], dtype=torch.long) for row in batch])
         logits = model.language_model(
             # padding on the right is seen by nothing that is scored
             inputs_embeds=torch.cat([embeds[owner, -1:], embed(read.to(device))], dim=1),  # [R, 1 + T, d]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..data.features import FeatureDataset, pad, tokenize_captions
+from ..data.features import FeatureDataset, tokenize_captions
 from ..modeling_vikdf import VikdfForConditionalGeneration
-from ..processing_vikdf import VikdfProcessor
+from ..processing_vikdf import VikdfProcessor, pad
 
 
 KS = (1, 5, 10)

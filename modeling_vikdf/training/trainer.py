@@ -44,8 +44,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 from ..backbones import half_precision_is_slow, new_model, require_model, widen_slow_half_precision
 from ..configuration_vikdf import BACKBONE_CONFIGS, OBJECTIVES, VikdfConfig
 from ..data.collators import DialogueCollator, JointCollator, PreTrainingCollator
+from ..data.dialogues import load_dialogues
 from ..data.features import FeatureDataset, cache_features
-from ..data.sources import SkipReport, load_dialogues, load_image_text_pairs
+from ..data.pairs import load_image_text_pairs
+from ..data.sources import SkipReport
 from ..modeling_distillation import MATCHING, TOKENS, VikdfForPreTraining, cells_to_pixels
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor

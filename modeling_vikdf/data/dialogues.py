@@ -1,0 +1,139 @@
+"""Text dialogues from anywhere, as plain examples.
+
+    JSON Lines files, Hub datasets -> load_dialogues -> {"key", "messages", "references"}
+
+This module knows what a dialogue may look like; how files are found and read is in sources.py.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from .sources import (
+    ONCE_EACH,
+    SkipReport,
+    find_column,
+    find_sources,
+    hash_values,
+    interleave,
+    map_or_drop,
+    name_files,
+    read_records,
+    replace_surrogates,
+    require_example,
+    stream_shards,
+)
+
+
+DIALOGUE_COLUMNS = ("messages", "turns", "dialogue", "dialog", "conversation")
+DIALOGUES = Features(
+    key=Value("string"),
+    messages=List({"role": Value("string"), "content": Value("string")}),
+    references=List(Value("string")),
+)
+
+
+def load_dialogues(
+    sources: Any,
+    *,
+    split: str = "train",
+    streaming: bool = False,
+    column: str | None = None,
+    report: SkipReport | None = None,
+) -> Dataset | IterableDataset:
+    """Loads dialogues, `{"key": str, "messages": [{"role": str, "content": str}, ...], "references": [str, ...]}`.
+
+    A source is a JSONL file (a path, glob, brace range or URL; in gzip or not), a Hub dataset or an object of
+    `datasets`, with
+      * `turns`, a list of strings: the last is the assistant's reply, and before it the user and the assistant take
+        turns, so that an odd number of turns begins with the assistant;
+      * `turns` and `references`: several replies to the turns, the last of which is the user's;
+      * `messages`, with roles of their own; if there are `references` too, they may end with the user's.
+    The last of `messages` is a reply of the assistant, and the first of `references` is the same.
+
+    Dialogues without a reply or a user's turn before it, with an empty turn or an unknown role, and malformed lines
+    are skipped and reported. Keys are unique: `file:line`, or a hash of a Hub dataset's row.
+
+    Args:
+        sources: A source, or a list of sources.
+        split: The split of Hub datasets.
+        streaming: True reads while iterating, in order; False reads now, into memory.
+        column: The column of turns or messages, if its name is unusual.
+        report: Records what is skipped; by default one in a temporary folder.
+
+    Raises:
+        FileNotFoundError: If a file or Hub dataset does not exist.
+        ValueError: If nothing of a source is readable, or the column is missing.
+    """
+    report = report or SkipReport()
+    paths, hub = find_sources(sources, split)
+    names = name_files(paths)
+    shards = [(names[path], path, column) for path in paths]
+    streams = [stream_shards(_generate_dialogues, shards, DIALOGUES, report)] if shards else []
+    for name, dataset in hub:
+        used = find_column(dataset, column, DIALOGUE_COLUMNS, name, "column")
+        dataset = dataset.select_columns([used, *{"references"}.intersection(dataset.column_names)])
+        streams.append(map_or_drop(dataset, _read_row, DIALOGUES, name=name, column=used, report=report))
+    for stream in streams:
+        require_example(stream, paths + [name for name, _ in hub], report)
+    dialogues = interleave(streams, stopping_strategy=ONCE_EACH)
+    return dialogues if streaming else Dataset.from_list(list(dialogues), features=DIALOGUES)
+
+
+def _generate_dialogues(shards: list[tuple[str, str, str | None]], report: SkipReport) -> Iterator[dict[str, Any]]:
+    """The dialogues of JSONL files given as (name, path, column)."""
+    for name, path, column in shards:
+        for key, record in read_records(name, path, report):
+            if dialogue := _try_dialogue(key, record, column, report):
+                yield dialogue
+
+
+def _read_row(row: dict[str, Any], name: str, column: str, report: SkipReport) -> dict[str, Any] | None:
+    return _try_dialogue(f"{name}/{hash_values(row)}", row, column, report)
+
+
+def _try_dialogue(key: str, record: dict, column: str | None, report: SkipReport) -> dict[str, Any] | None:
+    try:
+        messages, references = _read_dialogue(record, column)
+    except ValueError as error:
+        return report.add(str(error), key)
+    return {"key": key, "messages": messages, "references": references}
+
+
+def _read_dialogue(record: dict[str, Any], column: str | None) -> tuple[list[dict[str, str]], list[str]]:
+    """Messages and references; a ValueError says why a dialogue is unusable."""
+    columns = [column] if column else DIALOGUE_COLUMNS
+    turns = next(filter(None, map(record.get, columns)), None)
+    if not isinstance(turns, list):
+        raise ValueError("no turns")
+    references = record.get("references") or []
+    if not isinstance(references, list):
+        raise ValueError("references that are not a list")
+    references = [_read_text(reference) for reference in references]
+    if all(isinstance(turn, dict) for turn in turns):
+        messages = [{"role": turn.get("role"), "content": _read_text(turn.get("content"))} for turn in turns]
+    else:
+        count = len(turns) + bool(references)  # of turns, the reply included
+        roles = ["user" if (count - index) % 2 == 0 else "assistant" for index in range(len(turns))]
+        messages = [{"role": role, "content": _read_text(turn)} for role, turn in zip(roles, turns, strict=True)]
+    if references and messages[-1]["role"] == "user":
+        messages.append({"role": "assistant", "content": references[0]})
+    roles = [message["role"] for message in messages]
+    if not all(role in ("user", "assistant") for role in roles[roles[0] == "system" :]):
+        raise ValueError("unknown role or misplaced system message")
+    if roles[-1] != "assistant" or "user" not in roles:
+        raise ValueError("no reply to a user's turn")
+    reply = messages[-1]["content"]
+    return messages, references if reply in references[:1] else [reply, *references]
+
+
+def _read_text(content: Any) -> str:
+    """A content, or the text parts that make it up, stripped."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "\n".join(str(part.get("text")) for part in content)
+    if not isinstance(content, str):
+        raise ValueError("a turn that is not text")
+    if not content.strip():
+        raise ValueError("empty turn")
+    return replace_surrogates(content.strip())
