@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from modeling_vikdf import DEFAULT_CHECKPOINT
 from modeling_vikdf.backbones import load_model
 from modeling_vikdf.data.sources import SkipReport, load_dialogues
+from modeling_vikdf.evaluation.arms import compute_knowledge
 from modeling_vikdf.evaluation.dialogues import (
     EvaluationSettings,
-    compute_knowledge,
     evaluate_dialogues,
     generate_replies,
     prepare,

@@ -30,13 +30,11 @@ from modeling_vikdf.cli import main
 from modeling_vikdf.data.collators import DialogueCollator
 from modeling_vikdf.data.sources import SkipReport, load_dialogues
 from modeling_vikdf.evaluation import dialogues as evaluation
+from modeling_vikdf.evaluation.arms import KNOWLEDGE_ARMS, arm_knowledge, compute_knowledge
 from modeling_vikdf.evaluation.dialogues import (
     FEWEST_TO_SHRINK,
     EvaluationSettings,
-    Journal,
-    arm_knowledge,
     choose_share,
-    compute_knowledge,
     evaluate_dialogues,
     evaluate_file,
     generate_replies,
@@ -45,6 +43,7 @@ from modeling_vikdf.evaluation.dialogues import (
     score_candidates,
     work_through,
 )
+from modeling_vikdf.evaluation.journal import Journal
 from modeling_vikdf.evaluation.reports import compare
 from modeling_vikdf.metrics import bleu, distinct, embedding_similarity, rouge_l
 
@@ -300,7 +299,7 @@ def test_arms_differ_in_the_knowledge_alone(parts, dialogues):
         [model.get_text_knowledge(reader(each["messages"][:-1])["context_input_ids"]).detach() for each in dialogues]
     )  # [N, n, h]
     found = {}
-    for arm in evaluation.KNOWLEDGE_ARMS:
+    for arm in KNOWLEDGE_ARMS:
         choice = EvaluationSettings(knowledge=arm, generation=False, ranking=False, seed=3)
         found[arm] = [record["nll"] for record in evaluate_dialogues(model, reader, dialogues, choice)["dialogues"]]
         for i, dialogue in enumerate(dialogues):
@@ -526,13 +525,14 @@ def test_a_killed_evaluation_goes_on(checkpoint, data, tmp_path):
     script = f"""
 import os, signal
 from modeling_vikdf.evaluation import dialogues as evaluation
+from modeling_vikdf.evaluation.journal import Journal
 
-write = evaluation.Journal._write
+write = Journal._write
 def write_and_die(self, lines):
     write(self, lines)
     if "record" in str(lines):
         os.kill(os.getpid(), signal.SIGKILL)
-evaluation.Journal._write = write_and_die
+Journal._write = write_and_die
 choice = evaluation.EvaluationSettings(batch_size=4, ranking=False)
 evaluation.evaluate_file({str(checkpoint)!r}, {str(data)!r}, {str(output)!r}, choice)
 """

@@ -11,7 +11,7 @@ from tiny_training import dialogue_model, processor
 
 from modeling_vikdf.cli import main
 from modeling_vikdf.evaluation import probes
-from modeling_vikdf.evaluation.dialogues import KNOWLEDGE_ARMS
+from modeling_vikdf.evaluation.arms import KNOWLEDGE_ARMS
 from modeling_vikdf.evaluation.probes import (
     Question,
     average_probes,

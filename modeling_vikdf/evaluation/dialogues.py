@@ -13,7 +13,6 @@ differ in the knowledge alone: a dialogue's own, another's, the mean of all, or 
 
 import copy
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig
 
@@ -40,11 +38,12 @@ from ..data.sources import SkipReport, load_dialogues
 from ..modeling_backbones import CACHE
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import IGNORED, VikdfProcessor
-from .reports import summarise, versions
-from .statistics import bootstrap_interval, number_labels
+from .arms import KNOWLEDGE_ARMS, arm_knowledge, compute_knowledge, pad_rows
+from .journal import Journal, hash_file, identify
+from .reports import summarise
+from .statistics import bootstrap_interval
 
 
-KNOWLEDGE_ARMS = ("own", "shuffled", "mean", "none")
 DISTRACTORS = 9  # replies of other dialogues that the true one is ranked among
 DECODING = {"num_beams": 3, "no_repeat_ngram_size": 3, "max_new_tokens": 32, "do_sample": False}  # the paper's
 END_OF_TURN = 8  # tokens, at most, that a chat template writes behind a reply
@@ -52,7 +51,6 @@ MEAN_OF = 1500  # dialogues
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the knowledge's differences from its mean, that remain when it is shrunk
 FEWEST_TO_SHRINK = 100  # dialogues, to take the mean of and to choose a share by
 WORKERS = 4  # batches at a time on a CPU; more would wait for each other to run their Python
-ENCODER_BATCH = 64  # contexts that the text encoder reads at a time
 WORD = re.compile(r"\w+")
 
 
@@ -139,23 +137,12 @@ def evaluate_file(
     output, report = Path(output), SkipReport()
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; name a file to write in it.")
-    data_hash = _hash_file(data)
+    data_hash = hash_file(data)
     dialogues = list(load_dialogues(str(data), report=report))
     if settings.limit is not None and settings.limit >= len(dialogues):
         settings = replace(settings, limit=None)  # it leaves nothing out: the same evaluation as without
     model, processor = load_model(model_source)
-    files = {name: getattr(settings, name) for name in ("visual_words", "word_vectors")}
-    files = {name: path for name, path in files.items() if path is not None}
-    identity = {
-        "model": "/".join(Path(model_source).parts[-2:]),  # a Hub id as it is; of a folder not where it happens to be
-        "weights_sha256": _hash_weights(model),
-        "data": Path(data).name,
-        "data_sha256": data_hash,
-        **asdict(settings),
-        **{name: Path(path).name for name, path in files.items()},
-        **{f"{name}_sha256": _hash_file(path) for name, path in files.items()},
-        "versions": versions(),
-    }
+    identity = identify(model_source, model, data, data_hash, asdict(settings))
     partial = output.with_name(output.name + ".partial.jsonl")
     # word vectors measure replies that are there
     with Journal(partial, {name: value for name, value in identity.items() if "word_vectors" not in name}) as journal:
@@ -175,7 +162,7 @@ def evaluate_dialogues(
     processor: VikdfProcessor,
     dialogues: Sequence[dict[str, Any]],
     settings: EvaluationSettings | None = None,
-    journal: "Journal | None" = None,
+    journal: Journal | None = None,
     report: SkipReport | None = None,
 ) -> dict[str, Any]:
     """
@@ -249,81 +236,6 @@ def work_through(model: nn.Module, work: Callable[[Any], Any], batches: Sequence
     finally:
         pool.shutdown(cancel_futures=True)  # after an error the other batches are not begun
         torch.set_num_threads(threads)  # threads that begin later have as many as this one again
-
-
-class Journal:
-    """
-    Work that is done, a line of JSON for each dialogue, under a header that says whose work it is.
-
-    Args:
-        path: where to keep it; by default in memory alone.
-        identity: all that the work depends on.
-
-    Raises:
-        OSError: if the file cannot be written.
-        ValueError: if it holds work of another identity.
-    """
-
-    def __init__(self, path: Path | None = None, identity: dict[str, Any] | None = None):
-        self._done: dict[str, dict[str, Any]] = {}
-        self._file = None
-        if path is None:
-            return
-        self._file = open(path, "a+b")
-        self._file.seek(0)
-        # the last line of a process that was killed may be broken off
-        lines = [line for line in self._file if line.endswith(b"\n")]
-        self._file.truncate(sum(map(len, lines)))
-        identity = json.loads(json.dumps(identity))
-        if lines:
-            found = json.loads(lines[0])
-            if changed := [name for name in identity if found.get(name) != identity[name]]:
-                self._file.close()
-                raise ValueError(
-                    f"{path} holds the unfinished work of another evaluation, which differs in {', '.join(changed)}. "
-                    "Repeat that one to finish it, delete the file, or choose another output."
-                )
-        else:
-            self._write([identity])
-        for line in lines[1:]:
-            entry = json.loads(line)
-            self._done[entry["key"]] = entry["record"]
-
-    def run(
-        self,
-        work: Callable[[list[list[int]]], Iterator[list[dict[str, Any]]]],
-        batches: list[list[int]],
-        keys: list[str],
-    ) -> list[dict[str, Any]]:
-        """
-        The record of each key. Batches that are not done are, whole ones: in another, rounding would be another.
-
-        Args:
-            work: batches of indices into keys -> the records of each batch, one after the other.
-        """
-        left = [batch for batch in batches if not all(keys[i] in self._done for i in batch)]
-        done = len(keys) - sum(map(len, left))
-        with tqdm(desc="Evaluating", unit=" dialogues", total=len(keys), initial=done) as bar:
-            for batch, found in zip(left, work(left), strict=True):
-                records = dict(zip([keys[i] for i in batch], found, strict=True))
-                self._write([{"key": key, "record": record} for key, record in records.items()])
-                self._done |= records
-                bar.update(len(batch))
-        return [self._done[key] for key in keys]
-
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        if self._file is not None:
-            self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-            self._file.flush()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._file is not None:
-            self._file.close()
-            if any(error) and not self._done:  # refused before there was any work to go on with
-                os.unlink(self._file.name)
 
 
 # ---- dialogues -> examples ----
@@ -446,64 +358,6 @@ def _touches(offsets: list[tuple[int, int]], text: str, words: set[str]) -> list
     return [any(start < end and stop > begin for begin, end in spans) for start, stop in offsets]
 
 
-# ---- knowledge ----
-
-
-@torch.no_grad()
-def compute_knowledge(
-    model: VikdfForConditionalGeneration, processor: VikdfProcessor, contexts: list[list[int]]
-) -> torch.Tensor:
-    """The knowledge that contexts (ids of the text encoder's tokenizer) evoke, [N, n, h], float32 on the CPU."""
-    tokenizer, device = processor.context_tokenizer, model.iqformer.query_tokens.device
-    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
-    parts = []
-    for start in tqdm(range(0, len(order), ENCODER_BATCH), desc="Knowledge", unit=" batches"):
-        rows = [contexts[i] for i in order[start : start + ENCODER_BATCH]]
-        ids, mask = _pad(rows, tokenizer.pad_token_id, tokenizer.padding_side, device)  # [B, C]
-        parts.append(model.get_text_knowledge(ids, mask).float().cpu())
-    return torch.cat(parts)[torch.tensor(order).argsort()]
-
-
-def arm_knowledge(
-    knowledge: torch.Tensor, arm: str, seed: int = 0, groups: Sequence[Hashable] | None = None
-) -> torch.Tensor:
-    """
-    The knowledge that an arm of an experiment gives to each example.
-
-    Args:
-        knowledge: [N, n, h].
-        arm: "own"; "shuffled", a derangement, so that each row's knowledge goes to exactly one other row; "mean", the
-            mean over the rows for all. The arm "none" has prompts without knowledge (`use_knowledge=False`).
-        seed: of the derangement.
-        groups: N values; a row never gets the knowledge of a row of its own group (the same photograph, say).
-
-    Returns:
-        [N, n, h].
-
-    Raises:
-        ValueError: for another arm, or if no derangement exists, because one group has more than half of the rows.
-    """
-    if arm == "own":
-        return knowledge
-    if arm == "mean":
-        return knowledge.mean(0, keepdim=True).expand_as(knowledge)
-    if arm != "shuffled":
-        why = "has no knowledge: write its prompts with use_knowledge=False" if arm == "none" else "is unknown"
-        raise ValueError(f"The arm {arm!r} {why}; expected one of {', '.join(KNOWLEDGE_ARMS[:-1])}.")
-    rows = len(knowledge)
-    group = number_labels(range(rows) if groups is None else groups)  # [N]
-    sizes = group.bincount()
-    if 2 * int(sizes.max()) > rows:
-        raise ValueError(f"Cannot shuffle {rows} rows of knowledge of which {int(sizes.max())} are of the same group.")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(rows, generator=generator)
-    # groups side by side, in random order: as many places further as the largest has rows, it is another group's
-    order = order[torch.randperm(len(sizes), generator=generator)[group[order]].argsort(stable=True)]  # [N]
-    source = torch.empty_like(order)
-    source[order] = order.roll(int(sizes.max()))
-    return knowledge[source.to(knowledge.device)]
-
-
 def mean_knowledge(
     model: VikdfForConditionalGeneration, processor: VikdfProcessor, dialogues: Sequence[dict[str, Any]]
 ) -> torch.Tensor:
@@ -615,7 +469,7 @@ def read_prefixes(
         The LLM's cache of it, and which of the columns are tokens, [B, P].
     """
     device, padding = model.get_input_embeddings().weight.device, processor.tokenizer.pad_token_id
-    prefixes, mask = _pad([example.prefix for example in examples], padding, "left", device)  # [B, P]
+    prefixes, mask = pad_rows([example.prefix for example in examples], padding, "left", device)  # [B, P]
     if knowledge is not None:
         aligned = align_at_knowledge({"input_ids": prefixes, "attention_mask": mask}, processor)
         prefixes, mask = aligned["input_ids"], aligned["attention_mask"]
@@ -661,7 +515,7 @@ def score_candidates(
         some = rows[start : start + batch_size]
         candidates = [examples[b].candidates[c] for b, c in some]
         # the last token is predicted and need not be read
-        ids, ids_mask = _pad([ids[:-1] for ids in candidates], padding, "right", device)  # [R, S]
+        ids, ids_mask = pad_rows([ids[:-1] for ids in candidates], padding, "right", device)  # [R, S]
         owners = torch.tensor([b for b, _ in some], device=device)
         past, past_mask = select_rows(cache, owners), mask[owners]  # [R, P]
         logits = model(
@@ -760,7 +614,7 @@ def generate_replies(
         bos_token_id=theirs.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    ids, mask = _pad([example.prompt for example in examples], tokenizer.pad_token_id, "left", device)  # [B, T]
+    ids, mask = pad_rows([example.prompt for example in examples], tokenizer.pad_token_id, "left", device)  # [B, T]
     read = {}
     # a template may ask for a reply otherwise than it writes one that is there
     if prefixes is not None and all(example.prompt[:-1] == example.prefix for example in examples):
@@ -774,37 +628,8 @@ def generate_replies(
     return [reply.strip() for reply in replies]
 
 
-# ---- helpers ----
-
-
-def _pad(rows: list[list[int]], value: int, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths as one tensor [B, longest], and their mask [B, longest]."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], True, value, side)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
-    return ids.to(device), mask.to(device)
-
-
-def _hash_file(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash_weights(model: VikdfForConditionalGeneration) -> str:
-    """Of what was trained, and the names of the backbones."""
-    digest = hashlib.sha256(json.dumps(model.config.backbones, sort_keys=True).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 __all__ = [
-    "KNOWLEDGE_ARMS",
     "EvaluationSettings",
-    "Journal",
-    "arm_knowledge",
-    "compute_knowledge",
     "evaluate_dialogues",
     "evaluate_file",
     "generate_replies",

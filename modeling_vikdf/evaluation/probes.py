@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 from ..modeling_backbones import CACHE
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
-from .dialogues import KNOWLEDGE_ARMS, arm_knowledge, select_rows
+from .arms import KNOWLEDGE_ARMS, arm_knowledge
+from .dialogues import select_rows
 from .statistics import bootstrap_interval, paired_randomisation
 
 
