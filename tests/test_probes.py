@@ -12,12 +12,11 @@ from tiny_training import dialogue_model, processor
 from modeling_vikdf.cli import main
 from modeling_vikdf.evaluation import probes
 from modeling_vikdf.evaluation.arms import KNOWLEDGE_ARMS
+from modeling_vikdf.evaluation.probe_items import Question, load_items
 from modeling_vikdf.evaluation.probes import (
-    Question,
     average_probes,
     choice_log_likelihoods,
     compare_probes,
-    load_items,
     probe,
     rank_correlation,
 )
