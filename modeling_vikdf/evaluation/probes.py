@@ -235,21 +235,36 @@ def probe(
         return (log_p / tokens if items[0].task == "rank" else log_p).mean(0)
 
     raw = {arm: [torch.stack([score() for _ in item.questions]).mean(0) for item in items] for arm in arms}
-    base = {key: dict(zip(choices, score().tolist(), strict=True)) for key, choices in shared.items()}
-    records = []
-    for index, item in enumerate(items):
-        record = {"id": item.fields["id"], "cluster": item.cluster, "subsets": item.subsets}
-        if item.task != "rank":
-            record |= {"choices": list(item.choices), "answer": item.fields["answer"]}
-        record |= {"scores": {}, "measures": {}}
-        for arm in arms:
-            found = [base[arm != "none", question] for question in item.unconditional]
-            without = torch.tensor([[each[choice] for choice in item.choices] for each in found]).mean(0)  # [c]
-            scores = {"raw": raw[arm][index], "pmi": raw[arm][index] - without}
-            record["scores"][arm] = {name: each.tolist() for name, each in scores.items()}
-            record["measures"][arm] = {name: _measures(item, each) for name, each in scores.items()}
-        records.append(record)
+    unconditional = {key: dict(zip(choices, score().tolist(), strict=True)) for key, choices in shared.items()}
+    records = [
+        _record(item, {arm: raw[arm][index] for arm in arms}, unconditional) for index, item in enumerate(items)
+    ]
     return {"task": items[0].task, "arms": list(arms), "subsets": _summarise(records, arms, seed), "records": records}
+
+
+def _record(
+    item: ProbeItem,
+    raw: dict[str, torch.Tensor],
+    unconditional: dict[tuple[bool, Question], dict[str, float]],
+) -> dict[str, Any]:
+    """
+    An item's record: its scores and measures under each arm.
+
+    Args:
+        raw: arm -> scores of the choices [c].
+        unconditional: (with knowledge, question without subject) -> choice -> score.
+    """
+    record = {"id": item.fields["id"], "cluster": item.cluster, "subsets": item.subsets}
+    if item.task != "rank":
+        record |= {"choices": list(item.choices), "answer": item.fields["answer"]}
+    record |= {"scores": {}, "measures": {}}
+    for arm, given in raw.items():
+        bases = [unconditional[arm != "none", question] for question in item.unconditional]
+        without = torch.tensor([[base[choice] for choice in item.choices] for base in bases]).mean(0)  # [c]
+        scores = {"raw": given, "pmi": given - without}
+        record["scores"][arm] = {name: values.tolist() for name, values in scores.items()}
+        record["measures"][arm] = {name: _measures(item, values) for name, values in scores.items()}
+    return record
 
 
 def _evoke(
