@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_vikdf.evaluation.reports import compare, load_word_vectors, summarise
+from modeling_vikdf.evaluation.probe_items import ProbeItem
+from modeling_vikdf.evaluation.probes import _measures
+from modeling_vikdf.evaluation.reports import METRICS, compare, load_word_vectors, summarise
+from modeling_vikdf.evaluation.retrieval import KS
 from modeling_vikdf.metrics import bleu, bleu_statistics, distinct
 
 
@@ -48,6 +51,23 @@ def test_word_vectors(tmp_path):
     path.write_text("dog 1 2\nsky 5 blue\n")
     with pytest.raises(ValueError, match="line 2: expected a word and 2 numbers"):
         load_word_vectors(path, {"sky"})
+
+
+def test_the_table_has_every_metric_of_every_report(tmp_path):
+    vectors, results = tmp_path / "vectors.txt", Path(__file__).parents[1] / "eval" / "results"
+    vectors.write_text("dog 1 2\nsky 2 1\n")
+    record = {"nll": 1.0, "tokens": 1, "mean_nll": 1.0, "examples": 1, "hits_at_1": 1.0, "mrr": 1.0, "reply": "dog"}
+    record |= {f"{kind}_{key}": 1 for kind in ("visual", "other") for key in ("nll", "tokens")}
+    measured = list(summarise([record], [["sky"]], vectors)["metrics"])
+    assert [name for name in METRICS if name in measured] == list(METRICS)[: len(measured)]
+    assert set(measured) <= set(METRICS) and {f"recall_at_{k}" for k in KS} < set(METRICS)
+    for path in results.glob("*.json"):
+        for arm in json.loads(path.read_text()).get("arms", {}).values():
+            assert {key.split(" (")[0].replace(" ", "_") for key in arm["metrics"]} < set(METRICS), path
+    ties = torch.zeros(2)
+    rank = ProbeItem({"positives": [""], "random": [""], "adversarial": []}, "rank", [], [], None, ())
+    share = ProbeItem({"answer": 0, "dist": [1, 0]}, "dist", [], [], None, ())
+    assert {*_measures(rank, ties), *_measures(share, ties)} < set(METRICS)
 
 
 # ---- differences ----

@@ -9,21 +9,12 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from ..environment import versions
-from ..metrics import (
-    bleu_from_statistics,
-    bleu_statistics,
-    distinct_from_statistics,
-    distinct_statistics,
-    embedding_similarity_items,
-    rouge_l_items,
-    tokenize,
-)
 from .statistics import (
     CHUNK,
     RANDOMISATIONS,
@@ -35,6 +26,45 @@ from .statistics import (
     paired_randomisation,
 )
 
+
+class Metric(NamedTuple):
+    """How a metric is shown, and which of two values is the better one; `short` heads the columns of wide tables."""
+
+    label: str
+    decimals: int
+    better: Literal["higher", "lower"]
+    short: str | None = None
+
+
+# Every metric of every report, in the order in which they are shown.
+METRICS = {
+    "perplexity": Metric("perplexity", 2, "lower"),
+    "perplexity_per_example": Metric("perplexity, mean over replies", 2, "lower"),
+    "nll": Metric("NLL, nats a token", 3, "lower", "NLL"),
+    "nll_per_example": Metric("NLL, mean over replies", 3, "lower"),
+    "nll_visual_words": Metric("NLL, visual words", 3, "lower"),
+    "nll_other_words": Metric("NLL, other words", 3, "lower"),
+    "hits_at_1": Metric("Hits@1", 3, "higher"),
+    "mrr": Metric("MRR", 3, "higher"),
+    **{f"bleu_{n}": Metric(f"BLEU-{n}", 3, "higher") for n in (1, 2, 3, 4)},
+    "rouge_l": Metric("ROUGE-L", 3, "higher"),
+    "embedding_average": Metric("embedding Average", 3, "higher", "Average"),
+    "embedding_extrema": Metric("embedding Extrema", 3, "higher", "Extrema"),
+    "embedding_greedy": Metric("embedding Greedy", 3, "higher", "Greedy"),
+    "distinct_1": Metric("Distinct-1", 3, "higher"),
+    "distinct_2": Metric("Distinct-2", 3, "higher"),
+    "share_im_not_sure": Metric('share of "I\'m not sure"', 3, "lower", '"I\'m not sure"'),
+    # of probes
+    "accuracy": Metric("accuracy", 3, "higher"),
+    "spearman": Metric("spearman", 3, "higher"),
+    "kl": Metric("kl", 3, "lower"),
+    "hits_at_1_random": Metric("hits at 1 random", 3, "higher"),
+    "mrr_random": Metric("mrr random", 3, "higher"),
+    "hits_at_1_adversarial": Metric("hits at 1 adversarial", 3, "higher"),
+    "mrr_adversarial": Metric("mrr adversarial", 3, "higher"),
+    # of retrieval
+    **{f"recall_at_{k}": Metric(f"recall at {k} (%)", 2, "higher") for k in (1, 5, 10)},
+}
 
 NOT_SURE = re.compile(r"i['’]m not sure", re.IGNORECASE)  # how bland replies begin
 
@@ -61,6 +91,11 @@ PERPLEXITIES = {"perplexity": "nll", "perplexity_per_example": "nll_per_example"
 
 # What reports must have in common to be compared, and what if they have it at all.
 SAME, SAME_IF_ANY = ("data_sha256", "limit", "all_references"), ("visual_words_sha256", "word_vectors_sha256")
+
+
+def metric_label(name: str) -> str:
+    """What a metric is called in prose; of one that is not in `METRICS`, its name."""
+    return METRICS[name].label if name in METRICS else name
 
 
 # ---- records -> metrics ----
@@ -119,6 +154,16 @@ def _summarise_replies(
     records: list[dict[str, Any]], references: list[list[str]], word_vectors: str | Path | None, seed: int
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """BLEU and Distinct of all replies, and their intervals; what is a mean over replies goes into the records."""
+    from ..metrics import (  # NLTK comes with the extra `eval`, and cards read reports without it
+        bleu_from_statistics,
+        bleu_statistics,
+        distinct_from_statistics,
+        distinct_statistics,
+        embedding_similarity_items,
+        rouge_l_items,
+        tokenize,
+    )
+
     replies = [" ".join(tokenize(record["reply"])) for record in records]
     references = [[" ".join(tokenize(text)) for text in texts] for texts in references]
     items = {"rouge_l": rouge_l_items(replies, references, tokenized=True)}
@@ -245,6 +290,8 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> 
 
 def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict[str, dict[str, Any]]:
     """BLEU and Distinct, which are of all replies together, of the records [N] of each report of either side."""
+    from ..metrics import bleu_from_statistics, distinct_from_statistics, distinct_statistics, tokenize
+
     pairs = []
     for number in range(math.lcm(*map(len, sides))):  # so that each report of a side counts as much as the others
         records = [record for side in sides for record in side[number % len(side)]]  # [2N]
@@ -292,4 +339,4 @@ def _read_report(path: str | Path) -> dict[str, Any]:
     return report
 
 
-__all__ = ["compare", "load_word_vectors", "summarise", "versions"]
+__all__ = ["METRICS", "Metric", "compare", "load_word_vectors", "metric_label", "summarise", "versions"]
