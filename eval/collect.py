@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_vikdf.evaluation.probes import average_probes, compare_probes
-from modeling_vikdf.evaluation.reports import METRICS, Metric, compare
+from modeling_vikdf.evaluation.reports import METRICS, REPORT_VERSION, Metric, compare, kind_of
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,9 +89,16 @@ def collect(
         found.setdefault(name, []).append(path)
     if reference not in found:
         raise ValueError(f"{study} holds no report of {reference!r} on {data!r}; it has those of {sorted(found)}.")
-    is_probe = "records" in json.loads(found[reference][0].read_text(encoding="utf-8"))
+    first = found[reference][0]
+    is_probe = kind_of(json.loads(first.read_text(encoding="utf-8")), first) == "probe"
     arms = _collect_probe(found, reference) if is_probe else _collect_dialogues(found, reference)
-    return {"data": data if topic is None else f"{data}_{topic}", "reference": reference, "arms": arms}
+    return {
+        "kind": "study",
+        "version": REPORT_VERSION,
+        "data": data if topic is None else f"{data}_{topic}",
+        "reference": reference,
+        "arms": arms,
+    }
 
 
 def _collect_dialogues(found: dict[str, list[Path]], reference: str) -> dict[str, dict[str, Any]]:

@@ -44,7 +44,7 @@ from modeling_vikdf.evaluation.dialogues import (
     work_through,
 )
 from modeling_vikdf.evaluation.journal import Journal
-from modeling_vikdf.evaluation.reports import compare
+from modeling_vikdf.evaluation.reports import compare, kind_of
 from modeling_vikdf.metrics import bleu, distinct, embedding_similarity, rouge_l
 
 
@@ -511,6 +511,7 @@ def test_an_interrupted_evaluation_goes_on(checkpoint, data, tmp_path, monkeypat
     # three batches of four, one of two; two batches, then one more, were finished
     done = [json.loads(line) for line in partial.read_text().splitlines()]
     assert len(done) == 1 + 12 and all(each["record"]["reply"] is not None for each in done[1:])
+    assert kind_of(expected) == expected["kind"] == "dialogues"
     with open(partial, "a") as file:
         file.write('{"key": "talk.jsonl:1')  # killed while it wrote
     with monkeypatch.context() as patch:

@@ -20,6 +20,7 @@ from modeling_vikdf.evaluation.probes import (
     probe,
     rank_correlation,
 )
+from modeling_vikdf.evaluation.reports import kind_of
 
 
 PAIR = {"id": "p0", "task": "pair", "relation": "unsaid", "image": "1.jpg", "category": "thing"}
@@ -276,6 +277,7 @@ def test_scores_accuracy_and_differences(write, by_hand):
 
     result = by_hand(items, log_p)
     everything = result["subsets"]["all"]
+    assert kind_of(result) == result["kind"] == "probe"
     assert result["task"] == "choice" and result["arms"] == list(KNOWLEDGE_ARMS)
     assert (everything["items"], everything["chance"]) == (3, 0.5)
     assert everything["majority"] == pytest.approx(2 / 3)

@@ -11,7 +11,7 @@ import torch
 
 from modeling_vikdf.evaluation.probe_items import ProbeItem
 from modeling_vikdf.evaluation.probes import _measures
-from modeling_vikdf.evaluation.reports import METRICS, compare, load_word_vectors, summarise
+from modeling_vikdf.evaluation.reports import METRICS, REPORT_VERSION, compare, kind_of, load_word_vectors, summarise
 from modeling_vikdf.evaluation.retrieval import KS
 from modeling_vikdf.metrics import bleu, bleu_statistics, distinct
 
@@ -68,6 +68,38 @@ def test_the_table_has_every_metric_of_every_report(tmp_path):
     rank = ProbeItem({"positives": [""], "random": [""], "adversarial": []}, "rank", [], [], None, ())
     share = ProbeItem({"answer": 0, "dist": [1, 0]}, "dist", [], [], None, ())
     assert {*_measures(rank, ties), *_measures(share, ties)} < set(METRICS)
+
+
+# ---- kinds ----
+
+OLD = {
+    "dialogues": {"metrics", "confidence_95", "knowledge", "data", "num_dialogues"},
+    "study": {"data", "reference", "arms"},
+    "retrieval": {"text_to_image", "image_to_text", "confidence_95", "num_captions"},
+    "probe": {"task", "subsets", "records"},
+}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_a_report_says_what_it_is_and_an_old_one_is_known_by_its_keys(kind):
+    assert kind_of({"kind": kind, "version": REPORT_VERSION}) == kind
+    assert kind_of({"kind": "study", "version": REPORT_VERSION} | dict.fromkeys(OLD[kind])) == "study"
+    assert kind_of(dict.fromkeys({*OLD[kind], "more"})) == kind
+    assert all(kind_of(dict.fromkeys(OLD[kind] - {key})) is None for key in OLD[kind])
+    with pytest.raises(ValueError, match=f"r.json is of version {REPORT_VERSION + 1}.*reads version {REPORT_VERSION}"):
+        kind_of({"kind": kind, "version": REPORT_VERSION + 1}, "r.json")
+
+
+@pytest.mark.parametrize("content", [[], "nll", None, {}, {"kind": "recipe"}, {"kind": ["probe"]}, {"version": 1}])
+def test_what_is_no_report_is_of_no_kind(content):
+    assert kind_of(content) is None
+
+
+def test_results_of_studies_before_there_were_kinds_are_known():
+    results = Path(__file__).parents[1] / "eval" / "results"
+    kinds = {path.stem: kind_of(json.loads(path.read_text()), path) for path in results.glob("*.json")}
+    assert {name for name, kind in kinds.items() if kind is None} == {"latency", "throughput"}
+    assert set(kinds.values()) == {"study", None}
 
 
 # ---- differences ----
@@ -180,7 +212,7 @@ def test_reports_that_cannot_be_compared(tmp_path):
     b = write_report(tmp_path / "b.json", [], [], [], dialogues=records)
     with pytest.raises(ValueError, match="no dialogue in common"):
         compare([a], [b])
-    for text in ("[]", '{"metrics": {}}', "nll: 3"):
+    for text in ("[]", '{"metrics": {}}', "nll: 3", '{"kind": "probe", "version": 1, "dialogues": [{"key": "d0"}]}'):
         b.write_text(text)
         with pytest.raises(ValueError, match="b.json is no report"):
             compare([a], [b])

@@ -6,7 +6,7 @@
     all of it -> metadata and a template of hub_cards/ -> README.md
 
 `recipe.yaml` holds one YAML document for each stage of training, the first one first: the recipe, with its stage's
-name as `stage`. Reports are known by what they hold, whatever they are called.
+name as `stage`. Reports are known by their `kind`, whatever they are called.
 """
 
 import json
@@ -35,7 +35,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from ..configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
-from ..evaluation.reports import METRICS, metric_label
+from ..evaluation.reports import METRICS, kind_of, metric_label
 
 
 # A wheel holds hub_cards/ inside the package; in a checkout, also one that is installed editable, it is beside it.
@@ -494,8 +494,8 @@ def _read_evaluations(found: list[Path], named: list[Path]) -> list[Evaluation]:
     evaluations, arms, weights = [], {}, {}
     for path in dict.fromkeys([*found, *named]):
         content = _read_json(path)
-        keys = set(content) if isinstance(content, dict) else set()
-        if {"metrics", "confidence_95", "knowledge", "data", "num_dialogues"} <= keys:
+        kind = kind_of(content, path)
+        if kind == "dialogues":
             same = json.dumps([content.get(key) for key in SAME_EVALUATION])
             if same not in arms:
                 arms[same] = Evaluation(Path(content["data"]).stem, f"{content['num_dialogues']:,} dialogues", {})
@@ -503,11 +503,11 @@ def _read_evaluations(found: list[Path], named: list[Path]) -> list[Evaluation]:
             estimates = _estimates(content["metrics"], content["confidence_95"])
             arms[same].arms.setdefault(ARMS[content["knowledge"]], {}).update(estimates)
             weights[path] = content.get("weights_sha256")
-        elif {"arms", "reference", "data"} <= keys:
+        elif kind == "study":
             evaluations.append(_read_collected(content))
-        elif {"text_to_image", "image_to_text", "confidence_95", "num_captions"} <= keys:
+        elif kind == "retrieval":
             evaluations.append(_read_retrieval(path, content))
-        elif {"task", "subsets", "records"} <= keys:
+        elif kind == "probe":
             evaluations.append(_read_probe(path, content))
         elif path in named:
             raise ValueError(f"{path} is no report of an evaluation.")

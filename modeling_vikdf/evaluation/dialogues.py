@@ -40,7 +40,7 @@ from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import IGNORED, VikdfProcessor
 from .arms import KNOWLEDGE_ARMS, arm_knowledge, compute_knowledge, pad_rows
 from .journal import Journal, hash_file, identify
-from .reports import summarise
+from .reports import REPORT_VERSION, summarise
 from .statistics import bootstrap_interval
 
 
@@ -127,8 +127,8 @@ def evaluate_file(
         output: JSON file to write.
 
     Returns:
-        The report: what was evaluated (`model`, `data`, their hashes, the settings, `versions`) and what
-        [`evaluate_dialogues`] returns.
+        The report: its `kind`, "dialogues", and `version`; what was evaluated (`model`, `data`, their hashes, the
+        settings, `versions`); and what [`evaluate_dialogues`] returns.
 
     Raises:
         OSError: if something cannot be read or written.
@@ -149,7 +149,7 @@ def evaluate_file(
         figures = evaluate_dialogues(model, processor, dialogues, settings, journal, report)
     # of paths the name alone: where something lies on one machine is of no use on another
     command = ["vikdf", *(Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:])]
-    result = {**identity, "command": shlex.join(command), **figures}
+    result = {"kind": "dialogues", "version": REPORT_VERSION, **identity, "command": shlex.join(command), **figures}
     unfinished = output.with_name(output.name + ".tmp")
     unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(unfinished, output)

@@ -27,6 +27,7 @@ from ..processing_vikdf import VikdfProcessor
 from .arms import KNOWLEDGE_ARMS, arm_knowledge
 from .dialogues import select_rows
 from .probe_items import NEGATIVES, ProbeItem, Question
+from .reports import REPORT_VERSION
 from .statistics import bootstrap_interval, paired_randomisation
 
 
@@ -198,6 +199,7 @@ def probe(
         seed: of the shuffled knowledge and of the statistics.
 
     Returns:
+        A report: its `kind`, "probe", and `version`;
         `task`, `arms`; `subsets`: name -> `items`, `majority` (accuracy of always taking the choice that is right most
         often in the subset) and `chance`, where there is an answer, `arms` (arm -> score -> measure -> `mean`,
         `confidence_95`) and `own_minus` (other arm -> score -> measure -> `mean`, `confidence_95`, `p_value`);
@@ -239,7 +241,14 @@ def probe(
     records = [
         _record(item, {arm: raw[arm][index] for arm in arms}, unconditional) for index, item in enumerate(items)
     ]
-    return {"task": items[0].task, "arms": list(arms), "subsets": _summarise(records, arms, seed), "records": records}
+    return {
+        "kind": "probe",
+        "version": REPORT_VERSION,
+        "task": items[0].task,
+        "arms": list(arms),
+        "subsets": _summarise(records, arms, seed),
+        "records": records,
+    }
 
 
 def _record(

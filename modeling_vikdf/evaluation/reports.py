@@ -66,6 +66,15 @@ METRICS = {
     **{f"recall_at_{k}": Metric(f"recall at {k} (%)", 2, "higher") for k in (1, 5, 10)},
 }
 
+REPORT_VERSION = 1
+# What reports hold that were written before they said what they are.
+KEYS_BY_KIND = {
+    "dialogues": {"metrics", "confidence_95", "knowledge", "data", "num_dialogues"},
+    "study": {"arms", "reference", "data"},
+    "retrieval": {"text_to_image", "image_to_text", "confidence_95", "num_captions"},
+    "probe": {"task", "subsets", "records"},
+}
+
 NOT_SURE = re.compile(r"i['’]m not sure", re.IGNORECASE)  # how bland replies begin
 
 # Metrics that are sum(values) / sum(weights) over dialogues: what the sums are called in a dialogue's record.
@@ -96,6 +105,35 @@ SAME, SAME_IF_ANY = ("data_sha256", "limit", "all_references"), ("visual_words_s
 def metric_label(name: str) -> str:
     """What a metric is called in prose; of one that is not in `METRICS`, its name."""
     return METRICS[name].label if name in METRICS else name
+
+
+def kind_of(report: Any, source: str | Path = "The report") -> str | None:
+    """
+    What a report is of: `kind`, one of `KEYS_BY_KIND`; of one that lacks it, what its keys tell.
+
+    Args:
+        report: JSON as it was read.
+        source: what an error calls it.
+
+    Returns:
+        "dialogues" (`vikdf evaluate`), "retrieval", "probe" or "study" (eval/collect.py); `None` for anything else.
+
+    Raises:
+        ValueError: if the report is of a version that this release does not read.
+    """
+    if not isinstance(report, dict):
+        return None
+    if "kind" not in report:
+        return next((kind for kind, keys in KEYS_BY_KIND.items() if keys <= report.keys()), None)
+    kind = report["kind"]
+    if not isinstance(kind, str) or kind not in KEYS_BY_KIND:
+        return None
+    if report.get("version") != REPORT_VERSION:
+        raise ValueError(
+            f"{source} is of version {report.get('version')}, and this release reads version {REPORT_VERSION}: "
+            "update modeling_vikdf."
+        )
+    return kind
 
 
 # ---- records -> metrics ----
@@ -334,9 +372,20 @@ def _read_report(path: str | Path) -> dict[str, Any]:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no report of an evaluation: {error}") from error
-    if not isinstance(report, dict) or not report.get("dialogues"):
+    # for a comparison the dialogues suffice
+    if kind_of(report, path) not in ("dialogues", None) or not isinstance(report, dict) or not report.get("dialogues"):
         raise ValueError(f"{path} is no report of an evaluation: expected a JSON object with dialogues.")
     return report
 
 
-__all__ = ["METRICS", "Metric", "compare", "load_word_vectors", "metric_label", "summarise", "versions"]
+__all__ = [
+    "METRICS",
+    "REPORT_VERSION",
+    "Metric",
+    "compare",
+    "kind_of",
+    "load_word_vectors",
+    "metric_label",
+    "summarise",
+    "versions",
+]

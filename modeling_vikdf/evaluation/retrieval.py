@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ..data.features import FeatureDataset, pad, tokenize_captions
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
+from .reports import REPORT_VERSION
 
 
 KS = (1, 5, 10)
@@ -158,11 +159,14 @@ def evaluate_retrieval(
     Recall of the matching head over all pairs; arguments and errors as for [`embed_pairs`].
 
     Returns:
-        What `retrieval_recall` does; `confidence_95`, what `retrieval_intervals` does; `num_pictures`, `num_captions`.
+        A report: its `kind`, "retrieval", and `version`;
+        what `retrieval_recall` does; `confidence_95`, what `retrieval_intervals` does; `num_pictures`, `num_captions`.
     """
     embeddings = embed_pairs(model, processor, pairs, batch_size)
     texts, images, _ = embeddings
     return {
+        "kind": "retrieval",
+        "version": REPORT_VERSION,
         **retrieval_recall(*embeddings),
         "confidence_95": retrieval_intervals(*embeddings, seed=seed),
         "num_pictures": len(images),
