@@ -196,7 +196,7 @@ def test_reports_that_cannot_be_compared(tmp_path):
     a = write_report(tmp_path / "a.json", [1, 2], [1, 1], [0, 1])
     for name, value in (("data_sha256", "y"), ("limit", 2), ("all_references", True)):
         b = write_report(tmp_path / "b.json", [1, 2], [1, 1], [0, 1], **{name: value})
-        with pytest.raises(ValueError, match=f"not of the same data, for {name} differs"):
+        with pytest.raises(ValueError, match=f"not on the same data: {name} differs"):
             compare([a], [b])
     words = [write_report(tmp_path / f"{w}.json", [1, 2], [1, 1], [0, 1], visual_words_sha256=w) for w in "vw"]
     with pytest.raises(ValueError, match="visual_words_sha256 differs"):
@@ -214,5 +214,5 @@ def test_reports_that_cannot_be_compared(tmp_path):
         compare([a], [b])
     for text in ("[]", '{"metrics": {}}', "nll: 3", '{"kind": "probe", "version": 1, "dialogues": [{"key": "d0"}]}'):
         b.write_text(text)
-        with pytest.raises(ValueError, match="b.json is no report"):
+        with pytest.raises(ValueError, match="b.json is not a report"):
             compare([a], [b])

@@ -19,7 +19,7 @@ ENCODER_BATCH = 64  # contexts that the text encoder reads at a time
 def compute_knowledge(
     model: VikdfForConditionalGeneration, processor: VikdfProcessor, contexts: list[list[int]]
 ) -> torch.Tensor:
-    """The knowledge that contexts (ids of the text encoder's tokenizer) evoke, [N, n, h], float32 on the CPU."""
+    """The knowledge [N, n, h] that contexts (token ids of the text encoder) evoke, in float32 on the CPU."""
     tokenizer, device = processor.context_tokenizer, model.iqformer.query_tokens.device
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
     parts = []
@@ -39,7 +39,7 @@ def arm_knowledge(
     Args:
         knowledge: [N, n, h].
         arm: "own"; "shuffled", a derangement, so that each row's knowledge goes to exactly one other row; "mean", the
-            mean over the rows for all. The arm "none" has prompts without knowledge (`use_knowledge=False`).
+            mean over the rows, for all of them. The arm "none" has prompts without knowledge (`use_knowledge=False`).
         seed: of the derangement.
         groups: N values; a row never gets the knowledge of a row of its own group (the same photograph, say).
 
@@ -60,10 +60,10 @@ def arm_knowledge(
     group = number_labels(range(rows) if groups is None else groups)  # [N]
     sizes = group.bincount()
     if 2 * int(sizes.max()) > rows:
-        raise ValueError(f"Cannot shuffle {rows} rows of knowledge of which {int(sizes.max())} are of the same group.")
+        raise ValueError(f"Cannot shuffle {rows} rows of knowledge, {int(sizes.max())} of them of the same group.")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(rows, generator=generator)
-    # groups side by side, in random order: as many places further as the largest has rows, it is another group's
+    # groups side by side, in random order: a shift by the size of the largest lands in another group
     order = order[torch.randperm(len(sizes), generator=generator)[group[order]].argsort(stable=True)]  # [N]
     source = torch.empty_like(order)
     source[order] = order.roll(int(sizes.max()))
@@ -71,7 +71,7 @@ def arm_knowledge(
 
 
 def pad_rows(rows: list[list[int]], value: int, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths as one tensor [B, longest], and their mask [B, longest]."""
+    """Rows of different lengths as one tensor [B, longest], padded on a side, and their mask [B, longest]."""
     ids = pad_sequence([torch.tensor(row) for row in rows], True, value, side)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
     return ids.to(device), mask.to(device)

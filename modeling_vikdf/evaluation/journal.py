@@ -16,15 +16,15 @@ from ..modeling_vikdf import VikdfForConditionalGeneration
 
 class Journal:
     """
-    Work that is done, a line of JSON for each dialogue, under a header that says whose work it is.
+    Finished work, one line of JSON per dialogue, under a header that identifies the evaluation.
 
     Args:
-        path: where to keep it; by default in memory alone.
-        identity: all that the work depends on.
+        path: file to keep it in; by default it is kept in memory alone.
+        identity: everything that the work depends on.
 
     Raises:
         OSError: if the file cannot be written.
-        ValueError: if it holds work of another identity.
+        ValueError: if the file holds work of another identity.
     """
 
     def __init__(self, path: Path | None = None, identity: dict[str, Any] | None = None):
@@ -34,17 +34,17 @@ class Journal:
             return
         self._file = open(path, "a+b")
         self._file.seek(0)
-        # the last line of a process that was killed may be broken off
+        # a process that was killed may have left its last line incomplete
         lines = [line for line in self._file if line.endswith(b"\n")]
         self._file.truncate(sum(map(len, lines)))
         identity = json.loads(json.dumps(identity))
         if lines:
-            found = json.loads(lines[0])
-            if changed := [name for name in identity if found.get(name) != identity[name]]:
+            header = json.loads(lines[0])
+            if changed := [name for name in identity if header.get(name) != identity[name]]:
                 self._file.close()
                 raise ValueError(
                     f"{path} holds the unfinished work of another evaluation, which differs in {', '.join(changed)}. "
-                    "Repeat that one to finish it, delete the file, or choose another output."
+                    "Run that one again to finish it, delete the file, or choose another output."
                 )
         else:
             self._write([identity])
@@ -59,16 +59,17 @@ class Journal:
         keys: list[str],
     ) -> list[dict[str, Any]]:
         """
-        The record of each key. Batches that are not done are, whole ones: in another, rounding would be another.
+        The record of each key, computed where it is missing. Batches are repeated whole: in any other batch
+        rounding would differ.
 
         Args:
-            work: batches of indices into keys -> the records of each batch, one after the other.
+            work: takes batches of indices into keys, and yields the records of one batch after the other.
         """
         left = [batch for batch in batches if not all(keys[i] in self._done for i in batch)]
         done = len(keys) - sum(map(len, left))
         with tqdm(desc="Evaluating", unit=" dialogues", total=len(keys), initial=done) as bar:
-            for batch, found in zip(left, work(left), strict=True):
-                records = dict(zip([keys[i] for i in batch], found, strict=True))
+            for batch, results in zip(left, work(left), strict=True):
+                records = dict(zip([keys[i] for i in batch], results, strict=True))
                 self._write([{"key": key, "record": record} for key, record in records.items()])
                 self._done |= records
                 bar.update(len(batch))
@@ -85,7 +86,7 @@ class Journal:
     def __exit__(self, *error: Any) -> None:
         if self._file is not None:
             self._file.close()
-            if any(error) and not self._done:  # refused before there was any work to go on with
+            if any(error) and not self._done:  # refused before there was anything to resume
                 os.unlink(self._file.name)
 
 
@@ -122,7 +123,7 @@ def hash_file(path: str | Path) -> str:
 
 
 def _hash_weights(model: VikdfForConditionalGeneration) -> str:
-    """Of what was trained, and the names of the backbones."""
+    """SHA-256 of the trained weights and the backbones' names."""
     digest = hashlib.sha256(json.dumps(model.config.backbones, sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:

@@ -124,9 +124,9 @@ def load_items(
             try:
                 item = _read_item(json.loads(line), TEMPLATES if templates is None else templates)
                 if items and item.task != items[0].task:
-                    raise ValueError(f"task {item.task!r} after {items[0].task!r}; a file has items of one task.")
+                    raise ValueError(f"task {item.task!r} after {items[0].task!r}; a file has one task alone.")
                 if (first := lines_of_ids.setdefault(item.fields["id"], number)) != number:
-                    raise ValueError(f"the id {item.fields['id']!r} is that of line {first}, too.")
+                    raise ValueError(f"the id {item.fields['id']!r} is already used on line {first}.")
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
             items.append(item)
@@ -143,7 +143,7 @@ def _read_item(fields: Any, templates: dict[str, dict[str, list[str]]]) -> Probe
         raise ValueError(f"unknown task {task!r}; expected one of {', '.join(FIELDS)}.")
     for key, kind in {"id": str, **FIELDS[task]}.items():
         if not isinstance(fields.get(key), kind) or fields[key] in ("", []):
-            raise ValueError(f"{key!r} missing or not a {kind.__name__}: {fields.get(key)!r}.")
+            raise ValueError(f"{key!r} must be of type {kind.__name__} and not empty; got {fields.get(key)!r}.")
     if task == "rank":
         return _read_dialogue(fields)
     choices, answer, relation = fields["choices"], fields["answer"], fields["relation"]
@@ -193,11 +193,11 @@ def _read_dialogue(fields: dict[str, Any]) -> ProbeItem:
 
 
 def _fill(template: str, words: dict[str, str]) -> str:
-    """A template as a sentence. Raises ValueError if it speaks of something that the item lacks."""
+    """A template as a sentence. Raises ValueError if it mentions something that the item does not have."""
 
     def word(match: re.Match) -> str:
         if match[0] not in words:
-            raise ValueError(f"the template {template!r} speaks of {match[0]}, which the item lacks.")
+            raise ValueError(f"the template {template!r} mentions {match[0]}, which the item does not have.")
         return words[match[0]]
 
     text = re.sub(r"\b(Most X|X|CONTEXT)\b", word, template)

@@ -71,7 +71,9 @@ def choice_log_likelihoods(
         return processor(Question(chat).messages, use_knowledge=use_knowledge)["input_ids"][0]  # [P]
 
     # Prompts of one length need no padding, and those of one kind begin alike.
-    prompts = [prompt(question.chat, each is not None) for question, each in zip(questions, knowledge, strict=True)]
+    prompts = [
+        prompt(question.chat, vectors is not None) for question, vectors in zip(questions, knowledge, strict=True)
+    ]
     alike = defaultdict(list)
     for index, ids in enumerate(prompts):
         alike[len(ids), knowledge[index] is None].append(index)
@@ -88,9 +90,10 @@ def choice_log_likelihoods(
             if knowledge[batch[0]] is not None:
                 vectors = torch.stack([knowledge[index] for index in batch])  # [B, n, h]
             sums = _score(model, torch.stack([prompts[index] for index in batch]), vectors, replies, batch_size)
-            for index, log_p, each in zip(batch, sums.split([len(each) for each in replies]), replies, strict=True):
+            sums_by_question = sums.split([len(some) for some in replies])
+            for index, log_p, some in zip(batch, sums_by_question, replies, strict=True):
                 shape = len(questions[index].beginnings), len(choices[index])
-                results[index] = log_p.view(shape), torch.tensor([count for _, count in each]).view(shape)
+                results[index] = log_p.view(shape), torch.tensor([count for _, count in some]).view(shape)
             bar.update(len(batch))
     model.train(training)
     return results
@@ -111,8 +114,8 @@ def _encode_replies(
         text, ids, offsets = processor.locate_tokens(chat, continue_final_message=True)
         if ids[: len(asked)] != asked or not text.endswith(choice):
             raise ValueError(
-                f"The chat template renders the reply {choice!r} otherwise than after the prompt that asks for it, "
-                "so its tokens cannot be told. Pass the processor another chat_template=."
+                f"The chat template renders the reply {choice!r} differently from how it continues the prompt for it, "
+                "so its tokens cannot be identified. Pass the processor another chat_template=."
             )
         start = len(text) - len(choice) if beginning else 0
         count = sum(end > start for _, end in offsets[len(asked) :])
@@ -138,10 +141,10 @@ def _score(
     rows: list[tuple[int, tuple[int, ...]]] = []  # prompt, tokens that are read after it
     targets = defaultdict(list)  # row -> (column, token that the column predicts, reply)
     number = itertools.count()
-    for index, each in enumerate(replies):
-        read = sorted({ids[:-1] for ids, _ in each})
+    for index, some in enumerate(replies):
+        read = sorted({ids[:-1] for ids, _ in some})
         read = [ids for i, ids in enumerate(read) if i + 1 == len(read) or read[i + 1][: len(ids)] != ids]
-        for ids, count in each:
+        for ids, count in some:
             row, reply = len(rows) + bisect_left(read, ids[:-1]), next(number)
             # column 0 is the prompt's last token, so column t predicts the reply's token t
             targets[row] += [(t, ids[t], reply) for t in range(len(ids) - count, len(ids))]
@@ -295,10 +298,10 @@ def _measures(item: ProbeItem, scores: torch.Tensor) -> dict[str, float | None]:
     if item.task == "rank":
         measures = {}
         positives, *negatives = scores.split([len(item.fields[key]) for key in ("positives", *NEGATIVES)])
-        for name, each in zip(NEGATIVES, negatives, strict=True):
-            ranks = 1 + (~(each < positives[:, None])).sum(1)  # [positives]
-            measures[f"hits_at_1_{name}"] = (ranks == 1).double().mean().item() if len(each) else None
-            measures[f"mrr_{name}"] = (1 / ranks).double().mean().item() if len(each) else None
+        for name, others in zip(NEGATIVES, negatives, strict=True):
+            ranks = 1 + (~(others < positives[:, None])).sum(1)  # [positives]
+            measures[f"hits_at_1_{name}"] = (ranks == 1).double().mean().item() if len(others) else None
+            measures[f"mrr_{name}"] = (1 / ranks).double().mean().item() if len(others) else None
         return measures
     measures = {"accuracy": float((~(scores < scores[item.fields["answer"]])).sum() == 1)}
     if item.task == "dist":
@@ -311,7 +314,7 @@ def _measures(item: ProbeItem, scores: torch.Tensor) -> dict[str, float | None]:
 
 def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float | None:
     """Spearman's correlation of two [c], ties at their mean rank; `None` if one is constant."""
-    ranks = torch.stack([(each[:, None] > each).sum(1) - (each[:, None] < each).sum(1) for each in (x, y)]).double()
+    ranks = torch.stack([(v[:, None] > v).sum(1) - (v[:, None] < v).sum(1) for v in (x, y)]).double()  # [2, c]
     return torch.corrcoef(ranks)[0, 1].item() if ranks.any(1).all() else None
 
 
@@ -329,7 +332,7 @@ def compare_probes(a: dict[str, Any], b: dict[str, Any], seed: int = 0) -> dict[
         Subset -> score -> measure -> `mean` of a minus b, its `confidence_95` and `p_value`.
 
     Raises:
-        ValueError: if the two have not the same items, choices included, or one has no records or no arm "own".
+        ValueError: if the two do not have the same items, choices included, or one has no records or no arm "own".
     """
     pairs = [{**record, "measures": {"own": ours, "b": theirs}} for record, (ours, theirs) in _align([a, b], "own")]
     return {name: subset["own_minus"]["b"] for name, subset in _summarise(pairs, ("own", "b"), seed).items()}
@@ -347,14 +350,14 @@ def average_probes(probes: Sequence[dict[str, Any]], arm: str = "own", seed: int
         `task`, `arms`, `subsets`, `records` as of [`probe`], with the mean of each item's measures as the arm "own".
 
     Raises:
-        ValueError: if they have not the same items, choices included, or one has no records or lacks the arm.
+        ValueError: if they do not have the same items, choices included, or one has no records or lacks the arm.
     """
     records = []
-    for record, found in _align(probes, arm):
+    for record, trainings in _align(probes, arm):
         mean = {}
         for score in SCORES:
-            values = {name: [each[score][name] for each in found] for name in found[0][score]}
-            mean[score] = {name: None if None in each else sum(each) / len(each) for name, each in values.items()}
+            values = {name: [measures[score][name] for measures in trainings] for name in trainings[0][score]}
+            mean[score] = {name: None if None in row else sum(row) / len(row) for name, row in values.items()}
         records.append({**record, "measures": {"own": mean}})
     return {
         "task": probes[0]["task"],
@@ -366,24 +369,25 @@ def average_probes(probes: Sequence[dict[str, Any]], arm: str = "own", seed: int
 
 def _align(probes: Sequence[dict[str, Any]], arm: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Each item's record in the first of the probes, and what it measured under the arm in each of them."""
-    if not all(each.get("records") for each in probes):
+    if not all(report.get("records") for report in probes):
         raise ValueError("There are no records to compare; `vikdf probe` writes them.")
-    others = [{record["id"]: record for record in each["records"]} for each in probes]
-    if any(each.keys() != others[0].keys() for each in others) or len({each["task"] for each in probes}) > 1:
-        raise ValueError("The probes have not the same items.")
+    indexed = [{record["id"]: record for record in report["records"]} for report in probes]
+    tasks = {report["task"] for report in probes}
+    if any(records.keys() != indexed[0].keys() for records in indexed) or len(tasks) > 1:
+        raise ValueError("The probes do not have the same items.")
     aligned = []
-    for name, record in others[0].items():
-        same = [each[name] for each in others]
-        if not all(arm in each["measures"] for each in same):
-            raise ValueError(f"Models are compared with their knowledge of one arm: probe all with the arm {arm!r}.")
-        if any(each.get(key) != record.get(key) for key in ("choices", "answer") for each in same):
-            raise ValueError(f"The item {name!r} has not the same choices and answer in all probes.")
-        aligned.append((record, [each["measures"][arm] for each in same]))
+    for name, record in indexed[0].items():
+        same = [records[name] for records in indexed]
+        if not all(arm in other["measures"] for other in same):
+            raise ValueError(f"Models are compared under one arm of knowledge: probe all with the arm {arm!r}.")
+        if any(other.get(key) != record.get(key) for key in ("choices", "answer") for other in same):
+            raise ValueError(f"The item {name!r} does not have the same choices and answer in all probes.")
+        aligned.append((record, [other["measures"][arm] for other in same]))
     return aligned
 
 
 def _summarise(records: list[dict[str, Any]], arms: Sequence[str], seed: int) -> dict[str, Any]:
-    """Means, intervals and differences of each subset; subsets that are everything are left out."""
+    """Means, intervals and differences of each subset; a subset of all records is left out."""
     members = defaultdict(list)
     for record in records:
         for name in record["subsets"]:
@@ -396,13 +400,13 @@ def _summarise(records: list[dict[str, Any]], arms: Sequence[str], seed: int) ->
         if "answer" in some[0]:
             right = Counter(record["choices"][record["answer"]] for record in some)
             most = [max(record["choices"], key=right.__getitem__) for record in some]
-            hits = sum(each == record["choices"][record["answer"]] for each, record in zip(most, some, strict=True))
+            hits = sum(word == record["choices"][record["answer"]] for word, record in zip(most, some, strict=True))
             summary[name]["majority"] = hits / len(some)
             summary[name]["chance"] = sum(1 / len(record["choices"]) for record in some) / len(some)
         clusters = [record["cluster"] for record in some]
         values = {arm: _table(some, arm) for arm in arms}  # arm -> [N, scores, measures]
         measures = list(some[0]["measures"][arms[0]]["raw"])
-        summary[name]["arms"] = {arm: _estimate(each, clusters, measures, seed) for arm, each in values.items()}
+        summary[name]["arms"] = {arm: _estimate(table, clusters, measures, seed) for arm, table in values.items()}
         if "own" in arms:
             summary[name]["own_minus"] = {
                 arm: _estimate(values["own"] - values[arm], clusters, measures, seed, paired=True)

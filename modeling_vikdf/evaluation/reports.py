@@ -1,7 +1,9 @@
-"""What the records of an evaluation come to, and how two evaluations differ.
+"""What the records of an evaluation come to, how two evaluations differ, and what kinds of reports there are.
 
 records of dialogues -> summarise -> metrics with 95 % intervals
 two reports          -> compare   -> paired differences, approximate randomisation
+
+Knows no model: everything here is computed from what was written down.
 """
 
 import json
@@ -155,9 +157,9 @@ def summarise(
     jackknife.
 
     Args:
-        records: of each dialogue, what the parts of the evaluation found [N].
-        references: of each dialogue [N].
-        word_vectors: file for the embedding metrics of replies, see [`load_word_vectors`].
+        records: what each dialogue came to [N].
+        references: those of each dialogue [N].
+        word_vectors: file for the embedding metrics of the replies, see [`load_word_vectors`].
         seed: of the resampling.
 
     Returns:
@@ -231,10 +233,10 @@ def _summarise_replies(
 
 def load_word_vectors(path: str | Path, words: set[str]) -> dict[str, list[float]]:
     """
-    The vectors of some words from a text file with `word v1 v2 ...` a line, as GloVe's and fastText's.
+    The vectors of some words from a text file with `word v1 v2 ...` per line, like GloVe's and fastText's.
 
     Raises:
-        OSError, ValueError: if it cannot be read, or a line is of another length or no numbers.
+        OSError, ValueError: if it cannot be read, or a line has no such numbers.
     """
     vectors, width = {}, None
     with open(path, encoding="utf-8") as file:
@@ -275,29 +277,29 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> 
 
     Raises:
         OSError: if a report cannot be read.
-        ValueError: if one is none, or they are not of the same data.
+        ValueError: if one is not a report, or they are not on the same data.
     """
     sides = [[_read_report(path) for path in paths] for paths in (a, b)]
     reports = [report for side in sides for report in side]
     for name in (*SAME, *SAME_IF_ANY):
-        found = {path: report.get(name) for path, report in zip([*a, *b], reports, strict=True)}
-        if len({value for value in found.values() if value is not None or name in SAME}) > 1:
-            values = ", ".join(f"{path}: {value}" for path, value in found.items())
-            raise ValueError(f"The reports are not of the same data, for {name} differs: {values}.")
+        settings = {path: report.get(name) for path, report in zip([*a, *b], reports, strict=True)}
+        if len({value for value in settings.values() if value is not None or name in SAME}) > 1:
+            values = ", ".join(f"{path}: {value}" for path, value in settings.items())
+            raise ValueError(f"The reports are not on the same data: {name} differs ({values}).")
     seeds = [sorted({report.get("seed") for report in side}) for side in sides]
     if seeds[0] != seeds[1]:
         raise ValueError(
-            f"A was evaluated with the seeds {seeds[0]} and B with {seeds[1]}, which draw other distractors."
+            f"A was evaluated with the seeds {seeds[0]} and B with {seeds[1]}, which draw different distractors."
         )
     dialogues = [[{record["key"]: record for record in report["dialogues"]} for report in side] for side in sides]
-    keys = [key for key in dialogues[0][0] if all(key in each for side in dialogues for each in side)]
+    keys = [key for key in dialogues[0][0] if all(key in records for side in dialogues for records in side)]
     if not keys:
         raise ValueError("The reports have no dialogue in common.")
     metrics = {}
     for name, (value, weight) in RATIOS.items():
-        if not all(value in each[keys[0]] for side in dialogues for each in side):
+        if not all(value in records[keys[0]] for side in dialogues for records in side):
             continue
-        pairs = [[_sums([each[key] for key in keys], value, weight) for each in side] for side in dialogues]
+        pairs = [[_sums([records[key] for key in keys], value, weight) for records in side] for side in dialogues]
         weights = pairs[0][0][1]  # [N]
         if any((other != weights).any() for side in pairs for _, other in side):
             raise ValueError(
@@ -314,8 +316,9 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> 
             "confidence_95": list(bootstrap_interval(ours - theirs, weights, seed=seed)),
             "p_value": paired_randomisation(ours - theirs, seed=seed),
         }
-    if all("bleu" in each[keys[0]] for side in dialogues for each in side):
-        metrics |= _compare_corpora([[[each[key] for key in keys] for each in side] for side in dialogues], seed)
+    if all("bleu" in records[keys[0]] for side in dialogues for records in side):
+        corpora = [[[records[key] for key in keys] for records in side] for side in dialogues]
+        metrics |= _compare_corpora(corpora, seed)
     corrected = holm([figures["p_value"] for figures in metrics.values()])
     for figures, p_value in zip(metrics.values(), corrected, strict=True):
         figures["p_value_holm"] = p_value
@@ -338,8 +341,10 @@ def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict
 
     def measure(chosen: np.ndarray) -> dict[str, np.ndarray]:
         """Metrics [R] of the chosen ones [R, 2N] of both sides' replies."""
-        found = [bleu_from_statistics(chosen @ bleu) | distinct_from_statistics(each, chosen) for bleu, each in pairs]
-        return {name: np.mean([each[name] for each in found], axis=0) for name in found[0]}
+        values = [
+            bleu_from_statistics(chosen @ bleu) | distinct_from_statistics(ngrams, chosen) for bleu, ngrams in pairs
+        ]
+        return {name: np.mean([metrics[name] for metrics in values], axis=0) for name in values[0]}
 
     def measure_sides(dialogues: np.ndarray, swapped: np.ndarray) -> tuple[dict[str, np.ndarray], ...]:
         """Metrics [R] of A and of B in some dialogues [R, N], where in the swapped ones each has the other's reply."""
@@ -349,9 +354,9 @@ def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict
     everything = np.ones((1, len(sides[0][0])), dtype=bool)
     a, b = measure_sides(everything, ~everything)
     left_a, left_b = measure_sides(leave_groups_out(everything.size), ~everything)
-    draw, extreme = np.random.default_rng(seed), dict.fromkeys(a, 0)
+    rng, extreme = np.random.default_rng(seed), dict.fromkeys(a, 0)
     for rows in torch.arange(RANDOMISATIONS).split(CHUNK):
-        other_a, other_b = measure_sides(everything, draw.random((len(rows), everything.size)) < 0.5)
+        other_a, other_b = measure_sides(everything, rng.random((len(rows), everything.size)) < 0.5)
         for name in a:  # a tie by another order of summation is a tie
             bound = abs(a[name] - b[name]) * (1 - 1e-9)
             extreme[name] += int((abs(other_a[name] - other_b[name]) >= bound).sum())
@@ -371,10 +376,10 @@ def _read_report(path: str | Path) -> dict[str, Any]:
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no report of an evaluation: {error}") from error
+        raise ValueError(f"{path} is not a report of an evaluation: {error}") from error
     # for a comparison the dialogues suffice
     if kind_of(report, path) not in ("dialogues", None) or not isinstance(report, dict) or not report.get("dialogues"):
-        raise ValueError(f"{path} is no report of an evaluation: expected a JSON object with dialogues.")
+        raise ValueError(f"{path} is not a report of an evaluation: expected a JSON object with dialogues.")
     return report
 
 

@@ -1,4 +1,4 @@
-"""Retrieval between texts and pictures: embed both, rank, report recall and how sure it is.
+"""Retrieval between texts and pictures: embeds both, ranks, reports recall with its intervals.
 
 Ties count against the model, so embeddings that are all alike (or not numbers) find nothing.
 """
@@ -26,7 +26,7 @@ def retrieval_recall(
 ) -> dict[str, dict[str, float]]:
     """
     Recall at k, in %: for how many queries a right answer is among the k nearest. Right for a text is its picture, for
-    a picture any of its texts; pictures without texts can be found but do not ask.
+    a picture any of its texts; pictures without texts can be retrieved but are no queries.
 
     Args:
         text_embeddings, image_embeddings: unit vectors [N_t, d], [N_i, d].
@@ -54,8 +54,8 @@ def retrieval_intervals(
     seed: int = 0,
 ) -> dict[str, dict[str, list[float]]]:
     """
-    95 % bootstrap intervals of `retrieval_recall`, laid out alike. Photographs are drawn with replacement, each with
-    all its texts, for these are not independent of each other; what is searched stays the same.
+    95 % bootstrap intervals of `retrieval_recall`, in the same layout. Photographs are drawn with replacement,
+    each with all its texts, which are not independent of each other; what is searched stays the same.
     """
     count = len(image_embeddings)
     draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
@@ -134,7 +134,7 @@ def embed_pairs(
                 rows = tokenize_captions(processor, [text for example in batch for text in example["captions"]])
             for start in range(0, len(rows), batch_size):
                 value = 0 if cached else processor.context_tokenizer.pad_token_id
-                padded, mask = (each.to(device) for each in pad(rows[start : start + batch_size], value))
+                padded, mask = (tensor.to(device) for tensor in pad(rows[start : start + batch_size], value))
                 if cached:
                     texts.append(model.matching_head.text(model.iqformer.text_knowledge(padded, mask)))
                 else:
