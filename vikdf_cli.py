@@ -402,7 +402,7 @@ def compare(args: argparse.Namespace) -> None:
 
 @command(
     "ask what things look like, with and without knowledge",
-    option("--data", required=True, help="items, JSON Lines; see modeling_vikdf/evaluation/probes.py"),
+    option("--data", required=True, help="items, JSON Lines; see modeling_vikdf/evaluation/probe_items.py"),
     option("--output", required=True, help="JSON file to write, with the scores of every item"),
     MODEL,
     option(
@@ -423,7 +423,8 @@ def probe(args: argparse.Namespace) -> None:
     """Asks what things look like, with the knowledge and without; prints the summary, writes every item's scores."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.backbones import load_model
-    from modeling_vikdf.evaluation.probes import compare_probes, load_items, probe
+    from modeling_vikdf.evaluation.probe_items import load_items
+    from modeling_vikdf.evaluation.probes import compare_probes, probe
 
     templates, against = (
         json.loads(Path(name).read_text(encoding="utf-8")) if name else None for name in (args.templates, args.against)

@@ -21,12 +21,8 @@ from modeling_vikdf.backbones import load_model
 from modeling_vikdf.data import SkipReport, load_image_text_pairs
 from modeling_vikdf.data.collators import CAPTION_INSTRUCTIONS
 from modeling_vikdf.data.features import tokenize_captions
-from modeling_vikdf.evaluation.dialogues import (
-    EvaluationSettings,
-    compute_knowledge,
-    prepare,
-    score_replies,
-)
+from modeling_vikdf.evaluation.arms import compute_knowledge
+from modeling_vikdf.evaluation.dialogues import EvaluationSettings, prepare, score_replies
 from modeling_vikdf.evaluation.statistics import bootstrap_interval
 
 

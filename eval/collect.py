@@ -17,11 +17,12 @@ import functools
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from modeling_vikdf.evaluation.probes import average_probes, compare_probes
-from modeling_vikdf.evaluation.reports import compare
+from modeling_vikdf.evaluation.reports import METRICS, REPORT_VERSION, Metric, compare, kind_of
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,23 +47,20 @@ SUMMARY = {  # rows of README's table, from image_chat_test: arm -> what it is, 
     "language_model_best_prompt": "the LLM alone, with the best of nine prompts",
 }
 COMPARED = ("nll", "nll_visual_words")  # whose differences to the reference are told with their intervals
-LIKELIHOOD = {  # columns of a table: metric -> its name there, decimals
-    "perplexity": ("perplexity", 2),
-    "nll": ("NLL", 3),
-    "nll_visual_words": ("NLL, visual words", 3),
-}
-REPLIES = {
-    "hits_at_1": ("Hits@1", 3),
-    "mrr": ("MRR", 3),
-    "bleu_1": ("BLEU-1", 3),
-    "rouge_l": ("ROUGE-L", 3),
-    "embedding_average": ("Average", 3),
-    "embedding_extrema": ("Extrema", 3),
-    "embedding_greedy": ("Greedy", 3),
-    "distinct_1": ("Distinct-1", 3),
-    "distinct_2": ("Distinct-2", 3),
-    "share_im_not_sure": ('"I\'m not sure"', 3),
-}
+# columns of the two tables of dialogues
+LIKELIHOOD = ("perplexity", "nll", "nll_visual_words")
+REPLIES = (
+    "hits_at_1",
+    "mrr",
+    "bleu_1",
+    "rouge_l",
+    "embedding_average",
+    "embedding_extrema",
+    "embedding_greedy",
+    "distinct_1",
+    "distinct_2",
+    "share_im_not_sure",
+)
 SIGNIFICANT = 0.05
 PARTS = {"all": "", "text_nb_correct=false": ", hard", "seen, not stated": ", seen, not stated"}  # of a probe's items
 
@@ -91,9 +89,16 @@ def collect(
         found.setdefault(name, []).append(path)
     if reference not in found:
         raise ValueError(f"{study} holds no report of {reference!r} on {data!r}; it has those of {sorted(found)}.")
-    is_probe = "records" in json.loads(found[reference][0].read_text(encoding="utf-8"))
+    first = found[reference][0]
+    is_probe = kind_of(json.loads(first.read_text(encoding="utf-8")), first) == "probe"
     arms = _collect_probe(found, reference) if is_probe else _collect_dialogues(found, reference)
-    return {"data": data if topic is None else f"{data}_{topic}", "reference": reference, "arms": arms}
+    return {
+        "kind": "study",
+        "version": REPORT_VERSION,
+        "data": data if topic is None else f"{data}_{topic}",
+        "reference": reference,
+        "arms": arms,
+    }
 
 
 def _collect_dialogues(found: dict[str, list[Path]], reference: str) -> dict[str, dict[str, Any]]:
@@ -163,10 +168,10 @@ def tables(result: dict[str, Any]) -> str:
     arms, reference = result["arms"], result["reference"]
     first = arms[reference]
     if "num_items" in first:
-        columns = {key: (key, 3) for key in first["metrics"] if key.startswith(("accuracy", "hits at 1"))}
-        names = sorted(arms, key=lambda name: -arms[name]["metrics"][next(iter(columns))])
-        return f"{result['data']}, {first['num_items']:,} items\n\n" + _table(result, names, columns, tuple(columns))
-    names = sorted(arms, key=lambda name: arms[name]["metrics"]["nll"])
+        columns = _shown(first)
+        names = _best_first(arms, columns[0])
+        return f"{result['data']}, {first['num_items']:,} items\n\n" + _table(result, names, columns, columns)
+    names = _best_first(arms, "nll")
     parts = [f"{result['data']}, {first['num_dialogues']:,} dialogues", _table(result, names, LIKELIHOOD, COMPARED)]
     if any(key in first["metrics"] for key in REPLIES):
         parts.append(
@@ -177,20 +182,38 @@ def tables(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _table(result: dict[str, Any], names: list[str], columns: dict[str, tuple[str, int]], compared: tuple) -> str:
+def _shown(arm: dict[str, Any]) -> list[str]:
+    """The metrics of a probe's arm that tables and plots show."""
+    return [key for key in arm["metrics"] if key.startswith(("accuracy", "hits at 1"))]
+
+
+def _metric(key: str) -> Metric:
+    """The metric behind a name in a result; those of probes are written out there, as `kl (raw), hard` is."""
+    return METRICS[key.split(" (")[0].replace(" ", "_")]
+
+
+def _title(key: str) -> str:
+    return (_metric(key).short or _metric(key).label) if key in METRICS else key
+
+
+def _best_first(arms: dict[str, dict[str, Any]], key: str) -> list[str]:
+    return sorted(arms, key=lambda name: arms[name]["metrics"][key], reverse=_metric(key).better == "higher")
+
+
+def _table(result: dict[str, Any], names: list[str], columns: Sequence[str], compared: Sequence[str]) -> str:
     """A row an arm: the metrics that there are and, of those to be compared, the reference's minus the arm's."""
     arms, reference = result["arms"], result["reference"]
-    columns = {key: each for key, each in columns.items() if any(key in arms[name]["metrics"] for name in names)}
+    columns = [key for key in columns if any(key in arms[name]["metrics"] for name in names)]
     compared = [key for key in columns if key in compared]
-    titles = [f"{columns[key][0]} of {reference} minus the arm's [95 %]" for key in compared]
-    head = ["arm", "seeds", *(title for title, _ in columns.values()), *titles]
+    titles = [f"{_title(key)} of {reference} minus the arm's [95 %]" for key in compared]
+    head = ["arm", "seeds", *map(_title, columns), *titles]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in names:
         arm = arms[name]
         differences = arm.get("reference_minus_this", {})
         cells = [f"**{name}**" if name == reference else name, str(arm["seeds"])]
-        for key, (_, decimals) in columns.items():
-            cells.append(f"{arm['metrics'][key]:.{decimals}f}" if key in arm["metrics"] else "")
+        for key in columns:
+            cells.append(f"{arm['metrics'][key]:.{_metric(key).decimals}f}" if key in arm["metrics"] else "")
             if not compared and key in differences and differences[key]["p_value_holm"] < SIGNIFICANT:
                 cells[-1] += " +" if differences[key]["difference"] > 0 else " -"
         cells += [_signed(differences[key]) if key in differences else "" for key in compared]
@@ -225,7 +248,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     reference = result["reference"]
     arms = {name: arm["reference_minus_this"] for name, arm in result["arms"].items() if "reference_minus_this" in arm}
     if "num_items" in result["arms"][reference]:
-        shown = {key: key for key in result["arms"][reference]["metrics"] if key.startswith(("accuracy", "hits at 1"))}
+        shown = {key: key for key in _shown(result["arms"][reference])}
         label = f"of {reference} minus the arm's (95 %)"
     else:
         shown = dict(zip(COMPARED, ("all tokens", "visual words"), strict=True))

@@ -20,13 +20,8 @@ from tqdm.auto import tqdm
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
 from modeling_vikdf.backbones import load_model
 from modeling_vikdf.data import SkipReport, load_image_text_pairs
-from modeling_vikdf.evaluation.dialogues import (
-    EvaluationSettings,
-    arm_knowledge,
-    compute_knowledge,
-    prepare,
-    score_replies,
-)
+from modeling_vikdf.evaluation.arms import arm_knowledge, compute_knowledge
+from modeling_vikdf.evaluation.dialogues import EvaluationSettings, prepare, score_replies
 from modeling_vikdf.evaluation.statistics import bootstrap_interval
 
 

@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 from modeling_vikdf import DEFAULT_CHECKPOINT
 from modeling_vikdf.backbones import load_model
 from modeling_vikdf.data import SkipReport, load_dialogues
+from modeling_vikdf.evaluation.arms import compute_knowledge
 from modeling_vikdf.evaluation.dialogues import (
     EvaluationSettings,
-    compute_knowledge,
     evaluate_dialogues,
     generate_replies,
+    prefill,
     prepare,
-    read_prefixes,
     score_candidates,
 )
 from modeling_vikdf.evaluation.reports import versions
@@ -50,7 +50,7 @@ def main() -> None:
         # nothing but what the LLM has to do, so that no preparation or summary of a single dialogue is held against it
         knowledge = compute_knowledge(model, processor, [example.context for example in examples[some]])
         for example, own in zip(tqdm(examples[some], desc="One at a time"), knowledge.unbind(), strict=True):
-            prefixes = read_prefixes(model, processor, [example], own[None])
+            prefixes = prefill(model, processor, [example], own[None])
             score_candidates(model, processor, [example], 1, prefixes)
             generate_replies(model, processor, [example], own[None], prefixes)
 

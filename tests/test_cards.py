@@ -261,6 +261,12 @@ def test_a_card_tells_the_training(tmp_path):
     assert tables(procedure) == [[["on validation data", "value"], ["loss", "3.456"], ["loss reply", "12.35"]]]
 
 
+def test_a_card_needs_nothing_of_the_extra_for_evaluation():
+    """Every export renders one, and training writes its history."""
+    script = "import sys; sys.modules['nltk'] = None; import modeling_vikdf.cards.render"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 def test_figures_are_those_of_the_reports(tmp_path):
     folder = checkpoint(tmp_path)
     write(folder / "test-none.json", report("none", METRICS | {"perplexity": 53.0}))

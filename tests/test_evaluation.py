@@ -30,22 +30,21 @@ from modeling_vikdf.cli import main
 from modeling_vikdf.data import SkipReport, load_dialogues
 from modeling_vikdf.data.collators import DialogueCollator
 from modeling_vikdf.evaluation import dialogues as evaluation
+from modeling_vikdf.evaluation.arms import KNOWLEDGE_ARMS, arm_knowledge, compute_knowledge
 from modeling_vikdf.evaluation.dialogues import (
     FEWEST_TO_SHRINK,
     EvaluationSettings,
-    Journal,
-    arm_knowledge,
     choose_share,
-    compute_knowledge,
     evaluate_dialogues,
     evaluate_file,
     generate_replies,
+    map_batches,
+    prefill,
     prepare,
-    read_prefixes,
     score_candidates,
-    work_through,
 )
-from modeling_vikdf.evaluation.reports import compare
+from modeling_vikdf.evaluation.journal import Journal
+from modeling_vikdf.evaluation.reports import compare, kind_of
 from modeling_vikdf.metrics import bleu, distinct, embedding_similarity, rouge_l
 
 
@@ -125,7 +124,7 @@ def test_likelihoods_are_those_of_one_chat_at_a_time(dialogues, llm, placing, ar
     assert len(examples) == COUNT if llm == "qwen" else 4 <= len(examples) < COUNT
     examples = examples[:6]
     knowledge = compute_knowledge(model, reader, [each.context for each in examples]) if arm == "own" else None
-    scores = score_candidates(model, reader, examples, 7, read_prefixes(model, reader, examples, knowledge))
+    scores = score_candidates(model, reader, examples, 7, prefill(model, reader, examples, knowledge))
     dialogues = {dialogue["key"]: dialogue for dialogue in dialogues}
     for example, row in zip(examples, scores, strict=True):
         dialogue = dialogues[example.key]
@@ -300,7 +299,7 @@ def test_arms_differ_in_the_knowledge_alone(parts, dialogues):
         [model.get_text_knowledge(reader(each["messages"][:-1])["context_input_ids"]).detach() for each in dialogues]
     )  # [N, n, h]
     found = {}
-    for arm in evaluation.KNOWLEDGE_ARMS:
+    for arm in KNOWLEDGE_ARMS:
         choice = EvaluationSettings(knowledge=arm, generation=False, ranking=False, seed=3)
         found[arm] = [record["nll"] for record in evaluate_dialogues(model, reader, dialogues, choice)["dialogues"]]
         for i, dialogue in enumerate(dialogues):
@@ -410,7 +409,7 @@ def test_a_prompt_that_was_scored_is_not_read_again(dialogues, llm, placing, arm
     examples = examples[:6]
     knowledge = compute_knowledge(model, reader, [each.context for each in examples]) if arm == "own" else None
     expected = generate_replies(model, reader, examples, knowledge)
-    prefixes = read_prefixes(model, reader, examples, knowledge)
+    prefixes = prefill(model, reader, examples, knowledge)
     read, forward = [], model.language_model.forward
 
     def counting(*args, **kwargs):
@@ -442,7 +441,7 @@ def test_cores_share_the_batches_out_among_them(parts, four_threads, monkeypatch
         cores.append(torch.get_num_threads())
         return -batch
 
-    assert list(work_through(parts[0], work, range(6))) == [0, -1, -2, -3, -4, -5]
+    assert list(map_batches(parts[0], work, range(6))) == [0, -1, -2, -3, -4, -5]
     assert cores == [2] * 6
     assert torch.get_num_threads() == 4
     later = threading.Thread(target=lambda: cores.append(torch.get_num_threads()))
@@ -451,7 +450,7 @@ def test_cores_share_the_batches_out_among_them(parts, four_threads, monkeypatch
     assert cores[6:] == [4]
     cpu, caller = torch.device("cpu"), threading.get_ident()
     for one in (SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(device=cpu, hf_device_map={"": "cpu"})):
-        assert set(work_through(one, lambda _: threading.get_ident(), range(3))) == {caller}
+        assert set(map_batches(one, lambda _: threading.get_ident(), range(3))) == {caller}
 
 
 def test_after_an_error_the_other_batches_are_not_begun(parts, four_threads):
@@ -464,7 +463,7 @@ def test_after_an_error_the_other_batches_are_not_begun(parts, four_threads):
         time.sleep(0.05)
         return batch
 
-    found = work_through(parts[0], work, range(1000))
+    found = map_batches(parts[0], work, range(1000))
     with pytest.raises(Interrupted):
         list(found)
     assert len(begun) < 100 and torch.get_num_threads() == 4
@@ -512,6 +511,7 @@ def test_an_interrupted_evaluation_goes_on(checkpoint, data, tmp_path, monkeypat
     # three batches of four, one of two; two batches, then one more, were finished
     done = [json.loads(line) for line in partial.read_text().splitlines()]
     assert len(done) == 1 + 12 and all(each["record"]["reply"] is not None for each in done[1:])
+    assert kind_of(expected) == expected["kind"] == "dialogues"
     with open(partial, "a") as file:
         file.write('{"key": "talk.jsonl:1')  # killed while it wrote
     with monkeypatch.context() as patch:
@@ -526,13 +526,14 @@ def test_a_killed_evaluation_goes_on(checkpoint, data, tmp_path):
     script = f"""
 import os, signal
 from modeling_vikdf.evaluation import dialogues as evaluation
+from modeling_vikdf.evaluation.journal import Journal
 
-write = evaluation.Journal._write
+write = Journal._write
 def write_and_die(self, lines):
     write(self, lines)
     if "record" in str(lines):
         os.kill(os.getpid(), signal.SIGKILL)
-evaluation.Journal._write = write_and_die
+Journal._write = write_and_die
 choice = evaluation.EvaluationSettings(batch_size=4, ranking=False)
 evaluation.evaluate_file({str(checkpoint)!r}, {str(data)!r}, {str(output)!r}, choice)
 """
@@ -726,4 +727,4 @@ def test_errors_of_the_commands(checkpoint, data, capsys, tmp_path):
             run(capsys, "evaluate", "--data", data, "--output", tmp_path / "o.json", *wrong)
         assert exit_.value.code == 2
     assert "two reports" in fails(capsys, "compare", data)
-    assert "is no report" in fails(capsys, "compare", data, data)
+    assert "is not a report" in fails(capsys, "compare", data, data)

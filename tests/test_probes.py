@@ -11,16 +11,16 @@ from tiny_training import dialogue_model, processor
 
 from modeling_vikdf.cli import main
 from modeling_vikdf.evaluation import probes
-from modeling_vikdf.evaluation.dialogues import KNOWLEDGE_ARMS
+from modeling_vikdf.evaluation.arms import KNOWLEDGE_ARMS
+from modeling_vikdf.evaluation.probe_items import Question, load_items
 from modeling_vikdf.evaluation.probes import (
-    Question,
     average_probes,
     choice_log_likelihoods,
     compare_probes,
-    load_items,
     probe,
     rank_correlation,
 )
+from modeling_vikdf.evaluation.reports import kind_of
 
 
 PAIR = {"id": "p0", "task": "pair", "relation": "unsaid", "image": "1.jpg", "category": "thing"}
@@ -99,13 +99,13 @@ def test_limit(write):
         ({"task": None}, "unknown task None"),
         ({"answer": 2}, "'answer' is 2, but there are 2 choices"),
         ({"answer": -1}, "'answer' is -1"),
-        ({"answer": "ball"}, "'answer' missing or not a int"),
-        ({"context": ""}, "'context' missing"),
+        ({"answer": "ball"}, "'answer' must be of type int"),
+        ({"context": ""}, "'context' must be of type str and not empty"),
         ({"choices": ["ball", " "]}, "'choices' must be two or more words"),
         ({"choices": ["ball"]}, "'choices' must be two or more words"),
         ({"relation": "smell"}, "no templates for the relation 'smell'"),
-        ({"relation": "color"}, "speaks of X, which the item lacks"),
-        ({"id": "p0"}, "the id 'p0' is that of line 1"),
+        ({"relation": "color"}, "mentions X, which the item does not have"),
+        ({"id": "p0"}, "the id 'p0' is already used on line 1"),
         (CHOICE, "task 'choice' after 'pair'"),
         (DIST | {"dist": [0.5, 0.5]}, "'dist' must have a share"),
         (DIST | {"dist": [0.0, 0.0, 0.0]}, "'dist' must have a share"),
@@ -213,7 +213,7 @@ def test_a_model_in_training_goes_on_training(tiny):
 def test_a_template_that_writes_replies_in_another_way(tiny, monkeypatch):
     model, reader = tiny
     monkeypatch.setattr(reader, "locate_tokens", lambda chat, **kwargs: ("something else", [5, 6], [(0, 9), (9, 14)]))
-    with pytest.raises(ValueError, match="tokens cannot be told"):
+    with pytest.raises(ValueError, match="tokens cannot be identified"):
         choice_log_likelihoods(model, reader, QUESTIONS[3:], [("a",)], [None], progress=False)
 
 
@@ -277,6 +277,7 @@ def test_scores_accuracy_and_differences(write, by_hand):
 
     result = by_hand(items, log_p)
     everything = result["subsets"]["all"]
+    assert kind_of(result) == result["kind"] == "probe"
     assert result["task"] == "choice" and result["arms"] == list(KNOWLEDGE_ARMS)
     assert (everything["items"], everything["chance"]) == (3, 0.5)
     assert everything["majority"] == pytest.approx(2 / 3)
@@ -426,9 +427,9 @@ def test_what_cannot_be_compared():
         return other
 
     for other in (outcome(1), outcome(1, 0, task="dist"), altered(id="x")):
-        with pytest.raises(ValueError, match="not the same items"):
+        with pytest.raises(ValueError, match="do not have the same items"):
             compare_probes(outcome(1, 0), other)
-    with pytest.raises(ValueError, match="item '1' has not the same choices"):
+    with pytest.raises(ValueError, match="item '1' does not have the same choices"):
         compare_probes(outcome(1, 0), altered(answer=1))
     with pytest.raises(ValueError, match="arm 'own'"):
         compare_probes(outcome(1, 0), altered(measures={"none": {}}))

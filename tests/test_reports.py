@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_vikdf.evaluation.reports import compare, load_word_vectors, summarise
+from modeling_vikdf.evaluation.probe_items import ProbeItem
+from modeling_vikdf.evaluation.probes import _measures
+from modeling_vikdf.evaluation.reports import METRICS, REPORT_VERSION, compare, kind_of, load_word_vectors, summarise
+from modeling_vikdf.evaluation.retrieval import KS
 from modeling_vikdf.metrics import bleu, bleu_statistics, distinct
 
 
@@ -48,6 +51,55 @@ def test_word_vectors(tmp_path):
     path.write_text("dog 1 2\nsky 5 blue\n")
     with pytest.raises(ValueError, match="line 2: expected a word and 2 numbers"):
         load_word_vectors(path, {"sky"})
+
+
+def test_the_table_has_every_metric_of_every_report(tmp_path):
+    vectors, results = tmp_path / "vectors.txt", Path(__file__).parents[1] / "eval" / "results"
+    vectors.write_text("dog 1 2\nsky 2 1\n")
+    record = {"nll": 1.0, "tokens": 1, "mean_nll": 1.0, "examples": 1, "hits_at_1": 1.0, "mrr": 1.0, "reply": "dog"}
+    record |= {f"{kind}_{key}": 1 for kind in ("visual", "other") for key in ("nll", "tokens")}
+    measured = list(summarise([record], [["sky"]], vectors)["metrics"])
+    assert [name for name in METRICS if name in measured] == list(METRICS)[: len(measured)]
+    assert set(measured) <= set(METRICS) and {f"recall_at_{k}" for k in KS} < set(METRICS)
+    for path in results.glob("*.json"):
+        for arm in json.loads(path.read_text()).get("arms", {}).values():
+            assert {key.split(" (")[0].replace(" ", "_") for key in arm["metrics"]} < set(METRICS), path
+    ties = torch.zeros(2)
+    rank = ProbeItem({"positives": [""], "random": [""], "adversarial": []}, "rank", [], [], None, ())
+    share = ProbeItem({"answer": 0, "dist": [1, 0]}, "dist", [], [], None, ())
+    assert {*_measures(rank, ties), *_measures(share, ties)} < set(METRICS)
+
+
+# ---- kinds ----
+
+OLD = {
+    "dialogues": {"metrics", "confidence_95", "knowledge", "data", "num_dialogues"},
+    "study": {"data", "reference", "arms"},
+    "retrieval": {"text_to_image", "image_to_text", "confidence_95", "num_captions"},
+    "probe": {"task", "subsets", "records"},
+}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_a_report_says_what_it_is_and_an_old_one_is_known_by_its_keys(kind):
+    assert kind_of({"kind": kind, "version": REPORT_VERSION}) == kind
+    assert kind_of({"kind": "study", "version": REPORT_VERSION} | dict.fromkeys(OLD[kind])) == "study"
+    assert kind_of(dict.fromkeys({*OLD[kind], "more"})) == kind
+    assert all(kind_of(dict.fromkeys(OLD[kind] - {key})) is None for key in OLD[kind])
+    with pytest.raises(ValueError, match=f"r.json is of version {REPORT_VERSION + 1}.*reads version {REPORT_VERSION}"):
+        kind_of({"kind": kind, "version": REPORT_VERSION + 1}, "r.json")
+
+
+@pytest.mark.parametrize("content", [[], "nll", None, {}, {"kind": "recipe"}, {"kind": ["probe"]}, {"version": 1}])
+def test_what_is_no_report_is_of_no_kind(content):
+    assert kind_of(content) is None
+
+
+def test_results_of_studies_before_there_were_kinds_are_known():
+    results = Path(__file__).parents[1] / "eval" / "results"
+    kinds = {path.stem: kind_of(json.loads(path.read_text()), path) for path in results.glob("*.json")}
+    assert {name for name, kind in kinds.items() if kind is None} == {"latency", "throughput"}
+    assert set(kinds.values()) == {"study", None}
 
 
 # ---- differences ----
@@ -144,7 +196,7 @@ def test_reports_that_cannot_be_compared(tmp_path):
     a = write_report(tmp_path / "a.json", [1, 2], [1, 1], [0, 1])
     for name, value in (("data_sha256", "y"), ("limit", 2), ("all_references", True)):
         b = write_report(tmp_path / "b.json", [1, 2], [1, 1], [0, 1], **{name: value})
-        with pytest.raises(ValueError, match=f"not of the same data, for {name} differs"):
+        with pytest.raises(ValueError, match=f"not on the same data: {name} differs"):
             compare([a], [b])
     words = [write_report(tmp_path / f"{w}.json", [1, 2], [1, 1], [0, 1], visual_words_sha256=w) for w in "vw"]
     with pytest.raises(ValueError, match="visual_words_sha256 differs"):
@@ -160,7 +212,7 @@ def test_reports_that_cannot_be_compared(tmp_path):
     b = write_report(tmp_path / "b.json", [], [], [], dialogues=records)
     with pytest.raises(ValueError, match="no dialogue in common"):
         compare([a], [b])
-    for text in ("[]", '{"metrics": {}}', "nll: 3"):
+    for text in ("[]", '{"metrics": {}}', "nll: 3", '{"kind": "probe", "version": 1, "dialogues": [{"key": "d0"}]}'):
         b.write_text(text)
-        with pytest.raises(ValueError, match="b.json is no report"):
+        with pytest.raises(ValueError, match="b.json is not a report"):
             compare([a], [b])

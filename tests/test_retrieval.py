@@ -15,6 +15,7 @@ from tiny_tokenizers import bert_tokenizer, clip_like_tokenizer, image_processor
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
 from modeling_vikdf.data.features import cache_features
 from modeling_vikdf.evaluation import retrieval
+from modeling_vikdf.evaluation.reports import kind_of
 from modeling_vikdf.evaluation.retrieval import embed_pairs, evaluate_retrieval, retrieval_intervals, retrieval_recall
 
 
@@ -194,6 +195,7 @@ def test_no_pairs_are_refused(parts):
 def test_evaluation_reports_recall_and_intervals_and_counts(parts, pairs):
     model, processor = parts
     report = json.loads(json.dumps(evaluate_retrieval(model, processor, pairs, batch_size=2)))
+    assert kind_of(report) == report["kind"] == "retrieval"
     embeddings = embed_pairs(model, processor, pairs, progress=False)
     recall = retrieval_recall(*embeddings)
     assert (report["num_pictures"], report["num_captions"]) == (len(pairs), len(OWNER))

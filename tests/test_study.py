@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from tiny_tokenizers import CHATML_WITH_GENERATION
 from torch import nn
 
+from modeling_vikdf.evaluation.reports import kind_of
+
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,6 +211,7 @@ def test_dialogues(collector, tmp_path):
     assert untrained["nll"]["difference"] == pytest.approx((21 - 36) / 8)  # which has no seed
     assert differences["distinct_1"]["difference"] == pytest.approx(7 / 7 - 1 / 4)  # "a" is an article
     some = collector.collect(study, "chat", "vikdf", ["vikdf", "soft_prompt"], "prompts")
+    assert kind_of(some) == some["kind"] == "study"
     assert some["data"] == "chat_prompts" and list(some["arms"]) == ["soft_prompt", "vikdf", "vikdf, shuffled"]
     assert some["arms"]["soft_prompt"] == found["arms"]["soft_prompt"]
     with pytest.raises(ValueError, match="no report of 'paper' on 'chat'; it has those of .*soft_prompt"):

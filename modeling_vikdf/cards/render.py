@@ -6,7 +6,7 @@
     all of it -> metadata and a template of hub_cards/ -> README.md
 
 `recipe.yaml` holds one YAML document for each stage of training, the first one first: the recipe, with its stage's
-name as `stage`. Reports are known by what they hold, whatever they are called.
+name as `stage`. Reports are known by their `kind`, whatever they are called.
 """
 
 import json
@@ -35,6 +35,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from ..configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
+from ..evaluation.reports import METRICS, kind_of, metric_label
 
 
 # A wheel holds hub_cards/ inside the package; in a checkout, also one that is installed editable, it is beside it.
@@ -85,29 +86,7 @@ DATA_SETS = {
     "chitchat-dataset": KnownData(r"chitchat dataset", "MIT", "mit"),
 }
 
-# metric of a report -> its name; in this order
-METRICS = {
-    "perplexity": "perplexity",
-    "perplexity_per_example": "perplexity, mean over replies",
-    "nll": "NLL, nats a token",
-    "nll_per_example": "NLL, mean over replies",
-    "nll_visual_words": "NLL, visual words",
-    "nll_other_words": "NLL, other words",
-    "hits_at_1": "Hits@1",
-    "mrr": "MRR",
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "embedding_average": "embedding Average",
-    "embedding_extrema": "embedding Extrema",
-    "embedding_greedy": "embedding Greedy",
-    "distinct_1": "Distinct-1",
-    "distinct_2": "Distinct-2",
-    "share_im_not_sure": 'share of "I\'m not sure"',
-}
-# the same by the identifiers of hf.co/metrics; the other metrics are not there
+# metrics of a report by the identifiers of hf.co/metrics; the other metrics are not there
 HUB_METRICS = {"perplexity": "perplexity", "rouge_l": "rouge", **{f"bleu_{n}": "bleu" for n in range(1, 5)}}
 MODEL, RECIPE = "this model", "this recipe"
 ARMS = {
@@ -340,7 +319,7 @@ def render_eval_results(report: str | Path, metric: str, dataset_id: str, task_i
     if not isinstance(content, dict) or metric not in content.get("metrics", {}):
         raise ValueError(f"{report} is no report of `vikdf evaluate` with the metric {metric!r}.")
     interval = "[{:.4g}, {:.4g}]".format(*content["confidence_95"][metric])
-    notes = f"{METRICS.get(metric, metric)}, {content['num_dialogues']} dialogues, 95 % interval {interval}"
+    notes = f"{metric_label(metric)}, {content['num_dialogues']} dialogues, 95 % interval {interval}"
     entry = EvalResultEntry(dataset_id=dataset_id, task_id=task_id, value=content["metrics"][metric], notes=notes)
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
 
@@ -515,8 +494,8 @@ def _read_evaluations(found: list[Path], named: list[Path]) -> list[Evaluation]:
     evaluations, arms, weights = [], {}, {}
     for path in dict.fromkeys([*found, *named]):
         content = _read_json(path)
-        keys = set(content) if isinstance(content, dict) else set()
-        if {"metrics", "confidence_95", "knowledge", "data", "num_dialogues"} <= keys:
+        kind = kind_of(content, path)
+        if kind == "dialogues":
             same = json.dumps([content.get(key) for key in SAME_EVALUATION])
             if same not in arms:
                 arms[same] = Evaluation(Path(content["data"]).stem, f"{content['num_dialogues']:,} dialogues", {})
@@ -524,11 +503,11 @@ def _read_evaluations(found: list[Path], named: list[Path]) -> list[Evaluation]:
             estimates = _estimates(content["metrics"], content["confidence_95"])
             arms[same].arms.setdefault(ARMS[content["knowledge"]], {}).update(estimates)
             weights[path] = content.get("weights_sha256")
-        elif {"arms", "reference", "data"} <= keys:
+        elif kind == "study":
             evaluations.append(_read_collected(content))
-        elif {"text_to_image", "image_to_text", "confidence_95", "num_captions"} <= keys:
+        elif kind == "retrieval":
             evaluations.append(_read_retrieval(path, content))
-        elif {"task", "subsets", "records"} <= keys:
+        elif kind == "probe":
             evaluations.append(_read_probe(path, content))
         elif path in named:
             raise ValueError(f"{path} is no report of an evaluation.")
@@ -578,7 +557,7 @@ def _read_collected(content: dict[str, Any]) -> Evaluation:
 
 def _read_retrieval(path: Path, content: dict[str, Any]) -> Evaluation:
     estimates = {
-        f"{direction.replace('_', ' ')}, {key.replace('_', ' ')} (%)": Estimate(
+        f"{direction.replace('_', ' ')}, {metric_label(key)}": Estimate(
             value, content["confidence_95"][direction][key]
         )
         for direction in ("text_to_image", "image_to_text")
@@ -592,7 +571,7 @@ def _read_probe(path: Path, content: dict[str, Any]) -> Evaluation:
     whole = content["subsets"]["all"]
     arms = {
         ARMS[arm]: {
-            f"{measure.replace('_', ' ')} ({score})": Estimate(each["mean"], each["confidence_95"])
+            f"{metric_label(measure)} ({score})": Estimate(each["mean"], each["confidence_95"])
             for score, measures in scores.items()
             for measure, each in measures.items()
         }
@@ -610,7 +589,7 @@ def _model_index(evaluations: list[Evaluation]) -> list[EvalResult]:
             dataset_type=re.sub(r"[^\w.-]+", "-", each.data),
             dataset_name=each.data,
             metric_type=HUB_METRICS.get(key, key),
-            metric_name=METRICS[key],
+            metric_name=metric_label(key),
             metric_value=round(estimate.value, estimate.places),
         )
         for each in evaluations
@@ -649,7 +628,7 @@ def _metrics_table(corner: list[str], columns: dict[str, dict[str, Estimate]]) -
     metrics = [key for key in METRICS if key in found]
     metrics += [key for estimates in columns.values() for key in estimates if key not in METRICS]
     rows = [
-        [METRICS.get(metric, metric), *(estimates.get(metric, "") for estimates in columns.values())]
+        [metric_label(metric), *(estimates.get(metric, "") for estimates in columns.values())]
         for metric in dict.fromkeys(metrics)
     ]
     return _table([*corner, *columns], rows)

@@ -2,18 +2,18 @@
 
     dialogues -> prepare (prompts, candidate replies)          -> Example
               -> compute_knowledge, arm_knowledge              -> K [N, n, h]
-              -> read_prefixes: the LLM reads each prompt, once for the next two
+              -> prefill: the LLM reads each prompt, once for the next two steps
               -> score_candidates -> perplexity, ranking of the true reply among others
               -> generate_replies -> BLEU, ROUGE-L, Distinct, embedding similarity
               -> summarise (reports.py) -> metrics with 95 % intervals
 
-All work is noted in a `Journal` as it is done, so that an evaluation that was interrupted goes on where it was. Arms
-differ in the knowledge alone: a dialogue's own, another's, the mean of all, or none.
+Finished work is recorded in a `Journal` (journal.py), so that an interrupted evaluation resumes where it stopped. Arms
+(arms.py) differ in the knowledge alone: a dialogue's own, another's, the mean of all, or none. What records come to is
+the business of reports.py: nothing here knows a metric beyond a dialogue's own sums and ranks.
 """
 
 import copy
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +22,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,20 +39,20 @@ from ..data.dialogues import load_dialogues
 from ..data.sources import SkipReport
 from ..modeling_backbones import CACHE
 from ..modeling_vikdf import VikdfForConditionalGeneration
-from ..processing_vikdf import IGNORED, VikdfProcessor, pad
-from .reports import summarise, versions
-from .statistics import bootstrap_interval, number_labels
+from ..processing_vikdf import IGNORED, VikdfProcessor
+from .arms import KNOWLEDGE_ARMS, arm_knowledge, compute_knowledge, pad_rows
+from .journal import Journal, hash_file, identify
+from .reports import REPORT_VERSION, summarise
+from .statistics import bootstrap_interval
 
 
-KNOWLEDGE_ARMS = ("own", "shuffled", "mean", "none")
 DISTRACTORS = 9  # replies of other dialogues that the true one is ranked among
 DECODING = {"num_beams": 3, "no_repeat_ngram_size": 3, "max_new_tokens": 32, "do_sample": False}  # the paper's
 END_OF_TURN = 8  # tokens, at most, that a chat template writes behind a reply
 MEAN_OF = 1500  # dialogues
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the knowledge's differences from its mean, that remain when it is shrunk
 FEWEST_TO_SHRINK = 100  # dialogues, to take the mean of and to choose a share by
-WORKERS = 4  # batches at a time on a CPU; more would wait for each other to run their Python
-ENCODER_BATCH = 64  # contexts that the text encoder reads at a time
+WORKERS = 4  # batches at a time on a CPU; more would contend for the interpreter
 WORD = re.compile(r"\w+")
 
 
@@ -63,9 +63,9 @@ class EvaluationSettings:
     system_prompt: replaces the processor's.
     limit: evaluate the first dialogues only; distractors come from all.
     all_references: the perplexity of every reference and not of the first alone.
-    ranking, generation: whether to do these, beside the perplexity.
-    visual_words: file with a word a line; its words' and the other tokens' likelihood is reported apart.
-    word_vectors: file with `word v1 v2 ...` a line, as GloVe's; for the embedding metrics.
+    ranking, generation: whether to do these in addition to the perplexity.
+    visual_words: file with one word per line; the likelihood of its words and of the other tokens is reported apart.
+    word_vectors: file with `word v1 v2 ...` per line, like GloVe's; for the embedding metrics.
     batch_size: dialogues in a batch, and candidates in one.
     seed: of distractors, shuffled knowledge and resamples.
     """
@@ -96,7 +96,7 @@ LIKELIHOOD_ALONE = EvaluationSettings(ranking=False, generation=False)
 @dataclass
 class Example:
     """
-    A dialogue as token ids. A candidate is the true reply, another reference or a distractor, in this order.
+    A dialogue as token ids. Candidates are the true reply, further references and distractors, in this order.
 
     prompt: asks for the reply; context: what the text encoder reads; prefix: what the chats with each candidate begin
     with; candidates: what follows the prefix in each, up to the end of the turn; tokens: how many tokens at the end of
@@ -121,7 +121,7 @@ def evaluate_file(
 ) -> dict[str, Any]:
     """
     Evaluates a model on a file of dialogues and writes the report, whole or not at all. Finished work is kept in
-    `OUTPUT.partial.jsonl` meanwhile; started again after an interruption it goes on from there.
+    `OUTPUT.partial.jsonl` meanwhile; a run started after an interruption resumes from there.
 
     Args:
         model_source: folder or Hub id of a VIKDF model with its processor.
@@ -129,40 +129,29 @@ def evaluate_file(
         output: JSON file to write.
 
     Returns:
-        The report: what was evaluated (`model`, `data`, their hashes, the settings, `versions`) and what
-        [`evaluate_dialogues`] returns.
+        The report: its `kind`, "dialogues", and `version`; what was evaluated (`model`, `data`, their hashes, the
+        settings, `versions`); and what [`evaluate_dialogues`] returns.
 
     Raises:
         OSError: if something cannot be read or written.
-        ValueError: if no dialogue is usable, or the unfinished work there is of another evaluation.
+        ValueError: if no dialogue is usable, or the unfinished work belongs to another evaluation.
     """
     output, report = Path(output), SkipReport()
     if output.is_dir():
-        raise IsADirectoryError(f"{output} is a folder; name a file to write in it.")
-    data_hash = _hash_file(data)
+        raise IsADirectoryError(f"Expected a file to write, but {output} is a folder.")
+    data_hash = hash_file(data)
     dialogues = list(load_dialogues(str(data), report=report))
     if settings.limit is not None and settings.limit >= len(dialogues):
         settings = replace(settings, limit=None)  # it leaves nothing out: the same evaluation as without
     model, processor = load_model(model_source)
-    files = {name: getattr(settings, name) for name in ("visual_words", "word_vectors")}
-    files = {name: path for name, path in files.items() if path is not None}
-    identity = {
-        "model": "/".join(Path(model_source).parts[-2:]),  # a Hub id as it is; of a folder not where it happens to be
-        "weights_sha256": _hash_weights(model),
-        "data": Path(data).name,
-        "data_sha256": data_hash,
-        **asdict(settings),
-        **{name: Path(path).name for name, path in files.items()},
-        **{f"{name}_sha256": _hash_file(path) for name, path in files.items()},
-        "versions": versions(),
-    }
+    identity = identify(model_source, model, data, data_hash, asdict(settings))
     partial = output.with_name(output.name + ".partial.jsonl")
     # word vectors measure replies that are there
     with Journal(partial, {name: value for name, value in identity.items() if "word_vectors" not in name}) as journal:
         figures = evaluate_dialogues(model, processor, dialogues, settings, journal, report)
-    # of paths the name alone: where something lies on one machine is of no use on another
+    # the name of a path alone: where something lies on one machine is of no use on another
     command = ["vikdf", *(Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:])]
-    result = {**identity, "command": shlex.join(command), **figures}
+    result = {"kind": "dialogues", "version": REPORT_VERSION, **identity, "command": shlex.join(command), **figures}
     unfinished = output.with_name(output.name + ".tmp")
     unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(unfinished, output)
@@ -175,7 +164,7 @@ def evaluate_dialogues(
     processor: VikdfProcessor,
     dialogues: Sequence[dict[str, Any]],
     settings: EvaluationSettings | None = None,
-    journal: "Journal | None" = None,
+    journal: Journal | None = None,
     report: SkipReport | None = None,
 ) -> dict[str, Any]:
     """
@@ -183,8 +172,8 @@ def evaluate_dialogues(
 
     Args:
         dialogues: `{"key", "messages", "references"}` as [`load_dialogues`] gives them.
-        journal: remembers what is done; by default only as long as this call takes.
-        report: gets to know which dialogues are skipped, and knows perhaps of malformed ones.
+        journal: records finished work; by default in memory, for this call alone.
+        report: collects the dialogues that are skipped; may already hold malformed ones.
 
     Returns:
         `metrics` and `confidence_95`, see [`summarise`]; `num_dialogues`; `skipped`, reason -> number;
@@ -211,13 +200,13 @@ def evaluate_dialogues(
         knowledge = arm_knowledge(knowledge, settings.knowledge, settings.seed, groups)
 
     def evaluate(batch: list[int]) -> list[dict[str, Any]]:
-        some, theirs = [examples[i] for i in batch], None if knowledge is None else knowledge[batch]
-        prefixes = read_prefixes(model, processor, some, theirs)
-        scores = score_candidates(model, processor, some, settings.batch_size, prefixes)
+        chosen, vectors = [examples[i] for i in batch], None if knowledge is None else knowledge[batch]
+        prefixes = prefill(model, processor, chosen, vectors)
+        scores = score_candidates(model, processor, chosen, settings.batch_size, prefixes)
         split = visual_words is not None
-        records = [_likelihood_record(example, each, split) for example, each in zip(some, scores, strict=True)]
+        records = [_likelihood_record(example, row, split) for example, row in zip(chosen, scores, strict=True)]
         if settings.generation:
-            replies = generate_replies(model, processor, some, theirs, prefixes)
+            replies = generate_replies(model, processor, chosen, vectors, prefixes)
             records = [{**record, "reply": reply} for record, reply in zip(records, replies, strict=True)]
         return records
 
@@ -225,19 +214,19 @@ def evaluate_dialogues(
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
     batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
     keys = [example.key for example in examples]
-    found = journal.run(functools.partial(work_through, model, evaluate), batches, keys)
-    records = [{"key": key, **record} for key, record in zip(keys, found, strict=True)]
+    finished = journal.run(functools.partial(map_batches, model, evaluate), batches, keys)
+    records = [{"key": key, **record} for key, record in zip(keys, finished, strict=True)]
     summary = summarise(records, [example.references for example in examples], settings.word_vectors, settings.seed)
     return {**summary, "num_dialogues": len(examples), "skipped": report.counts(), **shortened, "dialogues": records}
 
 
-def work_through(model: nn.Module, work: Callable[[Any], Any], batches: Sequence[Any]) -> Iterator[Any]:
+def map_batches(model: nn.Module, work: Callable[[Any], Any], batches: Sequence[Any]) -> Iterator[Any]:
     """
-    What `work` does with the model for each batch, in their order. On a CPU several batches are worked on at a time,
-    each by some of the cores, which wait less for each other than if all shared one.
+    Yields `work(batch)` for each batch, in order. On a CPU several batches run at a time, each on a share of the
+    cores, which wait less for each other than if all worked on one batch.
     """
     threads = torch.get_num_threads()
-    # an accelerator has its own way to do much at a time, and weights that are moved in and out serve one batch
+    # an accelerator is parallel in itself, and weights that are moved in and out serve one batch at a time
     alone = model.device.type != "cpu" or hasattr(model, "hf_device_map")
     workers = 1 if alone else min(threads, WORKERS)
     if workers == 1:
@@ -247,83 +236,8 @@ def work_through(model: nn.Module, work: Callable[[Any], Any], batches: Sequence
     try:
         yield from pool.map(work, batches)
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error the other batches are not begun
-        torch.set_num_threads(threads)  # threads that begin later have as many as this one again
-
-
-class Journal:
-    """
-    Work that is done, a line of JSON for each dialogue, under a header that says whose work it is.
-
-    Args:
-        path: where to keep it; by default in memory alone.
-        identity: all that the work depends on.
-
-    Raises:
-        OSError: if the file cannot be written.
-        ValueError: if it holds work of another identity.
-    """
-
-    def __init__(self, path: Path | None = None, identity: dict[str, Any] | None = None):
-        self._done: dict[str, dict[str, Any]] = {}
-        self._file = None
-        if path is None:
-            return
-        self._file = open(path, "a+b")
-        self._file.seek(0)
-        # the last line of a process that was killed may be broken off
-        lines = [line for line in self._file if line.endswith(b"\n")]
-        self._file.truncate(sum(map(len, lines)))
-        identity = json.loads(json.dumps(identity))
-        if lines:
-            found = json.loads(lines[0])
-            if changed := [name for name in identity if found.get(name) != identity[name]]:
-                self._file.close()
-                raise ValueError(
-                    f"{path} holds the unfinished work of another evaluation, which differs in {', '.join(changed)}. "
-                    "Repeat that one to finish it, delete the file, or choose another output."
-                )
-        else:
-            self._write([identity])
-        for line in lines[1:]:
-            entry = json.loads(line)
-            self._done[entry["key"]] = entry["record"]
-
-    def run(
-        self,
-        work: Callable[[list[list[int]]], Iterator[list[dict[str, Any]]]],
-        batches: list[list[int]],
-        keys: list[str],
-    ) -> list[dict[str, Any]]:
-        """
-        The record of each key. Batches that are not done are, whole ones: in another, rounding would be another.
-
-        Args:
-            work: batches of indices into keys -> the records of each batch, one after the other.
-        """
-        left = [batch for batch in batches if not all(keys[i] in self._done for i in batch)]
-        done = len(keys) - sum(map(len, left))
-        with tqdm(desc="Evaluating", unit=" dialogues", total=len(keys), initial=done) as bar:
-            for batch, found in zip(left, work(left), strict=True):
-                records = dict(zip([keys[i] for i in batch], found, strict=True))
-                self._write([{"key": key, "record": record} for key, record in records.items()])
-                self._done |= records
-                bar.update(len(batch))
-        return [self._done[key] for key in keys]
-
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        if self._file is not None:
-            self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-            self._file.flush()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._file is not None:
-            self._file.close()
-            if any(error) and not self._done:  # refused before there was any work to go on with
-                os.unlink(self._file.name)
+        pool.shutdown(cancel_futures=True)  # after an error no further batch starts
+        torch.set_num_threads(threads)  # threads that start later inherit the full number again
 
 
 # ---- dialogues -> examples ----
@@ -349,12 +263,12 @@ def prepare(
     examples, shortened = [], {"shortened_prompts": 0, "shortened_contexts": 0}
     log = logging.getLogger(VikdfProcessor.__module__)
     level = log.level
-    log.setLevel(logging.ERROR)  # what is shortened is counted here instead of warned of each time
+    log.setLevel(logging.ERROR)  # shortened prompts are counted here instead of warned about one by one
     try:
         for dialogue in tqdm(dialogues[: settings.limit], desc="Preparing", unit=" dialogues"):
             others = _draw_distractors(dialogue, pool, settings.seed) if settings.ranking else []
             try:
-                example, dropped = _prepare(processor, dialogue, others, settings, visual_words, window)
+                example, dropped = _prepare_example(processor, dialogue, others, settings, visual_words, window)
             except ValueError as error:
                 report.add("unusable dialogue", dialogue["key"], str(error))
             else:
@@ -369,18 +283,18 @@ def prepare(
 
 
 def _draw_distractors(dialogue: dict[str, Any], pool: list[str], seed: int) -> list[str]:
-    """Replies of other dialogues, drawn from the key alone, so that a limit or another arm changes nothing."""
-    draw, own = random.Random(f"{seed}/{dialogue['key']}"), dialogue["references"]
-    others = [text for text in draw.sample(pool, min(len(pool), DISTRACTORS + len(own))) if text not in own]
+    """Replies of other dialogues, drawn by the key alone, so that a limit or another arm changes nothing."""
+    rng, own = random.Random(f"{seed}/{dialogue['key']}"), dialogue["references"]
+    others = [text for text in rng.sample(pool, min(len(pool), DISTRACTORS + len(own))) if text not in own]
     if len(others) < DISTRACTORS:
         raise ValueError(
-            f"Ranking needs {DISTRACTORS} different replies of other dialogues for each, and the data have only "
-            f"{len(pool)} altogether. Take more dialogues, or leave the ranking out (--no-ranking)."
+            f"Ranking needs {DISTRACTORS} different replies of other dialogues for each dialogue, but the data have "
+            f"only {len(pool)} in all. Use more dialogues, or leave the ranking out (--no-ranking)."
         )
     return others[:DISTRACTORS]
 
 
-def _prepare(
+def _prepare_example(
     processor: VikdfProcessor,
     dialogue: dict[str, Any],
     distractors: list[str],
@@ -388,7 +302,7 @@ def _prepare(
     visual_words: set[str] | None,
     window: int,
 ) -> tuple[Example, tuple[int, int]]:
-    """An example, and how many turns its prompt and its context lost; a ValueError says why there is none."""
+    """An example, and how many turns its prompt and its context lost. Raises a ValueError if it is unusable."""
     messages, references = dialogue["messages"][:-1], dialogue["references"]
     if messages[-1]["role"] != "user":
         raise ValueError("the turn before the reply is not the user's")
@@ -418,7 +332,7 @@ def _prepare(
                 text, _, offsets = processor.locate_tokens(chat)
                 earlier = len(ids) - len(offsets)
                 visual[-1] = _touches(offsets[start - earlier : stop - earlier], text, visual_words)
-    # a reply's first token is predicted by the one before it, which is therefore not in the prefix
+    # the token before a reply predicts its first one, so it is not part of the prefix
     shared = min(len(os.path.commonprefix(whole)), min(starts) - 1)
     example = Example(
         key=dialogue["key"],
@@ -434,7 +348,7 @@ def _prepare(
 
 
 def _last_run(labelled: torch.Tensor) -> tuple[int, int]:
-    """Beginning and end of the last run of true values [T]: of the last reply, where earlier ones are labelled too."""
+    """Start and end of the last run of true values [T]: the last reply, where earlier ones are labelled, too."""
     positions = labelled.nonzero().squeeze(1)
     gaps = (positions.diff() > 1).nonzero().squeeze(1)
     return int(positions[gaps[-1] + 1 if len(gaps) else 0]), int(positions[-1]) + 1
@@ -444,64 +358,6 @@ def _touches(offsets: list[tuple[int, int]], text: str, words: set[str]) -> list
     """Whether the tokens at the offsets share a character with one of the words in the text."""
     spans = [match.span() for match in WORD.finditer(text) if match[0].lower() in words]
     return [any(start < end and stop > begin for begin, end in spans) for start, stop in offsets]
-
-
-# ---- knowledge ----
-
-
-@torch.no_grad()
-def compute_knowledge(
-    model: VikdfForConditionalGeneration, processor: VikdfProcessor, contexts: list[list[int]]
-) -> torch.Tensor:
-    """The knowledge that contexts (ids of the text encoder's tokenizer) evoke, [N, n, h], float32 on the CPU."""
-    tokenizer, device = processor.context_tokenizer, model.iqformer.query_tokens.device
-    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
-    parts = []
-    for start in tqdm(range(0, len(order), ENCODER_BATCH), desc="Knowledge", unit=" batches"):
-        rows = [contexts[i] for i in order[start : start + ENCODER_BATCH]]
-        ids, mask = _pad(rows, tokenizer.pad_token_id, tokenizer.padding_side, device)  # [B, C]
-        parts.append(model.get_text_knowledge(ids, mask).float().cpu())
-    return torch.cat(parts)[torch.tensor(order).argsort()]
-
-
-def arm_knowledge(
-    knowledge: torch.Tensor, arm: str, seed: int = 0, groups: Sequence[Hashable] | None = None
-) -> torch.Tensor:
-    """
-    The knowledge that an arm of an experiment gives to each example.
-
-    Args:
-        knowledge: [N, n, h].
-        arm: "own"; "shuffled", a derangement, so that each row's knowledge goes to exactly one other row; "mean", the
-            mean over the rows for all. The arm "none" has prompts without knowledge (`use_knowledge=False`).
-        seed: of the derangement.
-        groups: N values; a row never gets the knowledge of a row of its own group (the same photograph, say).
-
-    Returns:
-        [N, n, h].
-
-    Raises:
-        ValueError: for another arm, or if no derangement exists, because one group has more than half of the rows.
-    """
-    if arm == "own":
-        return knowledge
-    if arm == "mean":
-        return knowledge.mean(0, keepdim=True).expand_as(knowledge)
-    if arm != "shuffled":
-        why = "has no knowledge: write its prompts with use_knowledge=False" if arm == "none" else "is unknown"
-        raise ValueError(f"The arm {arm!r} {why}; expected one of {', '.join(KNOWLEDGE_ARMS[:-1])}.")
-    rows = len(knowledge)
-    group = number_labels(range(rows) if groups is None else groups)  # [N]
-    sizes = group.bincount()
-    if 2 * int(sizes.max()) > rows:
-        raise ValueError(f"Cannot shuffle {rows} rows of knowledge of which {int(sizes.max())} are of the same group.")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(rows, generator=generator)
-    # groups side by side, in random order: as many places further as the largest has rows, it is another group's
-    order = order[torch.randperm(len(sizes), generator=generator)[group[order]].argsort(stable=True)]  # [N]
-    source = torch.empty_like(order)
-    source[order] = order.roll(int(sizes.max()))
-    return knowledge[source.to(knowledge.device)]
 
 
 def mean_knowledge(
@@ -599,29 +455,29 @@ def save_shrunk(
 
 
 @torch.no_grad()
-def read_prefixes(
+def prefill(
     model: VikdfForConditionalGeneration,
     processor: VikdfProcessor,
     examples: list[Example],
     knowledge: torch.Tensor | None,
 ) -> tuple[Cache, torch.Tensor]:
     """
-    What each example's candidates begin with, and what a reply to it is generated from but for its last token.
+    Reads the prefix that each example's candidates share: all but the last token of what a reply is generated from.
 
     Args:
         knowledge: [B, n, h], or `None` for prompts without.
 
     Returns:
-        The LLM's cache of it, and which of the columns are tokens, [B, P].
+        The LLM's cache, and the mask of its columns, [B, P].
     """
     device, padding = model.get_input_embeddings().weight.device, processor.tokenizer.pad_token_id
-    prefixes, mask = _pad([example.prefix for example in examples], padding, "left", device)  # [B, P]
+    prefixes, mask = pad_rows([example.prefix for example in examples], padding, "left", device)  # [B, P]
     if knowledge is not None:
         aligned = align_at_knowledge({"input_ids": prefixes, "attention_mask": mask}, processor)
         prefixes, mask = aligned["input_ids"], aligned["attention_mask"]
     embeds, positions = model.embed_prompt(prefixes, knowledge), (mask.cumsum(1) - 1).clamp(min=0)
     cache, before = None, model.tokens_before_knowledge(prefixes)
-    if before:  # what all rows begin with, a system prompt, is read in one of them
+    if before:  # the start that all rows share, a system prompt, is read once
         cache = model.read_prefix(embeds[:, :before], mask, positions)
     outputs = model.language_model.base_model(
         inputs_embeds=embeds[:, before:],
@@ -642,15 +498,15 @@ def score_candidates(
     prefixes: tuple[Cache, torch.Tensor],
 ) -> list[list[torch.Tensor]]:
     """
-    Log-likelihoods of candidate replies, in nats. Candidates are read from copies of the cache of what they begin
-    with, those of similar length together, which wastes little on padding.
+    Log-likelihoods of candidate replies, in nats. Candidates continue copies of their prefix's cache, those of similar
+    length together, which wastes little on padding.
 
     Args:
         batch_size: candidates at a time.
-        prefixes: of the examples, from [`read_prefixes`].
+        prefixes: the examples' prefixes, from [`prefill`].
 
     Returns:
-        For each example and candidate those of the reply's tokens, its end of turn included, [tokens], float32.
+        For each example and candidate, those of the reply's tokens, end of turn included: [tokens], float32.
     """
     (cache, mask), padding = prefixes, processor.tokenizer.pad_token_id  # mask [B, P]
     device = mask.device
@@ -658,11 +514,11 @@ def score_candidates(
     rows = [(b, c) for b, example in enumerate(examples) for c in range(len(example.candidates))]
     rows.sort(key=lambda row: len(examples[row[0]].candidates[row[1]]))
     for start in range(0, len(rows), batch_size):
-        some = rows[start : start + batch_size]
-        candidates = [examples[b].candidates[c] for b, c in some]
+        batch = rows[start : start + batch_size]
+        candidates = [examples[b].candidates[c] for b, c in batch]
         # the last token is predicted and need not be read
-        ids, ids_mask = _pad([ids[:-1] for ids in candidates], padding, "right", device)  # [R, S]
-        owners = torch.tensor([b for b, _ in some], device=device)
+        ids, ids_mask = pad_rows([ids[:-1] for ids in candidates], padding, "right", device)  # [R, S]
+        owners = torch.tensor([b for b, _ in batch], device=device)
         past, past_mask = select_rows(cache, owners), mask[owners]  # [R, P]
         logits = model(
             input_ids=ids,
@@ -670,10 +526,10 @@ def score_candidates(
             position_ids=past_mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=device),
             **{CACHE: past},
         ).logits  # [R, S, vocabulary]
-        for (b, c), ids, predicted in zip(some, candidates, logits, strict=True):
+        for (b, c), ids, predicted in zip(batch, candidates, logits, strict=True):
             tokens = examples[b].tokens[c]
             targets = torch.tensor(ids[-tokens:], device=predicted.device)
-            # row by row in float32, which of all rows at once would take much memory
+            # in float32 row by row: all rows at once would take much memory
             predicted = predicted[len(ids) - 1 - tokens : len(ids) - 1].float()  # [tokens, vocabulary]
             scores[b][c] = -nn.functional.cross_entropy(predicted, targets, reduction="none").cpu()
     return scores
@@ -696,17 +552,17 @@ def score_replies(
     """
 
     def score(start: int) -> list[torch.Tensor]:
-        some = slice(start, start + batch_size)
-        prefixes = read_prefixes(model, processor, examples[some], knowledge[some])
-        return [each for [each] in score_candidates(model, processor, examples[some], batch_size, prefixes)]
+        rows = slice(start, start + batch_size)
+        prefixes = prefill(model, processor, examples[rows], knowledge[rows])
+        return [scores for [scores] in score_candidates(model, processor, examples[rows], batch_size, prefixes)]
 
     starts = range(0, len(examples), batch_size)
-    scored = tqdm(work_through(model, score, starts), desc=name, unit=" batches", total=len(starts))
-    return [each for batch in scored for each in batch]
+    scored = tqdm(map_batches(model, score, starts), desc=name, unit=" batches", total=len(starts))
+    return [scores for batch in scored for scores in batch]
 
 
 def select_rows(past: Cache, rows: torch.Tensor) -> Cache:
-    """A cache of its own of some rows; selecting replaces each layer's tensors and leaves the old ones as they are."""
+    """A copy of the cache with these rows; selecting replaces each layer's tensors and leaves `past` alone."""
     selected = copy.copy(past)
     selected.layers = [copy.copy(layer) for layer in past.layers]
     selected.batch_select_indices(rows)
@@ -715,22 +571,22 @@ def select_rows(past: Cache, rows: torch.Tensor) -> Cache:
 
 def _likelihood_record(example: Example, scores: list[torch.Tensor], split: bool) -> dict[str, Any]:
     """Sums over an example's references, in nats and tokens, and the rank of the first among the distractors."""
-    references = [-each.double() for each in scores[: len(example.visual)]]
+    references = [-reference.double() for reference in scores[: len(example.visual)]]
     nll = torch.cat(references)
     record = {
         "nll": nll.sum().item(),
         "tokens": len(nll),
-        "mean_nll": sum(each.mean().item() for each in references),
+        "mean_nll": sum(reference.mean().item() for reference in references),
         "examples": len(references),
     }
     if split:
-        visual = torch.tensor([token for each in example.visual for token in each])
+        visual = torch.tensor([token for reference in example.visual for token in reference])
         record["visual_nll"], record["visual_tokens"] = nll[visual].sum().item(), int(visual.sum())
         record["other_nll"], record["other_tokens"] = nll[~visual].sum().item(), int((~visual).sum())
     if distractors := scores[len(example.visual) :]:
         own = scores[0].double().mean()
         # a tie counts against the model
-        record["rank"] = 1 + sum(not each.double().mean() < own for each in distractors)
+        record["rank"] = 1 + sum(not other.double().mean() < own for other in distractors)
         record["hits_at_1"], record["mrr"] = float(record["rank"] == 1), 1 / record["rank"]
     return record
 
@@ -750,19 +606,19 @@ def generate_replies(
 
     Args:
         knowledge: [B, n, h], or `None` for prompts without.
-        prefixes: of the examples, from [`read_prefixes`], if they have been read.
+        prefixes: the examples' prefixes from [`prefill`], if they have been read already.
     """
     tokenizer, device = processor.tokenizer, model.get_input_embeddings().weight.device
-    theirs = model.generation_config
+    defaults = model.generation_config
     config = GenerationConfig(
         **DECODING,
-        eos_token_id=theirs.eos_token_id,
-        bos_token_id=theirs.bos_token_id,
+        eos_token_id=defaults.eos_token_id,
+        bos_token_id=defaults.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    ids, mask = _pad([example.prompt for example in examples], tokenizer.pad_token_id, "left", device)  # [B, T]
+    ids, mask = pad_rows([example.prompt for example in examples], tokenizer.pad_token_id, "left", device)  # [B, T]
     read = {}
-    # a template may ask for a reply otherwise than it writes one that is there
+    # a template may render the request for a reply differently from a reply that is there
     if prefixes is not None and all(example.prompt[:-1] == example.prefix for example in examples):
         past, past_mask = prefixes
         beams = torch.arange(len(examples), device=device).repeat_interleave(DECODING["num_beams"])
@@ -774,45 +630,17 @@ def generate_replies(
     return [reply.strip() for reply in replies]
 
 
-# ---- helpers ----
-
-
-def _pad(rows: list[list[int]], value: int, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths as one tensor [B, longest], and their mask [B, longest]."""
-    ids, mask = pad([torch.tensor(row) for row in rows], value, side)
-    return ids.to(device), mask.to(device)
-
-
-def _hash_file(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash_weights(model: VikdfForConditionalGeneration) -> str:
-    """Of what was trained, and the names of the backbones."""
-    digest = hashlib.sha256(json.dumps(model.config.backbones, sort_keys=True).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 __all__ = [
-    "KNOWLEDGE_ARMS",
     "EvaluationSettings",
-    "Journal",
-    "arm_knowledge",
-    "compute_knowledge",
     "evaluate_dialogues",
     "evaluate_file",
     "generate_replies",
     "mean_knowledge",
-    "read_prefixes",
+    "prefill",
     "save_shrunk",
     "require_dialogues",
     "score_candidates",
     "score_shares",
     "score_replies",
-    "work_through",
+    "map_batches",
 ]

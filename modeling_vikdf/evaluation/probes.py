@@ -1,6 +1,6 @@
 """Is the knowledge knowledge of what things look like? Asked by multiple choice: how likely is each choice as a reply?
 
-    JSONL, templates -> items: questions, the ways in which replies may begin, choices         `load_items`
+    JSONL, templates -> items: questions, the ways in which replies may begin, choices         probe_items.py
                      -> log P of every choice under every arm of knowledge                     `choice_log_likelihoods`
                      -> scores `raw` and `pmi` -> accuracy and the like, one record an item    `probe`
                      -> means, intervals, own minus other knowledge; one model minus another `compare_probes`
@@ -11,14 +11,10 @@ arms, so nothing but the knowledge can make them differ.
 """
 
 import itertools
-import json
-import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,205 +23,14 @@ from tqdm.auto import tqdm
 from ..modeling_backbones import CACHE
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor, pad
-from .dialogues import KNOWLEDGE_ARMS, arm_knowledge, select_rows
+from .arms import KNOWLEDGE_ARMS, arm_knowledge
+from .dialogues import select_rows
+from .probe_items import NEGATIVES, ProbeItem, Question
+from .reports import REPORT_VERSION
 from .statistics import bootstrap_interval, paired_randomisation
 
 
-# Relation -> questions, beginnings of the reply, and the text that evokes the knowledge (the first is used). X is the
-# subject with its article, CONTEXT a caption; a cloze marked "(action)" is for items of that category alone.
-TEMPLATES = {
-    "color": {
-        "chat": ["What color is X?"],
-        "cloze": ["The color of X is", "X is usually", "In most photos, X is"],
-        "k_text": ["X"],
-    },
-    "shape": {
-        "chat": ["What shape is X?"],
-        "cloze": ["The shape of X is", "Its outline is", "X is shaped like this:"],
-        "k_text": ["X"],
-    },
-    "material": {
-        "chat": ["What is X made of?"],
-        "cloze": ["X is made of", "The material of X is", "X is mostly"],
-        "k_text": ["X"],
-    },
-    "unsaid": {
-        "chat": ["I have a photo. CONTEXT What else can be seen in it?"],
-        "cloze": [
-            "In the photo there is also a",
-            "The photo also shows the",
-            "(action) Somebody in the photo is",
-            "(color) Something in the photo is",
-            "(clothing) Somebody in the photo wears a",
-        ],
-        "k_text": ["CONTEXT"],
-    },
-}
-CLOZE = re.compile(r"(?:CONTEXT )?(?:\((\w+)\) )?(.+)", re.DOTALL)  # the user has said the context already
-NOTHING = {"Most X": "it", "X": "it", "CONTEXT": "..."}  # what a question without subject asks about
-FIELDS = {  # task -> what its items must have besides an id
-    "pair": {"relation": str, "choices": list, "answer": int, "context": str},
-    "choice": {"relation": str, "choices": list, "answer": int, "subject": str},
-    "dist": {"relation": str, "choices": list, "answer": int, "subject": str, "dist": list},
-    "rank": {"context": list, "positives": list, "adversarial": list, "random": list},
-}
-NEGATIVES = ("random", "adversarial")
-MISSING_REPLY = "Repeated"  # what DailyDialog++ has in place of a reply that it lacks
 SCORES = ("raw", "pmi")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A chat, messages as (role, content), and the ways in which its reply may begin before a choice."""
-
-    chat: tuple[tuple[str, str], ...]
-    beginnings: tuple[str, ...] = ("",)
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        return [{"role": role, "content": content} for role, content in self.chat]
-
-
-@dataclass
-class ProbeItem:
-    """
-    One line of a probe's file: `fields`, what it says; `task`; the `questions` to ask; `unconditional`, the same
-    without their subject; `evoking`, the chat whose words evoke the knowledge; the `choices` to score.
-    """
-
-    fields: dict[str, Any]
-    task: str
-    questions: list[Question]
-    unconditional: list[Question]
-    evoking: Question
-    choices: tuple[str, ...]
-
-    @property
-    def cluster(self) -> str:
-        """Items of the same photograph or subject are not independent."""
-        return str(next(self.fields[key] for key in ("image", "subject", "id") if key in self.fields))
-
-    @property
-    def subsets(self) -> list[str]:
-        """Names of the parts of the probe that the item belongs to, for breakdowns."""
-        keys = ("relation", "category", "group", "text_nb_correct")
-        names = ["all", *(f"{key}={str(self.fields[key]).lower()}" for key in keys if key in self.fields)]
-        if "flickr8k_subject" in self.fields:
-            stated, seen = self.fields.get("flickr8k_subject_and_gold"), self.fields["flickr8k_subject"]
-            names.append("stated" if stated else "seen, not stated" if seen else "unseen")
-        return names
-
-
-# ---- items ----
-
-
-def load_items(
-    path: str | Path, templates: dict[str, dict[str, list[str]]] | None = None, limit: int | None = None
-) -> list[ProbeItem]:
-    """
-    Reads a probe: JSON Lines, all of one task. Every item has an `id`; further fields by task:
-
-      * "pair": `relation`, `context` (a caption), `choices`, `answer` (index of the right choice);
-      * "choice": `relation`, `subject`, `choices`, `answer`;
-      * "dist": the same and `dist`, the share of people or pictures that go with each choice;
-      * "rank", for items without `task`: `context` (turns, the last one the user's), `positives`, `adversarial` and
-        `random` (replies).
-
-    Args:
-        templates: relation -> `chat`, `cloze` and `k_text`, lists of templates as in `TEMPLATES` (default). `chat`
-            has the questions; without it the first `k_text` is the question. The reply begins with each `cloze` that
-            fits the item's category (those marked with it if there are any, else the unmarked ones) and, if there is
-            a `chat`, with the choice itself.
-        limit: items to read; default all.
-
-    Raises:
-        OSError: if there is no such file.
-        ValueError: if an item is not as described above, or its relation has no templates; it names the line.
-    """
-    items, lines_of_ids = [], {}
-    with open(path, encoding="utf-8") as lines:
-        for number, line in itertools.islice(enumerate(lines, 1), limit):
-            try:
-                item = _read_item(json.loads(line), TEMPLATES if templates is None else templates)
-                if items and item.task != items[0].task:
-                    raise ValueError(f"task {item.task!r} after {items[0].task!r}; a file has items of one task.")
-                if (first := lines_of_ids.setdefault(item.fields["id"], number)) != number:
-                    raise ValueError(f"the id {item.fields['id']!r} is that of line {first}, too.")
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            items.append(item)
-    if not items:
-        raise ValueError(f"{path} has no items.")
-    return items
-
-
-def _read_item(fields: Any, templates: dict[str, dict[str, list[str]]]) -> ProbeItem:
-    if not isinstance(fields, dict):
-        raise ValueError(f"expected a JSON object, not {fields!r}.")
-    task = fields.get("task", "rank" if "positives" in fields else None)
-    if task not in FIELDS:
-        raise ValueError(f"unknown task {task!r}; expected one of {', '.join(FIELDS)}.")
-    for key, kind in {"id": str, **FIELDS[task]}.items():
-        if not isinstance(fields.get(key), kind) or fields[key] in ("", []):
-            raise ValueError(f"{key!r} missing or not a {kind.__name__}: {fields.get(key)!r}.")
-    if task == "rank":
-        return _read_dialogue(fields)
-    choices, answer, relation = fields["choices"], fields["answer"], fields["relation"]
-    if len(choices) < 2 or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise ValueError(f"'choices' must be two or more words, not {choices!r}.")
-    if not 0 <= answer < len(choices):
-        raise ValueError(f"'answer' is {answer}, but there are {len(choices)} choices, counted from 0.")
-    if task == "dist" and not (len(fields["dist"]) == len(choices) and min(fields["dist"]) >= 0 < sum(fields["dist"])):
-        raise ValueError(
-            f"'dist' must have a share of 0 or more for each of {len(choices)} choices: {fields['dist']}."
-        )
-    if relation not in templates:
-        raise ValueError(f"no templates for the relation {relation!r}, only for {', '.join(templates)}.")
-    words = {}
-    if "subject" in fields:
-        # "the" goes with what can be counted and what cannot, "a" does not
-        noun = " ".join(filter(None, [fields.get("descriptor"), fields["subject"]]))
-        words = {"Most X": f"Most {fields.get('plural') or noun}", "X": f"the {noun}"}
-    if "context" in fields:
-        words["CONTEXT"] = fields["context"]
-    chat, cloze, k_text = (templates[relation].get(key, []) for key in ("chat", "cloze", "k_text"))
-    if not k_text or not (chat or cloze):
-        raise ValueError(f"the templates of the relation {relation!r} need 'k_text', and 'chat' or 'cloze'.")
-    marked = [CLOZE.fullmatch(template).groups() for template in cloze]
-    category = fields.get("category")
-    fitting = [text for mark, text in marked if mark == category] or [text for mark, text in marked if mark is None]
-
-    def questions(words: dict[str, str]) -> list[Question]:
-        beginnings = tuple(_fill(text, words) for text in fitting) + (("",) if chat else ())
-        return [Question((("user", _fill(text, words)),), beginnings) for text in chat or k_text[:1]]
-
-    evoking = Question((("user", _fill(k_text[0], words)),))
-    choices = tuple(choice.strip() for choice in choices)
-    return ProbeItem(fields, task, questions(words), questions(NOTHING), evoking, choices)
-
-
-def _read_dialogue(fields: dict[str, Any]) -> ProbeItem:
-    """Replies to rank in a dialogue: the choices are all replies, and the reply begins with nothing else."""
-    for key in FIELDS["rank"]:
-        if not all(isinstance(text, str) and text.strip() for text in fields[key]):
-            raise ValueError(f"{key!r} must be a list of texts, not {fields[key]!r}.")
-    turns, roles = fields["context"], itertools.cycle(("user", "assistant"))
-    question = Question(tuple(zip(roles, reversed(turns), strict=False))[::-1])
-    fields = fields | {key: [text for text in fields[key] if text != MISSING_REPLY] for key in NEGATIVES}
-    choices = tuple(text.strip() for key in ("positives", *NEGATIVES) for text in fields[key])
-    return ProbeItem(fields, "rank", [question], [Question((("user", NOTHING["CONTEXT"]),))], question, choices)
-
-
-def _fill(template: str, words: dict[str, str]) -> str:
-    """A template as a sentence. Raises ValueError if it speaks of something that the item lacks."""
-
-    def word(match: re.Match) -> str:
-        if match[0] not in words:
-            raise ValueError(f"the template {template!r} speaks of {match[0]}, which the item lacks.")
-        return words[match[0]]
-
-    text = re.sub(r"\b(Most X|X|CONTEXT)\b", word, template)
-    return text[0].upper() + text[1:]
 
 
 # ---- likelihoods ----
@@ -265,7 +70,9 @@ def choice_log_likelihoods(
         return processor(Question(chat).messages, use_knowledge=use_knowledge)["input_ids"][0]  # [P]
 
     # Prompts of one length need no padding, and those of one kind begin alike.
-    prompts = [prompt(question.chat, each is not None) for question, each in zip(questions, knowledge, strict=True)]
+    prompts = [
+        prompt(question.chat, vectors is not None) for question, vectors in zip(questions, knowledge, strict=True)
+    ]
     alike = defaultdict(list)
     for index, ids in enumerate(prompts):
         alike[len(ids), knowledge[index] is None].append(index)
@@ -282,9 +89,10 @@ def choice_log_likelihoods(
             if knowledge[batch[0]] is not None:
                 vectors = torch.stack([knowledge[index] for index in batch])  # [B, n, h]
             sums = _score(model, torch.stack([prompts[index] for index in batch]), vectors, replies, batch_size)
-            for index, log_p, each in zip(batch, sums.split([len(each) for each in replies]), replies, strict=True):
+            sums_by_question = sums.split([len(some) for some in replies])
+            for index, log_p, some in zip(batch, sums_by_question, replies, strict=True):
                 shape = len(questions[index].beginnings), len(choices[index])
-                results[index] = log_p.view(shape), torch.tensor([count for _, count in each]).view(shape)
+                results[index] = log_p.view(shape), torch.tensor([count for _, count in some]).view(shape)
             bar.update(len(batch))
     model.train(training)
     return results
@@ -305,8 +113,8 @@ def _encode_replies(
         text, ids, offsets = processor.locate_tokens(chat, continue_final_message=True)
         if ids[: len(asked)] != asked or not text.endswith(choice):
             raise ValueError(
-                f"The chat template renders the reply {choice!r} otherwise than after the prompt that asks for it, "
-                "so its tokens cannot be told. Pass the processor another chat_template=."
+                f"The chat template renders the reply {choice!r} differently from how it continues the prompt for it, "
+                "so its tokens cannot be identified. Pass the processor another chat_template=."
             )
         start = len(text) - len(choice) if beginning else 0
         count = sum(end > start for _, end in offsets[len(asked) :])
@@ -332,10 +140,10 @@ def _score(
     rows: list[tuple[int, tuple[int, ...]]] = []  # prompt, tokens that are read after it
     targets = defaultdict(list)  # row -> (column, token that the column predicts, reply)
     number = itertools.count()
-    for index, each in enumerate(replies):
-        read = sorted({ids[:-1] for ids, _ in each})
+    for index, some in enumerate(replies):
+        read = sorted({ids[:-1] for ids, _ in some})
         read = [ids for i, ids in enumerate(read) if i + 1 == len(read) or read[i + 1][: len(ids)] != ids]
-        for ids, count in each:
+        for ids, count in some:
             row, reply = len(rows) + bisect_left(read, ids[:-1]), next(number)
             # column 0 is the prompt's last token, so column t predicts the reply's token t
             targets[row] += [(t, ids[t], reply) for t in range(len(ids) - count, len(ids))]
@@ -393,6 +201,7 @@ def probe(
         seed: of the shuffled knowledge and of the statistics.
 
     Returns:
+        A report: its `kind`, "probe", and `version`;
         `task`, `arms`; `subsets`: name -> `items`, `majority` (accuracy of always taking the choice that is right most
         often in the subset) and `chance`, where there is an answer, `arms` (arm -> score -> measure -> `mean`,
         `confidence_95`) and `own_minus` (other arm -> score -> measure -> `mean`, `confidence_95`, `p_value`);
@@ -430,21 +239,43 @@ def probe(
         return (log_p / tokens if items[0].task == "rank" else log_p).mean(0)
 
     raw = {arm: [torch.stack([score() for _ in item.questions]).mean(0) for item in items] for arm in arms}
-    base = {key: dict(zip(choices, score().tolist(), strict=True)) for key, choices in shared.items()}
-    records = []
-    for index, item in enumerate(items):
-        record = {"id": item.fields["id"], "cluster": item.cluster, "subsets": item.subsets}
-        if item.task != "rank":
-            record |= {"choices": list(item.choices), "answer": item.fields["answer"]}
-        record |= {"scores": {}, "measures": {}}
-        for arm in arms:
-            found = [base[arm != "none", question] for question in item.unconditional]
-            without = torch.tensor([[each[choice] for choice in item.choices] for each in found]).mean(0)  # [c]
-            scores = {"raw": raw[arm][index], "pmi": raw[arm][index] - without}
-            record["scores"][arm] = {name: each.tolist() for name, each in scores.items()}
-            record["measures"][arm] = {name: _measures(item, each) for name, each in scores.items()}
-        records.append(record)
-    return {"task": items[0].task, "arms": list(arms), "subsets": _summarise(records, arms, seed), "records": records}
+    unconditional = {key: dict(zip(choices, score().tolist(), strict=True)) for key, choices in shared.items()}
+    records = [
+        _record(item, {arm: raw[arm][index] for arm in arms}, unconditional) for index, item in enumerate(items)
+    ]
+    return {
+        "kind": "probe",
+        "version": REPORT_VERSION,
+        "task": items[0].task,
+        "arms": list(arms),
+        "subsets": _summarise(records, arms, seed),
+        "records": records,
+    }
+
+
+def _record(
+    item: ProbeItem,
+    raw: dict[str, torch.Tensor],
+    unconditional: dict[tuple[bool, Question], dict[str, float]],
+) -> dict[str, Any]:
+    """
+    An item's record: its scores and measures under each arm.
+
+    Args:
+        raw: arm -> scores of the choices [c].
+        unconditional: (with knowledge, question without subject) -> choice -> score.
+    """
+    record = {"id": item.fields["id"], "cluster": item.cluster, "subsets": item.subsets}
+    if item.task != "rank":
+        record |= {"choices": list(item.choices), "answer": item.fields["answer"]}
+    record |= {"scores": {}, "measures": {}}
+    for arm, given in raw.items():
+        bases = [unconditional[arm != "none", question] for question in item.unconditional]
+        without = torch.tensor([[base[choice] for choice in item.choices] for base in bases]).mean(0)  # [c]
+        scores = {"raw": given, "pmi": given - without}
+        record["scores"][arm] = {name: values.tolist() for name, values in scores.items()}
+        record["measures"][arm] = {name: _measures(item, values) for name, values in scores.items()}
+    return record
 
 
 def _evoke(
@@ -466,10 +297,10 @@ def _measures(item: ProbeItem, scores: torch.Tensor) -> dict[str, float | None]:
     if item.task == "rank":
         measures = {}
         positives, *negatives = scores.split([len(item.fields[key]) for key in ("positives", *NEGATIVES)])
-        for name, each in zip(NEGATIVES, negatives, strict=True):
-            ranks = 1 + (~(each < positives[:, None])).sum(1)  # [positives]
-            measures[f"hits_at_1_{name}"] = (ranks == 1).double().mean().item() if len(each) else None
-            measures[f"mrr_{name}"] = (1 / ranks).double().mean().item() if len(each) else None
+        for name, others in zip(NEGATIVES, negatives, strict=True):
+            ranks = 1 + (~(others < positives[:, None])).sum(1)  # [positives]
+            measures[f"hits_at_1_{name}"] = (ranks == 1).double().mean().item() if len(others) else None
+            measures[f"mrr_{name}"] = (1 / ranks).double().mean().item() if len(others) else None
         return measures
     measures = {"accuracy": float((~(scores < scores[item.fields["answer"]])).sum() == 1)}
     if item.task == "dist":
@@ -482,7 +313,7 @@ def _measures(item: ProbeItem, scores: torch.Tensor) -> dict[str, float | None]:
 
 def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float | None:
     """Spearman's correlation of two [c], ties at their mean rank; `None` if one is constant."""
-    ranks = torch.stack([(each[:, None] > each).sum(1) - (each[:, None] < each).sum(1) for each in (x, y)]).double()
+    ranks = torch.stack([(v[:, None] > v).sum(1) - (v[:, None] < v).sum(1) for v in (x, y)]).double()  # [2, c]
     return torch.corrcoef(ranks)[0, 1].item() if ranks.any(1).all() else None
 
 
@@ -500,7 +331,7 @@ def compare_probes(a: dict[str, Any], b: dict[str, Any], seed: int = 0) -> dict[
         Subset -> score -> measure -> `mean` of a minus b, its `confidence_95` and `p_value`.
 
     Raises:
-        ValueError: if the two have not the same items, choices included, or one has no records or no arm "own".
+        ValueError: if the two do not have the same items, choices included, or one has no records or no arm "own".
     """
     pairs = [{**record, "measures": {"own": ours, "b": theirs}} for record, (ours, theirs) in _align([a, b], "own")]
     return {name: subset["own_minus"]["b"] for name, subset in _summarise(pairs, ("own", "b"), seed).items()}
@@ -518,14 +349,14 @@ def average_probes(probes: Sequence[dict[str, Any]], arm: str = "own", seed: int
         `task`, `arms`, `subsets`, `records` as of [`probe`], with the mean of each item's measures as the arm "own".
 
     Raises:
-        ValueError: if they have not the same items, choices included, or one has no records or lacks the arm.
+        ValueError: if they do not have the same items, choices included, or one has no records or lacks the arm.
     """
     records = []
-    for record, found in _align(probes, arm):
+    for record, trainings in _align(probes, arm):
         mean = {}
         for score in SCORES:
-            values = {name: [each[score][name] for each in found] for name in found[0][score]}
-            mean[score] = {name: None if None in each else sum(each) / len(each) for name, each in values.items()}
+            values = {name: [measures[score][name] for measures in trainings] for name in trainings[0][score]}
+            mean[score] = {name: None if None in row else sum(row) / len(row) for name, row in values.items()}
         records.append({**record, "measures": {"own": mean}})
     return {
         "task": probes[0]["task"],
@@ -537,24 +368,25 @@ def average_probes(probes: Sequence[dict[str, Any]], arm: str = "own", seed: int
 
 def _align(probes: Sequence[dict[str, Any]], arm: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Each item's record in the first of the probes, and what it measured under the arm in each of them."""
-    if not all(each.get("records") for each in probes):
+    if not all(report.get("records") for report in probes):
         raise ValueError("There are no records to compare; `vikdf probe` writes them.")
-    others = [{record["id"]: record for record in each["records"]} for each in probes]
-    if any(each.keys() != others[0].keys() for each in others) or len({each["task"] for each in probes}) > 1:
-        raise ValueError("The probes have not the same items.")
+    indexed = [{record["id"]: record for record in report["records"]} for report in probes]
+    tasks = {report["task"] for report in probes}
+    if any(records.keys() != indexed[0].keys() for records in indexed) or len(tasks) > 1:
+        raise ValueError("The probes do not have the same items.")
     aligned = []
-    for name, record in others[0].items():
-        same = [each[name] for each in others]
-        if not all(arm in each["measures"] for each in same):
-            raise ValueError(f"Models are compared with their knowledge of one arm: probe all with the arm {arm!r}.")
-        if any(each.get(key) != record.get(key) for key in ("choices", "answer") for each in same):
-            raise ValueError(f"The item {name!r} has not the same choices and answer in all probes.")
-        aligned.append((record, [each["measures"][arm] for each in same]))
+    for name, record in indexed[0].items():
+        same = [records[name] for records in indexed]
+        if not all(arm in other["measures"] for other in same):
+            raise ValueError(f"Models are compared under one arm of knowledge: probe all with the arm {arm!r}.")
+        if any(other.get(key) != record.get(key) for key in ("choices", "answer") for other in same):
+            raise ValueError(f"The item {name!r} does not have the same choices and answer in all probes.")
+        aligned.append((record, [other["measures"][arm] for other in same]))
     return aligned
 
 
 def _summarise(records: list[dict[str, Any]], arms: Sequence[str], seed: int) -> dict[str, Any]:
-    """Means, intervals and differences of each subset; subsets that are everything are left out."""
+    """Means, intervals and differences of each subset; a subset of all records is left out."""
     members = defaultdict(list)
     for record in records:
         for name in record["subsets"]:
@@ -567,13 +399,13 @@ def _summarise(records: list[dict[str, Any]], arms: Sequence[str], seed: int) ->
         if "answer" in some[0]:
             right = Counter(record["choices"][record["answer"]] for record in some)
             most = [max(record["choices"], key=right.__getitem__) for record in some]
-            hits = sum(each == record["choices"][record["answer"]] for each, record in zip(most, some, strict=True))
+            hits = sum(word == record["choices"][record["answer"]] for word, record in zip(most, some, strict=True))
             summary[name]["majority"] = hits / len(some)
             summary[name]["chance"] = sum(1 / len(record["choices"]) for record in some) / len(some)
         clusters = [record["cluster"] for record in some]
         values = {arm: _table(some, arm) for arm in arms}  # arm -> [N, scores, measures]
         measures = list(some[0]["measures"][arms[0]]["raw"])
-        summary[name]["arms"] = {arm: _estimate(each, clusters, measures, seed) for arm, each in values.items()}
+        summary[name]["arms"] = {arm: _estimate(table, clusters, measures, seed) for arm, table in values.items()}
         if "own" in arms:
             summary[name]["own_minus"] = {
                 arm: _estimate(values["own"] - values[arm], clusters, measures, seed, paired=True)
@@ -613,13 +445,4 @@ def _estimate(
     return estimates
 
 
-__all__ = [
-    "TEMPLATES",
-    "ProbeItem",
-    "Question",
-    "average_probes",
-    "choice_log_likelihoods",
-    "compare_probes",
-    "load_items",
-    "probe",
-]
+__all__ = ["average_probes", "choice_log_likelihoods", "compare_probes", "probe"]

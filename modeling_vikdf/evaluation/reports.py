@@ -1,7 +1,9 @@
-"""What the records of an evaluation come to, and how two evaluations differ.
+"""What the records of an evaluation come to, how two evaluations differ, and what kinds of reports there are.
 
 records of dialogues -> summarise -> metrics with 95 % intervals
 two reports          -> compare   -> paired differences, approximate randomisation
+
+Knows no model: everything here is computed from what was written down.
 """
 
 import json
@@ -9,21 +11,12 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from ..environment import versions
-from ..metrics import (
-    bleu_from_statistics,
-    bleu_statistics,
-    distinct_from_statistics,
-    distinct_statistics,
-    embedding_similarity_items,
-    rouge_l_items,
-    tokenize,
-)
 from .statistics import (
     CHUNK,
     RANDOMISATIONS,
@@ -35,6 +28,54 @@ from .statistics import (
     paired_randomisation,
 )
 
+
+class Metric(NamedTuple):
+    """How a metric is shown, and which of two values is the better one; `short` heads the columns of wide tables."""
+
+    label: str
+    decimals: int
+    better: Literal["higher", "lower"]
+    short: str | None = None
+
+
+# Every metric of every report, in the order in which they are shown.
+METRICS = {
+    "perplexity": Metric("perplexity", 2, "lower"),
+    "perplexity_per_example": Metric("perplexity, mean over replies", 2, "lower"),
+    "nll": Metric("NLL, nats a token", 3, "lower", "NLL"),
+    "nll_per_example": Metric("NLL, mean over replies", 3, "lower"),
+    "nll_visual_words": Metric("NLL, visual words", 3, "lower"),
+    "nll_other_words": Metric("NLL, other words", 3, "lower"),
+    "hits_at_1": Metric("Hits@1", 3, "higher"),
+    "mrr": Metric("MRR", 3, "higher"),
+    **{f"bleu_{n}": Metric(f"BLEU-{n}", 3, "higher") for n in (1, 2, 3, 4)},
+    "rouge_l": Metric("ROUGE-L", 3, "higher"),
+    "embedding_average": Metric("embedding Average", 3, "higher", "Average"),
+    "embedding_extrema": Metric("embedding Extrema", 3, "higher", "Extrema"),
+    "embedding_greedy": Metric("embedding Greedy", 3, "higher", "Greedy"),
+    "distinct_1": Metric("Distinct-1", 3, "higher"),
+    "distinct_2": Metric("Distinct-2", 3, "higher"),
+    "share_im_not_sure": Metric('share of "I\'m not sure"', 3, "lower", '"I\'m not sure"'),
+    # of probes
+    "accuracy": Metric("accuracy", 3, "higher"),
+    "spearman": Metric("spearman", 3, "higher"),
+    "kl": Metric("kl", 3, "lower"),
+    "hits_at_1_random": Metric("hits at 1 random", 3, "higher"),
+    "mrr_random": Metric("mrr random", 3, "higher"),
+    "hits_at_1_adversarial": Metric("hits at 1 adversarial", 3, "higher"),
+    "mrr_adversarial": Metric("mrr adversarial", 3, "higher"),
+    # of retrieval
+    **{f"recall_at_{k}": Metric(f"recall at {k} (%)", 2, "higher") for k in (1, 5, 10)},
+}
+
+REPORT_VERSION = 1
+# What reports hold that were written before they said what they are.
+KEYS_BY_KIND = {
+    "dialogues": {"metrics", "confidence_95", "knowledge", "data", "num_dialogues"},
+    "study": {"arms", "reference", "data"},
+    "retrieval": {"text_to_image", "image_to_text", "confidence_95", "num_captions"},
+    "probe": {"task", "subsets", "records"},
+}
 
 NOT_SURE = re.compile(r"i['’]m not sure", re.IGNORECASE)  # how bland replies begin
 
@@ -63,6 +104,40 @@ PERPLEXITIES = {"perplexity": "nll", "perplexity_per_example": "nll_per_example"
 SAME, SAME_IF_ANY = ("data_sha256", "limit", "all_references"), ("visual_words_sha256", "word_vectors_sha256")
 
 
+def metric_label(name: str) -> str:
+    """What a metric is called in prose; of one that is not in `METRICS`, its name."""
+    return METRICS[name].label if name in METRICS else name
+
+
+def kind_of(report: Any, source: str | Path = "The report") -> str | None:
+    """
+    What a report is of: `kind`, one of `KEYS_BY_KIND`; of one that lacks it, what its keys tell.
+
+    Args:
+        report: JSON as it was read.
+        source: what an error calls it.
+
+    Returns:
+        "dialogues" (`vikdf evaluate`), "retrieval", "probe" or "study" (eval/collect.py); `None` for anything else.
+
+    Raises:
+        ValueError: if the report is of a version that this release does not read.
+    """
+    if not isinstance(report, dict):
+        return None
+    if "kind" not in report:
+        return next((kind for kind, keys in KEYS_BY_KIND.items() if keys <= report.keys()), None)
+    kind = report["kind"]
+    if not isinstance(kind, str) or kind not in KEYS_BY_KIND:
+        return None
+    if report.get("version") != REPORT_VERSION:
+        raise ValueError(
+            f"{source} is of version {report.get('version')}, and this release reads version {REPORT_VERSION}: "
+            "update modeling_vikdf."
+        )
+    return kind
+
+
 # ---- records -> metrics ----
 
 
@@ -82,9 +157,9 @@ def summarise(
     jackknife.
 
     Args:
-        records: of each dialogue, what the parts of the evaluation found [N].
-        references: of each dialogue [N].
-        word_vectors: file for the embedding metrics of replies, see [`load_word_vectors`].
+        records: what each dialogue came to [N].
+        references: those of each dialogue [N].
+        word_vectors: file for the embedding metrics of the replies, see [`load_word_vectors`].
         seed: of the resampling.
 
     Returns:
@@ -119,6 +194,16 @@ def _summarise_replies(
     records: list[dict[str, Any]], references: list[list[str]], word_vectors: str | Path | None, seed: int
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """BLEU and Distinct of all replies, and their intervals; what is a mean over replies goes into the records."""
+    from ..metrics import (  # NLTK comes with the extra `eval`, and cards read reports without it
+        bleu_from_statistics,
+        bleu_statistics,
+        distinct_from_statistics,
+        distinct_statistics,
+        embedding_similarity_items,
+        rouge_l_items,
+        tokenize,
+    )
+
     replies = [" ".join(tokenize(record["reply"])) for record in records]
     references = [[" ".join(tokenize(text)) for text in texts] for texts in references]
     items = {"rouge_l": rouge_l_items(replies, references, tokenized=True)}
@@ -148,10 +233,10 @@ def _summarise_replies(
 
 def load_word_vectors(path: str | Path, words: set[str]) -> dict[str, list[float]]:
     """
-    The vectors of some words from a text file with `word v1 v2 ...` a line, as GloVe's and fastText's.
+    The vectors of some words from a text file with `word v1 v2 ...` per line, like GloVe's and fastText's.
 
     Raises:
-        OSError, ValueError: if it cannot be read, or a line is of another length or no numbers.
+        OSError, ValueError: if it cannot be read, or a line has no such numbers.
     """
     vectors, width = {}, None
     with open(path, encoding="utf-8") as file:
@@ -192,29 +277,29 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> 
 
     Raises:
         OSError: if a report cannot be read.
-        ValueError: if one is none, or they are not of the same data.
+        ValueError: if one is not a report, or they are not on the same data.
     """
     sides = [[_read_report(path) for path in paths] for paths in (a, b)]
     reports = [report for side in sides for report in side]
     for name in (*SAME, *SAME_IF_ANY):
-        found = {path: report.get(name) for path, report in zip([*a, *b], reports, strict=True)}
-        if len({value for value in found.values() if value is not None or name in SAME}) > 1:
-            values = ", ".join(f"{path}: {value}" for path, value in found.items())
-            raise ValueError(f"The reports are not of the same data, for {name} differs: {values}.")
+        settings = {path: report.get(name) for path, report in zip([*a, *b], reports, strict=True)}
+        if len({value for value in settings.values() if value is not None or name in SAME}) > 1:
+            values = ", ".join(f"{path}: {value}" for path, value in settings.items())
+            raise ValueError(f"The reports are not on the same data: {name} differs ({values}).")
     seeds = [sorted({report.get("seed") for report in side}) for side in sides]
     if seeds[0] != seeds[1]:
         raise ValueError(
-            f"A was evaluated with the seeds {seeds[0]} and B with {seeds[1]}, which draw other distractors."
+            f"A was evaluated with the seeds {seeds[0]} and B with {seeds[1]}, which draw different distractors."
         )
     dialogues = [[{record["key"]: record for record in report["dialogues"]} for report in side] for side in sides]
-    keys = [key for key in dialogues[0][0] if all(key in each for side in dialogues for each in side)]
+    keys = [key for key in dialogues[0][0] if all(key in records for side in dialogues for records in side)]
     if not keys:
         raise ValueError("The reports have no dialogue in common.")
     metrics = {}
     for name, (value, weight) in RATIOS.items():
-        if not all(value in each[keys[0]] for side in dialogues for each in side):
+        if not all(value in records[keys[0]] for side in dialogues for records in side):
             continue
-        pairs = [[_sums([each[key] for key in keys], value, weight) for each in side] for side in dialogues]
+        pairs = [[_sums([records[key] for key in keys], value, weight) for records in side] for side in dialogues]
         weights = pairs[0][0][1]  # [N]
         if any((other != weights).any() for side in pairs for _, other in side):
             raise ValueError(
@@ -231,8 +316,9 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> 
             "confidence_95": list(bootstrap_interval(ours - theirs, weights, seed=seed)),
             "p_value": paired_randomisation(ours - theirs, seed=seed),
         }
-    if all("bleu" in each[keys[0]] for side in dialogues for each in side):
-        metrics |= _compare_corpora([[[each[key] for key in keys] for each in side] for side in dialogues], seed)
+    if all("bleu" in records[keys[0]] for side in dialogues for records in side):
+        corpora = [[[records[key] for key in keys] for records in side] for side in dialogues]
+        metrics |= _compare_corpora(corpora, seed)
     corrected = holm([figures["p_value"] for figures in metrics.values()])
     for figures, p_value in zip(metrics.values(), corrected, strict=True):
         figures["p_value_holm"] = p_value
@@ -245,6 +331,8 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> 
 
 def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict[str, dict[str, Any]]:
     """BLEU and Distinct, which are of all replies together, of the records [N] of each report of either side."""
+    from ..metrics import bleu_from_statistics, distinct_from_statistics, distinct_statistics, tokenize
+
     pairs = []
     for number in range(math.lcm(*map(len, sides))):  # so that each report of a side counts as much as the others
         records = [record for side in sides for record in side[number % len(side)]]  # [2N]
@@ -253,8 +341,10 @@ def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict
 
     def measure(chosen: np.ndarray) -> dict[str, np.ndarray]:
         """Metrics [R] of the chosen ones [R, 2N] of both sides' replies."""
-        found = [bleu_from_statistics(chosen @ bleu) | distinct_from_statistics(each, chosen) for bleu, each in pairs]
-        return {name: np.mean([each[name] for each in found], axis=0) for name in found[0]}
+        values = [
+            bleu_from_statistics(chosen @ bleu) | distinct_from_statistics(ngrams, chosen) for bleu, ngrams in pairs
+        ]
+        return {name: np.mean([metrics[name] for metrics in values], axis=0) for name in values[0]}
 
     def measure_sides(dialogues: np.ndarray, swapped: np.ndarray) -> tuple[dict[str, np.ndarray], ...]:
         """Metrics [R] of A and of B in some dialogues [R, N], where in the swapped ones each has the other's reply."""
@@ -264,9 +354,9 @@ def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict
     everything = np.ones((1, len(sides[0][0])), dtype=bool)
     a, b = measure_sides(everything, ~everything)
     left_a, left_b = measure_sides(leave_groups_out(everything.size), ~everything)
-    draw, extreme = np.random.default_rng(seed), dict.fromkeys(a, 0)
+    rng, extreme = np.random.default_rng(seed), dict.fromkeys(a, 0)
     for rows in torch.arange(RANDOMISATIONS).split(CHUNK):
-        other_a, other_b = measure_sides(everything, draw.random((len(rows), everything.size)) < 0.5)
+        other_a, other_b = measure_sides(everything, rng.random((len(rows), everything.size)) < 0.5)
         for name in a:  # a tie by another order of summation is a tie
             bound = abs(a[name] - b[name]) * (1 - 1e-9)
             extreme[name] += int((abs(other_a[name] - other_b[name]) >= bound).sum())
@@ -286,10 +376,21 @@ def _read_report(path: str | Path) -> dict[str, Any]:
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no report of an evaluation: {error}") from error
-    if not isinstance(report, dict) or not report.get("dialogues"):
-        raise ValueError(f"{path} is no report of an evaluation: expected a JSON object with dialogues.")
+        raise ValueError(f"{path} is not a report of an evaluation: {error}") from error
+    # for a comparison the dialogues suffice
+    if kind_of(report, path) not in ("dialogues", None) or not isinstance(report, dict) or not report.get("dialogues"):
+        raise ValueError(f"{path} is not a report of an evaluation: expected a JSON object with dialogues.")
     return report
 
 
-__all__ = ["compare", "load_word_vectors", "summarise", "versions"]
+__all__ = [
+    "METRICS",
+    "REPORT_VERSION",
+    "Metric",
+    "compare",
+    "kind_of",
+    "load_word_vectors",
+    "metric_label",
+    "summarise",
+    "versions",
+]

@@ -1,4 +1,4 @@
-"""Retrieval between texts and pictures: embed both, rank, report recall and how sure it is.
+"""Retrieval between texts and pictures: embeds both, ranks, reports recall with its intervals.
 
 Ties count against the model, so embeddings that are all alike (or not numbers) find nothing.
 """
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ..data.features import FeatureDataset, tokenize_captions
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor, pad
+from .reports import REPORT_VERSION
 
 
 KS = (1, 5, 10)
@@ -25,7 +26,7 @@ def retrieval_recall(
 ) -> dict[str, dict[str, float]]:
     """
     Recall at k, in %: for how many queries a right answer is among the k nearest. Right for a text is its picture, for
-    a picture any of its texts; pictures without texts can be found but do not ask.
+    a picture any of its texts; pictures without texts can be retrieved but are no queries.
 
     Args:
         text_embeddings, image_embeddings: unit vectors [N_t, d], [N_i, d].
@@ -53,8 +54,8 @@ def retrieval_intervals(
     seed: int = 0,
 ) -> dict[str, dict[str, list[float]]]:
     """
-    95 % bootstrap intervals of `retrieval_recall`, laid out alike. Photographs are drawn with replacement, each with
-    all its texts, for these are not independent of each other; what is searched stays the same.
+    95 % bootstrap intervals of `retrieval_recall`, in the same layout. Photographs are drawn with replacement,
+    each with all its texts, which are not independent of each other; what is searched stays the same.
     """
     count = len(image_embeddings)
     draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
@@ -133,7 +134,7 @@ def embed_pairs(
                 rows = tokenize_captions(processor, [text for example in batch for text in example["captions"]])
             for start in range(0, len(rows), batch_size):
                 value = 0 if cached else processor.context_tokenizer.pad_token_id
-                padded, mask = (each.to(device) for each in pad(rows[start : start + batch_size], value))
+                padded, mask = (tensor.to(device) for tensor in pad(rows[start : start + batch_size], value))
                 if cached:
                     texts.append(model.matching_head.text(model.iqformer.text_knowledge(padded, mask)))
                 else:
@@ -158,11 +159,14 @@ def evaluate_retrieval(
     Recall of the matching head over all pairs; arguments and errors as for [`embed_pairs`].
 
     Returns:
-        What `retrieval_recall` does; `confidence_95`, what `retrieval_intervals` does; `num_pictures`, `num_captions`.
+        A report: its `kind`, "retrieval", and `version`;
+        what `retrieval_recall` does; `confidence_95`, what `retrieval_intervals` does; `num_pictures`, `num_captions`.
     """
     embeddings = embed_pairs(model, processor, pairs, batch_size)
     texts, images, _ = embeddings
     return {
+        "kind": "retrieval",
+        "version": REPORT_VERSION,
         **retrieval_recall(*embeddings),
         "confidence_95": retrieval_intervals(*embeddings, seed=seed),
         "num_pictures": len(images),

@@ -1,4 +1,7 @@
-"""Intervals and p-values, by resampling dialogues, photographs or subjects whole: items of one are not independent."""
+"""Intervals and p-values, by resampling dialogues, photographs or subjects whole: items of one are not independent.
+
+Knows neither models nor metrics.
+"""
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -60,13 +63,13 @@ def bootstrap_counts(clusters: int, resamples: int = 2000, seed: int = 0) -> Ite
 
 
 def leave_groups_out(count: int) -> np.ndarray:
-    """Of the delete-a-group jackknife: for each group of dialogues, those that are not in it [groups, count]."""
+    """The delete-a-group jackknife: for each group of dialogues, a mask of those outside it [groups, count]."""
     groups = min(JACKKNIFE, count)
     return (np.arange(count) % groups != np.arange(groups)[:, None]) | (groups == 1)
 
 
 def jackknife_interval(value: float, without: np.ndarray) -> list[float]:
-    """95 % interval of what has `value` over all dialogues and `without` [groups] over all but one group each."""
+    """95 % interval of a figure: `value` over all dialogues, `without` [groups] over all but one group each."""
     deviations, groups = without - without.mean(), len(without)
     error = math.sqrt((groups - 1) / groups * (deviations**2).sum())
     return [value - 1.96 * error, value + 1.96 * error]
