@@ -182,7 +182,7 @@ def train(args: argparse.Namespace) -> None:
     """Runs a training stage from a recipe, or goes on with it where it was interrupted."""
     import yaml
 
-    from modeling_vikdf.training.trainer import run_stage
+    from modeling_vikdf.training.stages import run_stage
 
     try:
         recipe = yaml.safe_load(find_recipe(args.config).read_text(encoding="utf-8"))

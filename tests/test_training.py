@@ -36,13 +36,9 @@ from modeling_vikdf import VikdfForConditionalGeneration, VikdfForPreTraining, V
 from modeling_vikdf.cli import main
 from modeling_vikdf.data.collators import DialogueCollator
 from modeling_vikdf.data.sources import load_image_text_pairs
-from modeling_vikdf.training.trainer import (
-    VikdfTrainer,
-    VikdfTrainingArguments,
-    freeze_unused,
-    last_checkpoint,
-    run_stage,
-)
+from modeling_vikdf.training.checkpoints import last_checkpoint
+from modeling_vikdf.training.stages import run_stage
+from modeling_vikdf.training.trainer import VikdfTrainer, VikdfTrainingArguments, freeze_unused
 
 
 # ---- a batch in parts ----
@@ -1021,7 +1017,7 @@ def test_recipes_that_cannot_be_meant(stage, change, message, tmp_path):
 
 
 def test_recipes_of_the_repository_are_understood():
-    from modeling_vikdf.training.trainer import _check_recipe
+    from modeling_vikdf.training.recipe import check_recipe
 
     recipes = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
     recipes = [path for path in recipes if path.parent.name != "accelerate" and path.name != "study.yaml"]
@@ -1033,15 +1029,15 @@ def test_recipes_of_the_repository_are_understood():
         given = {"train": "given on the command line"}
         if stage == "tune" and "objectives" in recipe:
             given |= {"pairs": "given", "validation": "given", "pairs_validation": "given"}
-        _check_recipe(stage, recipe | {"data": given | recipe.get("data", {})})
+        check_recipe(stage, recipe | {"data": given | recipe.get("data", {})})
         VikdfTrainingArguments(**recipe["training"] | {"use_cpu": True, "bf16": False, "report_to": "none"})
 
 
 def test_a_missing_tracker_is_told_before_any_data_are_read(tmp_path, monkeypatch):
-    import modeling_vikdf.training.trainer as training
+    from modeling_vikdf.training import arguments, stages
 
-    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: [])
-    monkeypatch.setattr(training, "load_image_text_pairs", lambda *args, **kwargs: pytest.fail("data were read"))
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: [])
+    monkeypatch.setattr(stages, "load_image_text_pairs", lambda *args, **kwargs: pytest.fail("data were read"))
     recipe = {
         "model": {"checkpoint": "nowhere"},
         "data": {"train": "pairs.tar"},
@@ -1062,7 +1058,7 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     import argparse
     import importlib.util
 
-    from modeling_vikdf.training.trainer import _check_recipe
+    from modeling_vikdf.training.recipe import check_recipe
 
     root = Path(__file__).parents[1]
     spec = importlib.util.spec_from_file_location("study", root / "eval" / "study.py")
@@ -1072,7 +1068,7 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     ran = []
 
     def check(stage, recipe):
-        checked = _check_recipe(stage, recipe)
+        checked = check_recipe(stage, recipe)
         parent = checked["model"].get("checkpoint")
         assert parent is None or parent in ran
         ran.append(recipe["training"]["output_dir"])

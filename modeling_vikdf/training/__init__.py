@@ -1,6 +1,7 @@
 """Training: recipes, stages, and what transformers' Trainer needs for these models."""
 
-from .trainer import VikdfTrainer, VikdfTrainingArguments, freeze_unused, run_stage
+from .stages import run_stage
+from .trainer import VikdfTrainer, VikdfTrainingArguments, freeze_unused
 
 
 __all__ = ["VikdfTrainer", "VikdfTrainingArguments", "freeze_unused", "run_stage"]

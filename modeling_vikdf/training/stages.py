@@ -1,0 +1,169 @@
+"""Stages: what `vikdf distill`, `integrate` and `tune` run. A recipe becomes a model, collators, data and a training.
+
+Knows which parts a stage is put together from; which keys a recipe may have is in recipe.py, how training works in
+trainer.py.
+"""
+
+import inspect
+import os
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+from transformers.utils import logging
+
+from ..backbones import half_precision_is_slow, new_model, require_model, widen_slow_half_precision
+from ..configuration_vikdf import OBJECTIVES
+from ..data.collators import DialogueCollator, JointCollator, PreTrainingCollator
+from ..data.features import FeatureDataset, cache_features
+from ..data.sources import SkipReport, load_dialogues, load_image_text_pairs
+from ..modeling_distillation import VikdfForPreTraining
+from ..modeling_vikdf import VikdfForConditionalGeneration
+from ..processing_vikdf import VikdfProcessor
+from .arguments import VikdfTrainingArguments
+from .recipe import STAGE_OBJECTIVES, check_recipe
+from .trainer import VikdfTrainer
+
+
+logger = logging.get_logger(__name__)
+
+
+def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
+    """
+    Runs one stage of training from a recipe, or goes on with it where it was interrupted.
+
+    Args:
+        stage: "distill" (default objectives: the three on image-text pairs), "integrate" (the two of BVIF), or "tune"
+            (replies of text dialogues). A recipe's `objectives` may name any subset of the five for the first two; for
+            "tune" they are what is learnt from captioned pictures (`data.pairs`) beside the replies, whose own weight
+            is 1 unless they name it.
+        recipe: a mapping with the sections in `SECTIONS`; see configs/.
+
+    Returns:
+        The metrics of the last evaluation, empty without validation data. The model, its processor, the Trainer's
+        state, `recipe.yaml` (the recipes of all stages up to this one) and `skipped.txt` (what was skipped of the
+        data, and why) are in `training.output_dir`.
+
+    Raises:
+        ValueError: for an unknown stage, section or key, a missing one, or settings that do not fit together.
+    """
+    recipe = check_recipe(stage, recipe)
+    data, settings = recipe["data"], dict(recipe["model"])
+    # a recipe's bf16 is to be fast, which it is not everywhere
+    slow = {"bf16": False} if half_precision_is_slow() else {}
+    args = VikdfTrainingArguments(**recipe["training"] | slow)
+    set_seed(args.seed)  # of new weights; the Trainer seeds itself
+    tuning = stage == "tune"
+    objectives = recipe["objectives"] or STAGE_OBJECTIVES[stage]
+    joint = tuning and bool(objectives)  # dialogues, and captioned pictures beside them
+    if joint:
+        objectives = {"reply": 1.0, **objectives}
+    loss_weights = {name: float(objectives.get(name, 0.0)) for name in OBJECTIVES} if objectives else None
+    model_class = VikdfForPreTraining if objectives else VikdfForConditionalGeneration
+    checkpoint = settings.pop("checkpoint", None)
+    if checkpoint is not None:
+        require_model(checkpoint)
+        processor = VikdfProcessor.from_pretrained(checkpoint)
+        config = model_class.config_class.from_pretrained(checkpoint)
+        config.loss_weights = loss_weights or config.loss_weights
+        model = model_class.from_pretrained(checkpoint, config=config)
+    else:
+        model, processor = new_model(model_class=model_class, loss_weights=loss_weights, **settings)
+    widen_slow_half_precision(model)
+    if args.bf16 and args.device.type == "cpu":
+        use_plain_attention(model)
+    report = SkipReport(os.path.join(args.output_dir, "skipped"))
+
+    def collate(collator_class: type, **further: Any) -> Any:
+        known = inspect.signature(collator_class).parameters
+        chosen = {key: value for key, value in recipe["collator"].items() if key in known}
+        return collator_class(processor, seed=args.seed, **chosen, **further)
+
+    pairs = collate(PreTrainingCollator, config=model.config) if objectives else None
+    dialogues = collate(DialogueCollator, report=report) if tuning else None
+    if pairs is not None and pairs.uses_pictures:
+        model.attach_vision_encoder()  # now, to be placed and perhaps cut into shards with the rest
+    splits = ("train", "validation")
+    with args.main_process_first(desc="reading the data"):
+        if tuning:  # all in memory
+            loaded = (load_dialogues(data[each], report=report) if data.get(each) else None for each in splits)
+        else:
+            loaded = (_load_pairs(model, processor, data, each, args, report) for each in splits)
+        train, validation = loaded
+        collator = dialogues if tuning else pairs
+        if joint:
+            beside = data | {"train": data["pairs"], "validation": data.get("pairs_validation")}
+            pictures = (_load_pairs(model, processor, beside, each, args, report) for each in splits)
+            collator = JointCollator(dialogues, pairs, *pictures)
+    trainer = VikdfTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collator,
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+    metrics = _last_evaluation(trainer) if validation is not None else {}
+    if args.should_save:
+        from ..cards.render import write_history
+
+        sections = {section: settings for section, settings in recipe.items() if settings}
+        write_history({"stage": stage, **sections}, args.output_dir, checkpoint)
+        trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
+        with open(os.path.join(args.output_dir, "skipped.txt"), "w", encoding="utf-8") as file:
+            file.write(report.summary() + "\n")
+    logger.info(report.summary())
+    return metrics
+
+
+def _last_evaluation(trainer: VikdfTrainer) -> dict[str, float]:
+    """The metrics of the weights that the model has now: those of the training, if it ended with an evaluation."""
+    state, step = trainer.state, trainer.state.global_step
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        step = state.best_global_step
+    for entry in reversed(state.log_history):
+        if entry["step"] == step and "eval_loss" in entry:
+            return {key: value for key, value in entry.items() if key != "step"}
+    return trainer.evaluate()
+
+
+def _load_pairs(
+    model: nn.Module,
+    processor: VikdfProcessor,
+    data: dict,
+    split: str,
+    args: VikdfTrainingArguments,
+    report: SkipReport,
+) -> Any:
+    """Image-text pairs, streamed, or from a cache of the frozen encoders' states, built when it is not there."""
+    if not data.get(split):
+        return None
+    settings = {"seed": data.get("seed", 0), "report": report}
+    if data.get("feature_cache"):
+        folder = os.path.join(data["feature_cache"], split)
+        pairs = load_image_text_pairs(data[split], shuffle_buffer=0, decode=False, **settings)
+        model.attach_vision_encoder()  # for the cache, also where no objective asks for pictures
+        for part in (model.context_encoder, model.vision_encoder, model.iqformer):
+            part.to(args.device)  # the Trainer moves the model later
+        images = None
+        if model.config.loss_weights["masked_image"]:  # a masked picture has to be seen anew: its file stays in memory
+            pairs = list(pairs)
+            images = {pair["key"]: pair["image"] for pair in pairs}
+        cache_features(model, processor, pairs, folder, pool_grid=data.get("pool_grid"), report=report)
+        return FeatureDataset(folder, images)
+    if split == "validation" or data.get("pairs"):  # read in any order
+        return load_image_text_pairs(data[split], streaming=False, **settings)
+    settings |= {key: data[key] for key in ("probabilities", "shuffle_buffer") if key in data}
+    readers = args.world_size * max(args.dataloader_num_workers, 1)
+    return load_image_text_pairs(data[split], num_shards=readers, **settings)
+
+
+def use_plain_attention(model: nn.Module) -> None:
+    """For training in bfloat16 on a CPU, where PyTorch's fused attention has a slow backward pass."""
+    for part in (model.language_model, model.iqformer.qformer):
+        part.set_attn_implementation("eager")
+
+
+__all__ = ["run_stage", "use_plain_attention"]
