@@ -27,6 +27,8 @@ from .trainer import VikdfTrainer
 
 logger = logging.get_logger(__name__)
 
+SPLITS = ("train", "validation")
+
 
 def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     """
@@ -48,53 +50,15 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
         ValueError: for an unknown stage, section or key, a missing one, or settings that do not fit together.
     """
     recipe = check_recipe(stage, recipe)
-    data, settings = recipe["data"], dict(recipe["model"])
     # a recipe's bf16 is to be fast, which it is not everywhere
     slow = {"bf16": False} if half_precision_is_slow() else {}
     args = VikdfTrainingArguments(**recipe["training"] | slow)
     set_seed(args.seed)  # of new weights; the Trainer seeds itself
-    tuning = stage == "tune"
-    objectives = recipe["objectives"] or STAGE_OBJECTIVES[stage]
-    joint = tuning and bool(objectives)  # dialogues, and captioned pictures beside them
-    if joint:
-        objectives = {"reply": 1.0, **objectives}
-    loss_weights = {name: float(objectives.get(name, 0.0)) for name in OBJECTIVES} if objectives else None
-    model_class = VikdfForPreTraining if objectives else VikdfForConditionalGeneration
-    checkpoint = settings.pop("checkpoint", None)
-    if checkpoint is not None:
-        require_model(checkpoint)
-        processor = VikdfProcessor.from_pretrained(checkpoint)
-        config = model_class.config_class.from_pretrained(checkpoint)
-        config.loss_weights = loss_weights or config.loss_weights
-        model = model_class.from_pretrained(checkpoint, config=config)
-    else:
-        model, processor = new_model(model_class=model_class, loss_weights=loss_weights, **settings)
-    widen_slow_half_precision(model)
-    if args.bf16 and args.device.type == "cpu":
-        use_plain_attention(model)
+    model, processor = _build_model(recipe["model"], _loss_weights(stage, recipe["objectives"]), args)
     report = SkipReport(os.path.join(args.output_dir, "skipped"))
-
-    def collate(collator_class: type, **further: Any) -> Any:
-        known = inspect.signature(collator_class).parameters
-        chosen = {key: value for key, value in recipe["collator"].items() if key in known}
-        return collator_class(processor, seed=args.seed, **chosen, **further)
-
-    pairs = collate(PreTrainingCollator, config=model.config) if objectives else None
-    dialogues = collate(DialogueCollator, report=report) if tuning else None
-    if pairs is not None and pairs.uses_pictures:
-        model.attach_vision_encoder()  # now, to be placed and perhaps cut into shards with the rest
-    splits = ("train", "validation")
+    pairs, dialogues = _build_collators(stage, recipe["collator"], model, processor, args, report)
     with args.main_process_first(desc="reading the data"):
-        if tuning:  # all in memory
-            loaded = (load_dialogues(data[each], report=report) if data.get(each) else None for each in splits)
-        else:
-            loaded = (_load_pairs(model, processor, data, each, args, report) for each in splits)
-        train, validation = loaded
-        collator = dialogues if tuning else pairs
-        if joint:
-            beside = data | {"train": data["pairs"], "validation": data.get("pairs_validation")}
-            pictures = (_load_pairs(model, processor, beside, each, args, report) for each in splits)
-            collator = JointCollator(dialogues, pairs, *pictures)
+        train, validation, collator = _load_data(recipe["data"], model, processor, pairs, dialogues, args, report)
     trainer = VikdfTrainer(
         model=model,
         args=args,
@@ -107,15 +71,94 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     trainer.save_model()
     metrics = _last_evaluation(trainer) if validation is not None else {}
     if args.should_save:
-        from ..cards.render import write_history
-
-        sections = {section: settings for section, settings in recipe.items() if settings}
-        write_history({"stage": stage, **sections}, args.output_dir, checkpoint)
-        trainer.state.save_to_json(os.path.join(args.output_dir, "trainer_state.json"))
-        with open(os.path.join(args.output_dir, "skipped.txt"), "w", encoding="utf-8") as file:
-            file.write(report.summary() + "\n")
+        _write_records(stage, recipe, trainer, report)
     logger.info(report.summary())
     return metrics
+
+
+def _loss_weights(stage: str, objectives: dict[str, Any]) -> dict[str, float] | None:
+    """Every objective's weight, 0 for what is not learnt; `None` where text dialogues alone are."""
+    objectives = objectives or STAGE_OBJECTIVES[stage]
+    if stage == "tune" and objectives:  # dialogues, and captioned pictures beside them
+        objectives = {"reply": 1.0, **objectives}
+    return {name: float(objectives.get(name, 0.0)) for name in OBJECTIVES} if objectives else None
+
+
+def _build_model(
+    settings: dict[str, Any], loss_weights: dict[str, float] | None, args: VikdfTrainingArguments
+) -> tuple[nn.Module, VikdfProcessor]:
+    """The model of a checkpoint, or a new one, and its processor."""
+    model_class = VikdfForPreTraining if loss_weights else VikdfForConditionalGeneration
+    checkpoint = settings.get("checkpoint")
+    if checkpoint is not None:
+        require_model(checkpoint)
+        processor = VikdfProcessor.from_pretrained(checkpoint)
+        config = model_class.config_class.from_pretrained(checkpoint)
+        config.loss_weights = loss_weights or config.loss_weights
+        model = model_class.from_pretrained(checkpoint, config=config)
+    else:
+        model, processor = new_model(model_class=model_class, loss_weights=loss_weights, **settings)
+    widen_slow_half_precision(model)
+    if args.bf16 and args.device.type == "cpu":
+        use_plain_attention(model)
+    return model, processor
+
+
+def _build_collators(
+    stage: str,
+    settings: dict[str, Any],
+    model: nn.Module,
+    processor: VikdfProcessor,
+    args: VikdfTrainingArguments,
+    report: SkipReport,
+) -> tuple[PreTrainingCollator | None, DialogueCollator | None]:
+    """The collators of image-text pairs and of dialogues; `None` for what the stage does not read."""
+
+    def collate(collator_class: type, **further: Any) -> Any:
+        known = inspect.signature(collator_class).parameters
+        chosen = {key: value for key, value in settings.items() if key in known}
+        return collator_class(processor, seed=args.seed, **chosen, **further)
+
+    pretraining = isinstance(model, VikdfForPreTraining)
+    pairs = collate(PreTrainingCollator, config=model.config) if pretraining else None
+    dialogues = collate(DialogueCollator, report=report) if stage == "tune" else None
+    if pairs is not None and pairs.uses_pictures:
+        model.attach_vision_encoder()  # now, to be placed and perhaps cut into shards with the rest
+    return pairs, dialogues
+
+
+def _load_data(
+    data: dict[str, Any],
+    model: nn.Module,
+    processor: VikdfProcessor,
+    pairs: PreTrainingCollator | None,
+    dialogues: DialogueCollator | None,
+    args: VikdfTrainingArguments,
+    report: SkipReport,
+) -> tuple[Any, Any, Any]:
+    """The training data, the validation data (`None` without), and the collator of both."""
+    if dialogues is None:
+        return *(_load_pairs(model, processor, data, split, args, report) for split in SPLITS), pairs
+    # all in memory
+    loaded = (load_dialogues(data[split], report=report) if data.get(split) else None for split in SPLITS)
+    if pairs is None:
+        return *loaded, dialogues
+    train, validation = loaded
+    beside = data | {"train": data["pairs"], "validation": data.get("pairs_validation")}
+    pictures = (_load_pairs(model, processor, beside, split, args, report) for split in SPLITS)
+    return train, validation, JointCollator(dialogues, pairs, *pictures)
+
+
+def _write_records(stage: str, recipe: dict[str, dict[str, Any]], trainer: VikdfTrainer, report: SkipReport) -> None:
+    """Writes beside the model how it was trained: the recipes so far, the Trainer's state, and what was skipped."""
+    from ..cards.render import write_history
+
+    folder = trainer.args.output_dir
+    sections = {section: settings for section, settings in recipe.items() if settings}
+    write_history({"stage": stage, **sections}, folder, recipe["model"].get("checkpoint"))
+    trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))
+    with open(os.path.join(folder, "skipped.txt"), "w", encoding="utf-8") as file:
+        file.write(report.summary() + "\n")
 
 
 def _last_evaluation(trainer: VikdfTrainer) -> dict[str, float]:
