@@ -241,7 +241,7 @@ def shrink(args: argparse.Namespace) -> None:
     """
     from modeling_vikdf.backbones import load_model
     from modeling_vikdf.data.sources import load_dialogues
-    from modeling_vikdf.evaluation.dialogues import (
+    from modeling_vikdf.training.shrinking import (
         choose_share,
         mean_knowledge,
         require_dialogues,
