@@ -365,12 +365,12 @@ def test_each_epoch_has_every_pair_once_in_another_order_masked_anew(kind, shard
 
 def test_processes_share_a_stream_without_repeats(shards, tmp_path):
     """Each process reads its own shards where these go round, and its own examples where they do not."""
-    from modeling_vikdf.training.trainer import _Endless
+    from modeling_vikdf.training.trainer import EndlessStream
 
     for files in (shards, shards[:1]):
         parts = []
         for rank in range(2):
-            stream = iter(_Endless(load_image_text_pairs(files, shuffle_buffer=0), rank, 2))
+            stream = iter(EndlessStream(load_image_text_pairs(files, shuffle_buffer=0), rank, 2))
             parts.append([next(stream) for _ in range(5)])
         keys = [{example["key"] for example in part if example["epoch"] == 0} for part in parts]
         assert not keys[0] & keys[1]
@@ -378,9 +378,9 @@ def test_processes_share_a_stream_without_repeats(shards, tmp_path):
 
 
 def test_nothing_to_read_ends(tmp_path):
-    from modeling_vikdf.training.trainer import _Endless
+    from modeling_vikdf.training.trainer import EndlessStream
 
-    assert list(_Endless([])) == []
+    assert list(EndlessStream([])) == []
 
 
 # ---- checkpoints ----

@@ -40,15 +40,15 @@ UNUSABLE_IN_PRETRAINING = {
 GROUPED = ("group_by_length", "batch_rebalance")  # the sampling strategies that need to know lengths
 
 
-def _refuse_unusable(settings: dict[str, Any], unusable: dict[str, tuple[list, str]]) -> None:
+def refuse_unusable(settings: dict[str, Any], unusable: dict[str, tuple[list, str]]) -> None:
     for name, (usable, reason) in unusable.items():
         if name in settings and settings[name] not in usable:
             expected = " or ".join(map(repr, usable))
             raise ValueError(f"{name}={settings[name]!r} cannot be used here: {reason}. Expected {expected}.")
 
 
-def _plain(name: str) -> str:
-    """A parameter's name as the model itself has it, without what DDP and PEFT put in front."""
+def canonical_name(name: str) -> str:
+    """A parameter's name in the model itself, without the prefixes of DDP and PEFT."""
     return name.removeprefix("module.").removeprefix("base_model.model.")
 
 
@@ -58,12 +58,12 @@ class VikdfTrainingArguments(TrainingArguments):
     `TrainingArguments` with one addition and defaults that fit.
 
     Args:
-        learning_rates: beginning of parameter names -> their learning rate, e.g. `{"knowledge_gate": 5e-3}`; all other
-            parameters have `learning_rate`. The longest matching beginning counts; what has the rate 0 is frozen.
+        learning_rates: prefix of parameter names -> their learning rate, e.g. `{"knowledge_gate": 5e-3}`; all other
+            parameters have `learning_rate`. The longest matching prefix counts; parameters with rate 0 are frozen.
     """
 
     learning_rates: dict[str, float] | None = field(
-        default=None, metadata={"help": "Beginning of parameter names -> learning rate, as JSON."}
+        default=None, metadata={"help": "Prefix of parameter names -> learning rate, as JSON."}
     )
     # pinned memory is for an accelerator; without one the Trainer's default only warns
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
@@ -73,24 +73,24 @@ class VikdfTrainingArguments(TrainingArguments):
     remove_unused_columns: bool | None = False
     # every step reaches every parameter that `freeze_unused` leaves, so DDP need not look
     ddp_find_unused_parameters: bool | None = False
-    # every process reads the stream and takes its own batches of it
+    # every process reads the stream and takes its own share of it
     accelerator_config: dict | str | None = field(default_factory=lambda: {"dispatch_batches": False})
 
     def __post_init__(self):
         if isinstance(self.learning_rates, str):
             self.learning_rates = json.loads(self.learning_rates)
-        # YAML reads 1e-4, without a decimal point, as a text
+        # YAML reads 1e-4, without a decimal point, as a string
         self.learning_rates = {prefix: float(rate) for prefix, rate in (self.learning_rates or {}).items()}
-        for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, str) and each.type in (float, float | None, "float"):
-                setattr(self, each.name, float(value))
-            if each.name.endswith("_strategy") and value is False:
-                setattr(self, each.name, "no")  # which YAML reads as false
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(value, str) and setting.type in (float, float | None, "float"):
+                setattr(self, setting.name, float(value))
+            if setting.name.endswith("_strategy") and value is False:
+                setattr(self, setting.name, "no")  # which YAML reads as false
         super().__post_init__()
-        _refuse_unusable(vars(self), UNUSABLE)
-        get_reporting_integration_callbacks(self.report_to)  # raises for what is no tracker
-        # two that are not listed, or not always, where they are installed
+        refuse_unusable(vars(self), UNUSABLE)
+        get_reporting_integration_callbacks(self.report_to)  # raises for an unknown tracker
+        # transformers does not always list these two where they are installed
         missing = sorted({*self.report_to} - {*get_available_reporting_integrations(), "azure_ml", "flyte"})
         if missing:
             raise ImportError(
@@ -100,7 +100,7 @@ class VikdfTrainingArguments(TrainingArguments):
 
     def rate_of(self, name: str) -> float:
         """The learning rate of a parameter."""
-        name = _plain(name)
+        name = canonical_name(name)
         prefix = max((prefix for prefix in self.learning_rates if name.startswith(prefix)), key=len, default=None)
         return self.learning_rate if prefix is None else self.learning_rates[prefix]
 

@@ -51,7 +51,7 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return finished[max(finished)] if finished else None
 
 
-def _base(model: nn.Module) -> nn.Module:
+def unwrap_peft(model: nn.Module) -> nn.Module:
     """The VIKDF model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -69,13 +69,13 @@ class CheckpointingTrainer(Trainer):
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         state = os.path.join(folder, "trainer_state.json")
         if self.args.should_save and os.path.isfile(state):
-            os.remove(state)  # of an earlier run: what is written over it is not finished
+            os.remove(state)  # from an earlier run; until the end this checkpoint is unfinished
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
             last = last_checkpoint(self._get_output_dir(trial))
             if last == folder:
-                raise  # it is finished, and what failed was to clear away an older one
+                raise  # it is finished; what failed was the deletion of an older one
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
@@ -98,16 +98,16 @@ class CheckpointingTrainer(Trainer):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the state that marks the checkpoint as finished comes after
 
-    def _whole_temperature(self, model: nn.Module) -> None:
-        """FSDP cannot cut a scalar; `_save` makes it one again."""
+    def _reshape_temperature(self, model: nn.Module) -> None:
+        """FSDP cannot shard a scalar, so the temperature becomes a vector of one; `_save` makes it a scalar again."""
         if self.is_fsdp_enabled:
-            head = _base(model).matching_head
+            head = unwrap_peft(model).matching_head
             head.logit_scale = nn.Parameter(head.logit_scale.detach().view(1), head.logit_scale.requires_grad)
 
     @property
     def _saves_whole_tensors(self) -> bool:
         """Whether FSDP holds the model and its checkpoints are to hold what was trained, in one file."""
-        if not self.is_fsdp_enabled or _base(self.model) is not self.model:
+        if not self.is_fsdp_enabled or unwrap_peft(self.model) is not self.model:
             return False
         return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
@@ -139,7 +139,7 @@ class CheckpointingTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Says nothing of the frozen backbones: they are as they were, whether the checkpoint holds them or not."""
+        """Leaves out the frozen backbones: they are unchanged, whether the checkpoint holds them or not."""
         trained = ([key for key in keys if not key.startswith((*BACKBONE_CONFIGS,))] for keys in load_result)
         super()._issue_warnings_after_load(type(load_result)(*trained))
 
@@ -161,7 +161,7 @@ class CheckpointingTrainer(Trainer):
             kwargs: `results`, `include_backbones`, `create_pr`; see `sharing.push_to_hub`.
 
         Returns:
-            What the Hub says of the commit; `None` in all processes but the first.
+            The Hub's answer to the commit; `None` in all processes but the first.
 
         Raises:
             OSError, ValueError: as `sharing.push_to_hub`.

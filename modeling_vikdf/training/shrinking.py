@@ -68,7 +68,7 @@ def choose_share(scores: dict[float, list[torch.Tensor]]) -> dict[str, Any]:
     Raises:
         ValueError: for fewer dialogues than `FEWEST_TO_SHRINK`.
     """
-    sums = {share: torch.stack([score.double().sum() for score in each]) for share, each in scores.items()}  # [N]
+    sums = {share: torch.stack([row.double().sum() for row in rows]) for share, rows in scores.items()}  # [N]
     tokens = torch.tensor([len(score) for score in scores[1.0]])  # [N]
     require_dialogues(len(tokens), "The validation data")
 
@@ -79,7 +79,7 @@ def choose_share(scores: dict[float, list[torch.Tensor]]) -> dict[str, Any]:
     for share in sorted(sums, reverse=True):
         if gain_interval(share, chosen)[0] > 0:
             chosen = share
-    nlls = {share: (-each.sum() / tokens.sum()).item() for share, each in sums.items()}
+    nlls = {share: (-total.sum() / tokens.sum()).item() for share, total in sums.items()}
     return {
         "share": chosen,
         "gain": nlls[1.0] - nlls[chosen],

@@ -32,7 +32,7 @@ SPLITS = ("train", "validation")
 
 def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     """
-    Runs one stage of training from a recipe, or goes on with it where it was interrupted.
+    Runs one stage of training from a recipe, or resumes it where it was interrupted.
 
     Args:
         stage: "distill" (default objectives: the three on image-text pairs), "integrate" (the two of BVIF), or "tune"
@@ -50,7 +50,7 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
         ValueError: for an unknown stage, section or key, a missing one, or settings that do not fit together.
     """
     recipe = check_recipe(stage, recipe)
-    # a recipe's bf16 is to be fast, which it is not everywhere
+    # recipes ask for bf16 because it is fast, which it is not on every CPU
     slow = {"bf16": False} if half_precision_is_slow() else {}
     args = VikdfTrainingArguments(**recipe["training"] | slow)
     set_seed(args.seed)  # of new weights; the Trainer seeds itself
@@ -162,7 +162,7 @@ def _write_records(stage: str, recipe: dict[str, dict[str, Any]], trainer: Vikdf
 
 
 def _last_evaluation(trainer: VikdfTrainer) -> dict[str, float]:
-    """The metrics of the weights that the model has now: those of the training, if it ended with an evaluation."""
+    """The metrics of the model's present weights: from the log, if training ended with an evaluation."""
     state, step = trainer.state, trainer.state.global_step
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
         step = state.best_global_step
@@ -191,7 +191,7 @@ def _load_pairs(
         for part in (model.context_encoder, model.vision_encoder, model.iqformer):
             part.to(args.device)  # the Trainer moves the model later
         images = None
-        if model.config.loss_weights["masked_image"]:  # a masked picture has to be seen anew: its file stays in memory
+        if model.config.loss_weights["masked_image"]:  # masked pictures are encoded anew: their files stay in memory
             pairs = list(pairs)
             images = {pair["key"]: pair["image"] for pair in pairs}
         cache_features(model, processor, pairs, folder, pool_grid=data.get("pool_grid"), report=report)
@@ -204,7 +204,7 @@ def _load_pairs(
 
 
 def use_plain_attention(model: nn.Module) -> None:
-    """For training in bfloat16 on a CPU, where PyTorch's fused attention has a slow backward pass."""
+    """Avoids PyTorch's fused attention, whose backward pass in bfloat16 is slow on a CPU."""
     for part in (model.language_model, model.iqformer.qformer):
         part.set_attn_implementation("eager")
 

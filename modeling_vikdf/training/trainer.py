@@ -27,8 +27,8 @@ from transformers.trainer_utils import has_length
 from ..configuration_vikdf import VikdfConfig
 from ..data.collators import DialogueCollator, PreTrainingCollator
 from ..modeling_distillation import MATCHING, TOKENS, VikdfForPreTraining, cells_to_pixels
-from .arguments import GROUPED, UNUSABLE_IN_PRETRAINING, VikdfTrainingArguments, _plain, _refuse_unusable
-from .checkpoints import CheckpointingTrainer, _base, last_checkpoint
+from .arguments import GROUPED, UNUSABLE_IN_PRETRAINING, VikdfTrainingArguments, canonical_name, refuse_unusable
+from .checkpoints import CheckpointingTrainer, last_checkpoint, unwrap_peft
 
 
 class VikdfTrainer(CheckpointingTrainer):
@@ -37,8 +37,8 @@ class VikdfTrainer(CheckpointingTrainer):
 
     Takes what `Trainer` takes; `data_collator` is a `PreTrainingCollator` or `DialogueCollator`, `processing_class`
     the processor, which is saved with every checkpoint. Predictions of dialogues, which `compute_metrics` and
-    `predict` get, are described at `prediction_step`; pre-training makes none. Label smoothing is of all objectives
-    that predict tokens, and as in `Trainer` of `eval_loss` too.
+    `predict` get, are described at `prediction_step`; pre-training makes none. Label smoothing applies to every
+    objective that predicts tokens and, as in `Trainer`, to `eval_loss`.
 
     Raises:
         TypeError: if `args` are not `VikdfTrainingArguments`.
@@ -71,7 +71,7 @@ class VikdfTrainer(CheckpointingTrainer):
         if model is not None:
             self._prepare_model(model)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
-        self._whole_temperature(self.model)
+        self._reshape_temperature(self.model)
         self.label_smoother = None  # the model smooths, which knows where labels are predicted
         self.add_callback(_SetEpoch(self.data_collator))
         self.sums, self.logged_step, self.logged_at = defaultdict(float), 0, None
@@ -80,9 +80,9 @@ class VikdfTrainer(CheckpointingTrainer):
 
     def _prepare_model(self, model: nn.Module) -> None:
         """Refuses what cannot be used with this model, and freezes what it does not train."""
-        self.is_pretraining = isinstance(_base(model), VikdfForPreTraining)
-        self._check_settings(_base(model).config)
-        if _base(model) is model:  # else PEFT says what trains and what is saved
+        self.is_pretraining = isinstance(unwrap_peft(model), VikdfForPreTraining)
+        self._check_settings(unwrap_peft(model).config)
+        if unwrap_peft(model) is model:  # else PEFT says what trains and what is saved
             freeze_unused(model, pictures=getattr(self.data_collator, "uses_pictures", True))
         for name, parameter in model.named_parameters():
             if self.args.learning_rate and self.args.rate_of(name) == 0:
@@ -91,7 +91,7 @@ class VikdfTrainer(CheckpointingTrainer):
     def _check_settings(self, config: VikdfConfig) -> None:
         args, others = self.args, self.others
         if self.is_pretraining:
-            _refuse_unusable({**vars(args), **others}, UNUSABLE_IN_PRETRAINING)
+            refuse_unusable({**vars(args), **others}, UNUSABLE_IN_PRETRAINING)
         data = others.get("train_dataset")
         stream = data is not None and not has_length(data)
         grouped = args.train_sampling_strategy in GROUPED
@@ -122,7 +122,7 @@ class VikdfTrainer(CheckpointingTrainer):
         """A new model of `model_init`, which trains what a model that is passed does."""
         model = super().call_model_init(trial)
         self._prepare_model(model)
-        self._whole_temperature(model)
+        self._reshape_temperature(model)
         return model
 
     @property
@@ -130,10 +130,10 @@ class VikdfTrainer(CheckpointingTrainer):
         """Objective -> weight, without those of weight 0; empty for dialogues."""
         if not self.is_pretraining:
             return {}
-        config = _base(self.accelerator.unwrap_model(self.model)).config
+        config = unwrap_peft(self.accelerator.unwrap_model(self.model)).config
         return {name: weight for name, weight in config.loss_weights.items() if weight}
 
-    # ---- what trains, and how fast ----
+    # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or `args.optim`) with the learning rates of `args.learning_rates`; biases and norms do not decay."""
@@ -143,19 +143,19 @@ class VikdfTrainer(CheckpointingTrainer):
         decaying = set(self.get_decay_parameter_names(model))
         groups, names = defaultdict(list), []
         for full_name, parameter in model.named_parameters():
-            name = _plain(full_name)
+            name = canonical_name(full_name)
             names.append(name)
             if not parameter.requires_grad:
                 continue
             rate = self.args.rate_of(name)
-            # queries, base vectors, gates and the temperature are no weights of a linear map
-            no_map = name.endswith(("query_tokens", "knowledge_base", "caption_shift")) or parameter.dim() < 2
-            decay = self.args.weight_decay if full_name in decaying and not no_map else 0.0
+            # queries, base vectors, gates and the temperature are not weights of a linear map
+            not_linear = name.endswith(("query_tokens", "knowledge_base", "caption_shift")) or parameter.dim() < 2
+            decay = self.args.weight_decay if full_name in decaying and not not_linear else 0.0
             groups[rate != self.args.learning_rate, rate, decay].append(parameter)
         unknown = [prefix for prefix in self.args.learning_rates if not any(name.startswith(prefix) for name in names)]
         if unknown:
             raise ValueError(
-                f"learning_rates names {unknown}, but no parameter's name begins so. They begin with "
+                f"learning_rates names {unknown}, but no parameter's name starts with that. They start with "
                 f"{sorted({name.partition('.')[0] for name in names})}."
             )
         optimizer_class, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
@@ -195,7 +195,7 @@ class VikdfTrainer(CheckpointingTrainer):
             if self.train_dataset is not None and not len(self.train_dataset):
                 raise ValueError("Nothing can be learnt: the training data hold no examples.")
             return super().get_train_dataloader()
-        stream = _Endless(self.train_dataset, self.args.process_index, self.args.world_size)
+        stream = EndlessStream(self.train_dataset, self.args.process_index, self.args.world_size)
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
             stream,
@@ -220,7 +220,7 @@ class VikdfTrainer(CheckpointingTrainer):
     ) -> tuple[list, torch.Tensor | int | None]:
         """The micro-batches of one step, each with what it must know of the others."""
         if self.state.global_step >= self.state.max_steps:
-            return [], None  # resumed when all was done: the Trainer would make one more step
+            return [], None  # resumed after the last step: the Trainer would make one more
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.logged_at is None:  # the clock starts with the first batch
             self.logged_at, self.logged_step = time.perf_counter(), self.state.global_step
@@ -236,20 +236,20 @@ class VikdfTrainer(CheckpointingTrainer):
                 self.scored += sum(counts.values()) if counts else 1  # what a loss of one's own scores is not known
             return batches, items
         batches = [self._prepare_inputs(batch) for batch in batches]
-        counts = self._whole_counts(batches)
+        counts = self._total_counts(batches)
         parts = len(batches) * self.args.world_size
         self.scored += sum(counts.values())
         for batch in batches:
             batch["counts"], batch["parts"] = counts, parts
         if parts > 1 and {*MATCHING} & {*self.loss_weights}:
             self._add_negatives(batches)
-        return batches, 1  # not None: the losses are divided by the counts of the whole
+        return batches, 1  # not None: the losses are already divided by the counts of the whole step
 
     def _counts(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Objective -> how much of it a batch scores: pairs, pixels, tokens; nothing of dialogues without labels."""
         counts = {name: torch.tensor(len(batch["context_input_ids"])) for name in self.loss_weights}
         if "masked_image" in counts:
-            patch = _base(self.accelerator.unwrap_model(self.model)).config.vision_config.patch_size
+            patch = unwrap_peft(self.accelerator.unwrap_model(self.model)).config.vision_config.patch_size
             size = batch["pixel_values"].shape[-2:]
             counts["masked_image"] = cells_to_pixels(batch["masked_cells"], *size, patch).sum()
         if "masked_text" in counts:
@@ -262,7 +262,7 @@ class VikdfTrainer(CheckpointingTrainer):
             counts["reply"] = (batch["dialogues"]["labels"][:, 1:] != -100).sum()
         return {name: count.to(self.args.device, torch.float) for name, count in counts.items()}
 
-    def _whole_counts(self, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _total_counts(self, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Objective -> what it scores over all micro-batches and processes."""
         own = [self._counts(batch) for batch in batches]
         total = self.accelerator.reduce(
@@ -285,7 +285,7 @@ class VikdfTrainer(CheckpointingTrainer):
                 # through the wrapper, which may hold the weights in shards and compute in half precision
                 output = self.model_wrapped(embed_only=True, **{key: batch[key] for key in kinds if key in batch})
             for name, value in output.items():
-                if name.endswith("_states"):  # what the frozen encoders say is kept for the step itself
+                if name.endswith("_states"):  # the frozen encoders' states are kept for the step itself
                     batch[name] = value
                 else:
                     embeddings[name.removesuffix("_embeddings")].append(value.float())
@@ -315,7 +315,11 @@ class VikdfTrainer(CheckpointingTrainer):
             everyone = self.accelerator.gather(padded).split(len(padded))
             gathered.append(
                 torch.cat(
-                    [e[:n] for rank, (e, n) in enumerate(zip(everyone, lengths, strict=True)) if rank != own_rank]
+                    [
+                        theirs[:n]
+                        for rank, (theirs, n) in enumerate(zip(everyone, lengths, strict=True))
+                        if rank != own_rank
+                    ]
                 )
             )
         return gathered
@@ -338,7 +342,7 @@ class VikdfTrainer(CheckpointingTrainer):
             loss = loss * self.args.world_size  # processes average their gradients, but each is a share of the whole
         return (loss, outputs) if return_outputs else loss
 
-    # ---- what is seen of it ----
+    # ---- logging ----
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the objectives (mean over the logged steps) and throughput to what the Trainer logs."""
@@ -357,7 +361,7 @@ class VikdfTrainer(CheckpointingTrainer):
 
     @contextlib.contextmanager
     def _off_the_clock(self) -> Iterator[None]:
-        """What is done within does not count in the throughput, and once if it is off the clock in parts too."""
+        """Leaves the time spent inside out of the throughput; nested uses leave it out once."""
         logged_at, start = self.logged_at, time.perf_counter()
         yield
         if logged_at is not None:
@@ -405,7 +409,7 @@ class VikdfTrainer(CheckpointingTrainer):
         """
         `eval_loss` and, of each objective, `eval_loss_<name>`: means over all that is scored (tokens, pixels, pairs),
         however the data was cut into batches. Only matching depends on the batch size, which sets its negatives. A
-        masked objective that nothing was drawn for has none.
+        masked objective has none where nothing was masked.
         """
         self.eval_sums, self.eval_counts, self.unlabelled = defaultdict(float), defaultdict(float), False
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -417,7 +421,7 @@ class VikdfTrainer(CheckpointingTrainer):
             total, count = self.accelerator.reduce(whole, reduction="sum").tolist()
             if count:
                 losses[name] = total / count
-        # what is masked is drawn, and of a few examples perhaps nothing; of all else nothing is never meant
+        # masks are random, and may leave a few examples whole; anything else with nothing to score is a mistake
         lacking = [name for name in self.loss_weights if name not in losses and not name.startswith("masked_")]
         if lacking or not losses:
             raise ValueError(
@@ -504,11 +508,11 @@ class VikdfTrainer(CheckpointingTrainer):
             super()._save_checkpoint(model, trial)
 
 
-class _Endless(torch.utils.data.IterableDataset):
+class EndlessStream(torch.utils.data.IterableDataset):
     """
     A stream that begins again, reshuffled, where it ends. So a step is never short of a batch, processes whose shares
     differ never wait for one another, and a run that resumes in the third epoch skips to the third epoch. Each example
-    is told its epoch, which what is drawn for it depends on.
+    has its epoch, which the collator's random choices depend on.
     """
 
     def __init__(self, dataset: Any, rank: int = 0, world_size: int = 1):
@@ -540,7 +544,7 @@ def _supervised(labels: torch.Tensor) -> torch.Tensor:
 
 def freeze_unused(model: nn.Module, *, pictures: bool = True) -> None:
     """
-    Leaves gradients to the parameters that the objectives reach, so that the optimizer holds no others: the matching
+    Leaves only the parameters that the objectives reach trainable, so that the optimizer holds no others: the matching
     head only with matching, the way into the LLM only with an objective that goes there, the base vectors only with
     replies, the projection of the vision encoder's states only with `pictures` among the data.
     """
@@ -560,7 +564,7 @@ def freeze_unused(model: nn.Module, *, pictures: bool = True) -> None:
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells the collator the epoch, which its draws depend on."""
+    """Tells the collator the epoch, which its random choices depend on."""
 
     def __init__(self, collator: PreTrainingCollator | DialogueCollator):
         self.collator = collator
