@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import distributed_training
@@ -32,11 +34,14 @@ from tiny_training import (
 )
 from transformers import TrainerCallback
 
-from modeling_vikdf import VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
+from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
+from modeling_vikdf.backbones import new_model
 from modeling_vikdf.cli import main
-from modeling_vikdf.data.collators import DialogueCollator
+from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
 from modeling_vikdf.data.sources import load_image_text_pairs
+from modeling_vikdf.training import recipe as recipe_module
 from modeling_vikdf.training.checkpoints import last_checkpoint
+from modeling_vikdf.training.recipe import check_recipe
 from modeling_vikdf.training.stages import run_stage
 from modeling_vikdf.training.trainer import VikdfTrainer, VikdfTrainingArguments, freeze_unused
 
@@ -1002,6 +1007,17 @@ def test_lora_is_trained_saved_and_resumed(tmp_path):
             {"data": {"train": "x", "feature_cache": "y", "probabilities": [1.0]}},
             "'probabilities'.*with data.feature_cache",
         ),
+        ("tune", {"data": ["d.jsonl"]}, "'data' must hold settings"),
+        (
+            "distill",
+            {"model": {"checkpoint": "x", "saved_in": "y"}},
+            r"Unknown keys \['saved_in'\] in section 'model'",
+        ),
+        ("distill", {"data": {"train": "x", "seed": "one"}}, "data.seed must be int, not 'one'"),
+        ("distill", {"data": {"train": "x", "seed": True}}, "data.seed must be int, not True"),
+        ("distill", {"objectives": {"masked_text": "much"}}, "objectives.masked_text must be float, not 'much'"),
+        ("tune", {"collator": {"earlier_replies": "nay"}}, "collator.earlier_replies must be bool, not 'nay'"),
+        ("distill", {"model": {"knowledge_pooling": "last"}}, "must be 'first' or 'mean' or 'each', not 'last'"),
     ],
 )
 def test_recipes_that_cannot_be_meant(stage, change, message, tmp_path):
@@ -1016,9 +1032,33 @@ def test_recipes_that_cannot_be_meant(stage, change, message, tmp_path):
         run_stage(stage, recipe)
 
 
-def test_recipes_of_the_repository_are_understood():
-    from modeling_vikdf.training.recipe import check_recipe
+def test_numbers_of_recipes_are_floats():
+    """Whole numbers, and 1e-1, which YAML reads as text."""
+    recipe = {"model": {"checkpoint": "x"}, "data": {"train": "x"}}
+    recipe |= {"objectives": {"masked_text": "1e-1"}, "collator": {"masked_share": 1}}
+    checked = check_recipe("distill", recipe)
+    assert checked.objectives.given() == {"masked_text": 0.1} and checked.collator.given() == {"masked_share": 1.0}
+    assert isinstance(checked.collator.masked_share, float)
 
+
+def names(section: type) -> set[str]:
+    return {setting.name for setting in fields(section)}
+
+
+def test_settings_of_recipes_are_those_of_what_they_are_handed_to():
+    """So that a setting can neither be offered that nothing takes nor be forgotten."""
+    new = {*signature(new_model).parameters, *signature(VikdfForConditionalGeneration.from_backbones).parameters}
+    new -= {"model_class", "model_settings", "config_kwargs", "processor"}
+    of_saving = {"backbones", "backbone_dtypes", "adapter", "saved_in", "tie_word_embeddings"}
+    of_backbones = {"text_config", "context_config", "vision_config", "knowledge_token_id", "loss_weights"}
+    config = {*VikdfConfig.__annotations__} - of_saving - of_backbones
+    assert names(recipe_module.ModelSection) == {"checkpoint"} | new | config
+    given = {"processor", "config", "seed", "report"}
+    assert names(recipe_module.PairCollation) == {*signature(PreTrainingCollator).parameters} - given
+    assert names(recipe_module.DialogueCollation) == {*signature(DialogueCollator).parameters} - given
+
+
+def test_recipes_of_the_repository_are_understood():
     recipes = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
     recipes = [path for path in recipes if path.parent.name != "accelerate" and path.name != "study.yaml"]
     assert len(recipes) >= 5
@@ -1058,8 +1098,6 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     import argparse
     import importlib.util
 
-    from modeling_vikdf.training.recipe import check_recipe
-
     root = Path(__file__).parents[1]
     spec = importlib.util.spec_from_file_location("study", root / "eval" / "study.py")
     study = importlib.util.module_from_spec(spec)
@@ -1069,7 +1107,7 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
 
     def check(stage, recipe):
         checked = check_recipe(stage, recipe)
-        parent = checked["model"].get("checkpoint")
+        parent = checked.model.checkpoint
         assert parent is None or parent in ran
         ran.append(recipe["training"]["output_dir"])
 

@@ -4,7 +4,6 @@ Knows which parts a stage is put together from; which keys a recipe may have is 
 trainer.py.
 """
 
-import inspect
 import os
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..modeling_distillation import VikdfForPreTraining
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
 from .arguments import VikdfTrainingArguments
-from .recipe import STAGE_OBJECTIVES, check_recipe
+from .recipe import SECTIONS, STAGE_OBJECTIVES, DialogueCollation, PairCollation, Section, check_recipe
 from .trainer import VikdfTrainer
 
 
@@ -47,18 +46,21 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
         data, and why) are in `training.output_dir`.
 
     Raises:
-        ValueError: for an unknown stage, section or key, a missing one, or settings that do not fit together.
+        ValueError: for an unknown stage, section or key, a missing one, a wrong type, or settings that do not fit
+            together.
     """
-    recipe = check_recipe(stage, recipe)
+    checked = check_recipe(stage, recipe)
     # recipes ask for bf16 because it is fast, which it is not on every CPU
     slow = {"bf16": False} if half_precision_is_slow() else {}
-    args = VikdfTrainingArguments(**recipe["training"] | slow)
+    args = VikdfTrainingArguments(**checked.training | slow)
     set_seed(args.seed)  # of new weights; the Trainer seeds itself
-    model, processor = _build_model(recipe["model"], _loss_weights(stage, recipe["objectives"]), args)
+    model, processor = _build_model(checked.model.given(), _loss_weights(stage, checked.objectives.given()), args)
     report = SkipReport(os.path.join(args.output_dir, "skipped"))
-    pairs, dialogues = _build_collators(stage, recipe["collator"], model, processor, args, report)
+    pairs, dialogues = _build_collators(stage, checked.collator, model, processor, args, report)
     with args.main_process_first(desc="reading the data"):
-        train, validation, collator = _load_data(recipe["data"], model, processor, pairs, dialogues, args, report)
+        train, validation, collator = _load_data(
+            checked.data.given(), model, processor, pairs, dialogues, args, report
+        )
     trainer = VikdfTrainer(
         model=model,
         args=args,
@@ -106,24 +108,20 @@ def _build_model(
 
 def _build_collators(
     stage: str,
-    settings: dict[str, Any],
+    settings: Section,
     model: nn.Module,
     processor: VikdfProcessor,
     args: VikdfTrainingArguments,
     report: SkipReport,
 ) -> tuple[PreTrainingCollator | None, DialogueCollator | None]:
     """The collators of image-text pairs and of dialogues; `None` for what the stage does not read."""
-
-    def collate(collator_class: type, **further: Any) -> Any:
-        known = inspect.signature(collator_class).parameters
-        chosen = {key: value for key, value in settings.items() if key in known}
-        return collator_class(processor, seed=args.seed, **chosen, **further)
-
-    pretraining = isinstance(model, VikdfForPreTraining)
-    pairs = collate(PreTrainingCollator, config=model.config) if pretraining else None
-    dialogues = collate(DialogueCollator, report=report) if stage == "tune" else None
-    if pairs is not None and pairs.uses_pictures:
-        model.attach_vision_encoder()  # now, to be placed and perhaps cut into shards with the rest
+    pairs = dialogues = None
+    if isinstance(model, VikdfForPreTraining):
+        pairs = PreTrainingCollator(processor, model.config, seed=args.seed, **settings.given(PairCollation))
+        if pairs.uses_pictures:
+            model.attach_vision_encoder()  # now, to be placed and perhaps cut into shards with the rest
+    if stage == "tune":
+        dialogues = DialogueCollator(processor, seed=args.seed, report=report, **settings.given(DialogueCollation))
     return pairs, dialogues
 
 
@@ -154,7 +152,7 @@ def _write_records(stage: str, recipe: dict[str, dict[str, Any]], trainer: Vikdf
     from ..cards.render import write_history
 
     folder = trainer.args.output_dir
-    sections = {section: settings for section, settings in recipe.items() if settings}
+    sections = {section: recipe[section] for section in SECTIONS if recipe.get(section)}
     write_history({"stage": stage, **sections}, folder, recipe["model"].get("checkpoint"))
     trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))
     with open(os.path.join(folder, "skipped.txt"), "w", encoding="utf-8") as file:
