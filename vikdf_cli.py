@@ -182,7 +182,7 @@ def train(args: argparse.Namespace) -> None:
     """Runs a training stage from a recipe, or goes on with it where it was interrupted."""
     import yaml
 
-    from modeling_vikdf.training.trainer import run_stage
+    from modeling_vikdf.training.stages import run_stage
 
     try:
         recipe = yaml.safe_load(find_recipe(args.config).read_text(encoding="utf-8"))
@@ -241,7 +241,7 @@ def shrink(args: argparse.Namespace) -> None:
     """
     from modeling_vikdf.backbones import load_model
     from modeling_vikdf.data import load_dialogues
-    from modeling_vikdf.evaluation.dialogues import (
+    from modeling_vikdf.training.shrinking import (
         choose_share,
         mean_knowledge,
         require_dialogues,

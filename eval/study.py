@@ -16,10 +16,11 @@ import yaml
 
 from modeling_vikdf.backbones import load_model, new_model
 from modeling_vikdf.data import load_dialogues
-from modeling_vikdf.evaluation.dialogues import EvaluationSettings, evaluate_file, mean_knowledge, save_shrunk
+from modeling_vikdf.evaluation.dialogues import EvaluationSettings, evaluate_file
 from modeling_vikdf.evaluation.probe_items import load_items
 from modeling_vikdf.evaluation.probes import probe
-from modeling_vikdf.training.trainer import run_stage
+from modeling_vikdf.training.shrinking import mean_knowledge, save_shrunk
+from modeling_vikdf.training.stages import run_stage
 
 
 def edit(recipe: dict[str, Any], changes: dict[str, Any], drop: list[str]) -> dict[str, Any]:

@@ -110,7 +110,8 @@ KNOWLEDGE_TOKENS, KNOWLEDGE_ID, IMAGE_SIZE = 32, 3, 224
 
 def _training_model(dtype: torch.dtype, objectives: dict[str, float]) -> VikdfForPreTraining:
     # here, for it needs the extra "train", which the benchmark of generation does without
-    from .training.trainer import freeze_unused, use_plain_attention
+    from .training.stages import use_plain_attention
+    from .training.trainer import freeze_unused
 
     tower = {"intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6, "projection_dim": 384}
     config = VikdfConfig(

@@ -18,7 +18,7 @@ from packaging.version import Version
 from safetensors.torch import save_file
 from tiny_training import ALL, dialogues, logged_losses, make_trainer, pairs, trained_weights
 
-from modeling_vikdf.training.trainer import run_stage
+from modeling_vikdf.training.stages import run_stage
 
 
 BATCH, STEPS = 8, 2

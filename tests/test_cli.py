@@ -461,6 +461,15 @@ assert not {f"modeling_vikdf.{name}" for name in ("data", "training", "evaluatio
     subprocess.run([sys.executable, "-c", script], env=in_process(), check=True, capture_output=True)
 
 
+def test_shrinking_needs_no_library_for_training():
+    script = """
+import sys
+sys.modules["accelerate"] = sys.modules["peft"] = None  # as where only the extra `eval` is installed
+import modeling_vikdf.training.shrinking
+"""
+    subprocess.run([sys.executable, "-c", script], env=in_process(), check=True, capture_output=True)
+
+
 def test_completion(tmp_path):
     pytest.importorskip("argcomplete")
     for line, expected in (("vikdf evalu", "evaluate "), ("vikdf evaluate --know", "--knowledge ")):

@@ -32,9 +32,7 @@ from modeling_vikdf.data.collators import DialogueCollator
 from modeling_vikdf.evaluation import dialogues as evaluation
 from modeling_vikdf.evaluation.arms import KNOWLEDGE_ARMS, arm_knowledge, compute_knowledge
 from modeling_vikdf.evaluation.dialogues import (
-    FEWEST_TO_SHRINK,
     EvaluationSettings,
-    choose_share,
     evaluate_dialogues,
     evaluate_file,
     generate_replies,
@@ -46,6 +44,8 @@ from modeling_vikdf.evaluation.dialogues import (
 from modeling_vikdf.evaluation.journal import Journal
 from modeling_vikdf.evaluation.reports import compare, kind_of
 from modeling_vikdf.metrics import bleu, distinct, embedding_similarity, rouge_l
+from modeling_vikdf.training import shrinking
+from modeling_vikdf.training.shrinking import FEWEST_TO_SHRINK, choose_share
 
 
 COUNT = 14
@@ -610,7 +610,7 @@ def likelihoods(nlls: list[float], noise: float, rows: int = FEWEST_TO_SHRINK) -
     draws = torch.randn(len(nlls), rows, 2, generator=generator).double()
     draws -= draws.mean((1, 2), keepdim=True)
     means = torch.tensor(nlls).double()[:, None, None]
-    return dict(zip(evaluation.SHARES, [list(rows) for rows in -(means + noise * draws)], strict=True))
+    return dict(zip(shrinking.SHARES, [list(rows) for rows in -(means + noise * draws)], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -628,8 +628,8 @@ def likelihoods(nlls: list[float], noise: float, rows: int = FEWEST_TO_SHRINK) -
 def test_knowledge_is_given_up_for_a_gain_that_is_clear_of_zero(nlls, noise, share):
     found = choose_share(likelihoods(nlls, noise))
     assert found["share"] == share
-    assert found["nll_by_share"] == pytest.approx(dict(zip(evaluation.SHARES, nlls, strict=True)))
-    assert found["gain"] == pytest.approx(nlls[-1] - nlls[evaluation.SHARES.index(share)])
+    assert found["nll_by_share"] == pytest.approx(dict(zip(shrinking.SHARES, nlls, strict=True)))
+    assert found["gain"] == pytest.approx(nlls[-1] - nlls[shrinking.SHARES.index(share)])
     low, high = found["gain_interval"]
     assert low <= found["gain"] <= high and (low > 0) == (share < 1)
 
@@ -655,7 +655,7 @@ def test_too_few_dialogues_to_shrink_by_are_refused(checkpoint, data, many, caps
 )
 def test_shrinking_to_nothing_and_not_at_all_is_said_aloud(checkpoint, many, capsys, tmp_path, nlls, said):
     options = ("--data", many, "--validation", many, "--output", tmp_path / "shrunk")
-    with patch.object(evaluation, "score_shares", return_value=likelihoods(nlls, 0.1)):
+    with patch.object(shrinking, "score_shares", return_value=likelihoods(nlls, 0.1)):
         _, err = run(capsys, "shrink", "--model", checkpoint, *options)
     assert re.search(said, err.replace("\n", " ")) if said else "WARNING" not in err
     assert (tmp_path / "shrunk" / "model.safetensors").is_file()

@@ -30,6 +30,7 @@ from transformers.trainer_utils import HPSearchBackend
 from modeling_vikdf import VikdfForConditionalGeneration, modeling_distillation, modeling_vikdf
 from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
 from modeling_vikdf.modeling_backbones import CACHE
+from modeling_vikdf.training import arguments as training_arguments
 from modeling_vikdf.training import trainer as training
 from modeling_vikdf.training.trainer import VikdfTrainer, VikdfTrainingArguments
 
@@ -808,7 +809,7 @@ def test_several_evaluation_sets_are_off_the_clock_once(tmp_path, monkeypatch):
 
 
 def test_trackers_are_checked_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr(training_arguments, "get_available_reporting_integrations", lambda: ["wandb"])
     with pytest.raises(ImportError, match=r"report_to=\['trackio'\] is not installed.*modeling_vikdf\[track\]"):
         VikdfTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=["wandb", "trackio"])
     with pytest.raises(ValueError, match="is not supported"):

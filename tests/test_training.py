@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import distributed_training
@@ -32,17 +34,16 @@ from tiny_training import (
 )
 from transformers import TrainerCallback
 
-from modeling_vikdf import VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
+from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
+from modeling_vikdf.backbones import new_model
 from modeling_vikdf.cli import main
 from modeling_vikdf.data import load_image_text_pairs
-from modeling_vikdf.data.collators import DialogueCollator
-from modeling_vikdf.training.trainer import (
-    VikdfTrainer,
-    VikdfTrainingArguments,
-    freeze_unused,
-    last_checkpoint,
-    run_stage,
-)
+from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
+from modeling_vikdf.training import recipe as recipe_module
+from modeling_vikdf.training.checkpoints import last_checkpoint
+from modeling_vikdf.training.recipe import check_recipe
+from modeling_vikdf.training.stages import run_stage
+from modeling_vikdf.training.trainer import VikdfTrainer, VikdfTrainingArguments, freeze_unused
 
 
 # ---- a batch in parts ----
@@ -369,12 +370,12 @@ def test_each_epoch_has_every_pair_once_in_another_order_masked_anew(kind, shard
 
 def test_processes_share_a_stream_without_repeats(shards, tmp_path):
     """Each process reads its own shards where these go round, and its own examples where they do not."""
-    from modeling_vikdf.training.trainer import _Endless
+    from modeling_vikdf.training.trainer import EndlessStream
 
     for files in (shards, shards[:1]):
         parts = []
         for rank in range(2):
-            stream = iter(_Endless(load_image_text_pairs(files, shuffle_buffer=0), rank, 2))
+            stream = iter(EndlessStream(load_image_text_pairs(files, shuffle_buffer=0), rank, 2))
             parts.append([next(stream) for _ in range(5)])
         keys = [{example["key"] for example in part if example["epoch"] == 0} for part in parts]
         assert not keys[0] & keys[1]
@@ -382,9 +383,9 @@ def test_processes_share_a_stream_without_repeats(shards, tmp_path):
 
 
 def test_nothing_to_read_ends(tmp_path):
-    from modeling_vikdf.training.trainer import _Endless
+    from modeling_vikdf.training.trainer import EndlessStream
 
-    assert list(_Endless([])) == []
+    assert list(EndlessStream([])) == []
 
 
 # ---- checkpoints ----
@@ -1006,6 +1007,17 @@ def test_lora_is_trained_saved_and_resumed(tmp_path):
             {"data": {"train": "x", "feature_cache": "y", "probabilities": [1.0]}},
             "'probabilities'.*with data.feature_cache",
         ),
+        ("tune", {"data": ["d.jsonl"]}, "'data' must hold settings"),
+        (
+            "distill",
+            {"model": {"checkpoint": "x", "saved_in": "y"}},
+            r"Unknown keys \['saved_in'\] in section 'model'",
+        ),
+        ("distill", {"data": {"train": "x", "seed": "one"}}, "data.seed must be int, not 'one'"),
+        ("distill", {"data": {"train": "x", "seed": True}}, "data.seed must be int, not True"),
+        ("distill", {"objectives": {"masked_text": "much"}}, "objectives.masked_text must be float, not 'much'"),
+        ("tune", {"collator": {"earlier_replies": "nay"}}, "collator.earlier_replies must be bool, not 'nay'"),
+        ("distill", {"model": {"knowledge_pooling": "last"}}, "must be 'first' or 'mean' or 'each', not 'last'"),
     ],
 )
 def test_recipes_that_cannot_be_meant(stage, change, message, tmp_path):
@@ -1020,9 +1032,33 @@ def test_recipes_that_cannot_be_meant(stage, change, message, tmp_path):
         run_stage(stage, recipe)
 
 
-def test_recipes_of_the_repository_are_understood():
-    from modeling_vikdf.training.trainer import _check_recipe
+def test_numbers_of_recipes_are_floats():
+    """Whole numbers, and 1e-1, which YAML reads as text."""
+    recipe = {"model": {"checkpoint": "x"}, "data": {"train": "x"}}
+    recipe |= {"objectives": {"masked_text": "1e-1"}, "collator": {"masked_share": 1}}
+    checked = check_recipe("distill", recipe)
+    assert checked.objectives.given() == {"masked_text": 0.1} and checked.collator.given() == {"masked_share": 1.0}
+    assert isinstance(checked.collator.masked_share, float)
 
+
+def names(section: type) -> set[str]:
+    return {setting.name for setting in fields(section)}
+
+
+def test_settings_of_recipes_are_those_of_what_they_are_handed_to():
+    """So that a setting can neither be offered that nothing takes nor be forgotten."""
+    new = {*signature(new_model).parameters, *signature(VikdfForConditionalGeneration.from_backbones).parameters}
+    new -= {"model_class", "model_settings", "config_kwargs", "processor"}
+    of_saving = {"backbones", "backbone_dtypes", "adapter", "saved_in", "tie_word_embeddings"}
+    of_backbones = {"text_config", "context_config", "vision_config", "knowledge_token_id", "loss_weights"}
+    config = {*VikdfConfig.__annotations__} - of_saving - of_backbones
+    assert names(recipe_module.ModelSection) == {"checkpoint"} | new | config
+    given = {"processor", "config", "seed", "report"}
+    assert names(recipe_module.PairCollation) == {*signature(PreTrainingCollator).parameters} - given
+    assert names(recipe_module.DialogueCollation) == {*signature(DialogueCollator).parameters} - given
+
+
+def test_recipes_of_the_repository_are_understood():
     recipes = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
     recipes = [path for path in recipes if path.parent.name != "accelerate" and path.name != "study.yaml"]
     assert len(recipes) >= 5
@@ -1033,15 +1069,15 @@ def test_recipes_of_the_repository_are_understood():
         given = {"train": "given on the command line"}
         if stage == "tune" and "objectives" in recipe:
             given |= {"pairs": "given", "validation": "given", "pairs_validation": "given"}
-        _check_recipe(stage, recipe | {"data": given | recipe.get("data", {})})
+        check_recipe(stage, recipe | {"data": given | recipe.get("data", {})})
         VikdfTrainingArguments(**recipe["training"] | {"use_cpu": True, "bf16": False, "report_to": "none"})
 
 
 def test_a_missing_tracker_is_told_before_any_data_are_read(tmp_path, monkeypatch):
-    import modeling_vikdf.training.trainer as training
+    from modeling_vikdf.training import arguments, stages
 
-    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: [])
-    monkeypatch.setattr(training, "load_image_text_pairs", lambda *args, **kwargs: pytest.fail("data were read"))
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: [])
+    monkeypatch.setattr(stages, "load_image_text_pairs", lambda *args, **kwargs: pytest.fail("data were read"))
     recipe = {
         "model": {"checkpoint": "nowhere"},
         "data": {"train": "pairs.tar"},
@@ -1062,8 +1098,6 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     import argparse
     import importlib.util
 
-    from modeling_vikdf.training.trainer import _check_recipe
-
     root = Path(__file__).parents[1]
     spec = importlib.util.spec_from_file_location("study", root / "eval" / "study.py")
     study = importlib.util.module_from_spec(spec)
@@ -1072,8 +1106,8 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     ran = []
 
     def check(stage, recipe):
-        checked = _check_recipe(stage, recipe)
-        parent = checked["model"].get("checkpoint")
+        checked = check_recipe(stage, recipe)
+        parent = checked.model.checkpoint
         assert parent is None or parent in ran
         ran.append(recipe["training"]["output_dir"])
 
