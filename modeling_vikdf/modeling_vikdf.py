@@ -2,7 +2,7 @@
 
 Reads as the data flows: `get_text_knowledge` / `get_image_knowledge` (frozen encoder, IQ-Former), `project_knowledge`
 (into the LLM's embedding space), `embed_prompt` (splice at the placeholders), the LLM. How the frozen backbones are
-found, attached and left out of checkpoints stands in modeling_backbones.py.
+found, attached and left out of checkpoints stands in modeling_pretrained.py.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
-from .modeling_backbones import CACHE, VikdfPreTrainedModel, find_backbone, pop_cache
 from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert
+from .modeling_pretrained import CACHE, VikdfPreTrainedModel, find_backbone, pop_cache
 
 
 logger = logging.get_logger(__name__)

@@ -74,9 +74,10 @@ CODE = {
     for name in (
         "atomic_saving",
         "configuration_vikdf",
-        "modeling_backbones",
         "modeling_distillation",
         "modeling_iqformer",
+        "modeling_pretrained",
+        "modeling_saving",
         "modeling_vikdf",
         "pipeline_vikdf",
         "processing_vikdf",

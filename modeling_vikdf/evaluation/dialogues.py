@@ -37,7 +37,7 @@ from transformers import Cache, GenerationConfig
 from ..backbones import load_model
 from ..data.collators import align_at_knowledge
 from ..data.sources import SkipReport, load_dialogues
-from ..modeling_backbones import CACHE
+from ..modeling_pretrained import CACHE
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import IGNORED, VikdfProcessor
 from .reports import summarise, versions
