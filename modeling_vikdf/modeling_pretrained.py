@@ -35,18 +35,14 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.integrations.accelerate import load_offloaded_parameter
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file, has_file, logging
 
 from .atomic_saving import check_saved_in, saved_in
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig, nearest_name
 from .modeling_iqformer import CLIP_LOGIT_SCALE, VikdfIQFormer, VikdfMatchingHead
+from .modeling_prefix import CACHE
 from .modeling_saving import ADAPTER_FOLDER, SavingMixin, checksums
 
-
-# What the installed transformers calls the LLM's cache in arguments and outputs: "past_key_values" up to 5.23, "cache"
-# since 5.24.
-CACHE = {"cache", "past_key_values"}.intersection(CausalLMOutputWithPast.__dataclass_fields__).pop()
 
 logger = logging.get_logger(__name__)
 
@@ -591,19 +587,6 @@ def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in ("cache_dir", "local_files_only", "token") if key in kwargs}
 
 
-def pop_cache(kwargs: dict[str, Any]) -> Any:
-    """
-    The LLM's cache, or `None`, taken out of keyword arguments, where it goes by either of its names.
-
-    Raises:
-        ValueError: if it is given under both.
-    """
-    caches = [cache for name in ("cache", "past_key_values") if (cache := kwargs.pop(name, None)) is not None]
-    if len(caches) > 1:
-        raise ValueError("cache and past_key_values are two names of one argument: pass one of them.")
-    return caches[0] if caches else None
-
-
 def find_backbone(repo_id: str, revision: str | None, **hub_kwargs: Any) -> tuple[str, str | None]:
     """Where to load a backbone from: `(folder or repository id, revision)`."""
     try:
@@ -614,4 +597,4 @@ def find_backbone(repo_id: str, revision: str | None, **hub_kwargs: Any) -> tupl
     return locate_backbone(repo_id, revision, **hub_kwargs), None
 
 
-__all__ = ["CACHE", "VikdfPreTrainedModel", "find_backbone", "pop_cache"]
+__all__ = ["VikdfPreTrainedModel", "find_backbone"]

@@ -484,7 +484,7 @@ def assert_same(one: tuple, other: tuple) -> None:
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "left_padded"])
 @pytest.mark.parametrize("worth_sharing", [1, 10**6], ids=["shared", "each_row"])
 def test_prefix_without_gradient_is_exact(llm, objective, aligned, worth_sharing, monkeypatch):
-    monkeypatch.setattr(modeling_vikdf.modeling_vikdf, "WORTH_SHARING", worth_sharing)
+    monkeypatch.setattr(modeling_vikdf.modeling_prefix, "WORTH_SHARING", worth_sharing)
     model = pretraining_model({objective: 1.0}, llm=llm, knowledge_token_id=processor(llm).knowledge_token_id)
     if not aligned:
         monkeypatch.setattr("modeling_vikdf.data.collators.align_at_knowledge", lambda batch, processor: batch)
@@ -512,7 +512,7 @@ def test_prefix_without_gradient_is_exact_for_dialogues(llm, place, monkeypatch)
 
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
 def test_what_all_dialogues_begin_with_is_read_once(llm, monkeypatch):
-    monkeypatch.setattr(modeling_vikdf.modeling_vikdf, "WORTH_SHARING", 1)
+    monkeypatch.setattr(modeling_vikdf.modeling_prefix, "WORTH_SHARING", 1)
     reader = processor(llm, system_prompt="You are a friendly person in a casual chat.")
     model = dialogue_model(llm=llm, knowledge_token_id=reader.knowledge_token_id)
     batch = DialogueCollator(reader)(dialogues(4))

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForPreTraining, BertConfig, BertMod
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfIQFormer, initialize_from_bert
 from modeling_vikdf.modeling_iqformer import VikdfMatchingHead
-from modeling_vikdf.modeling_pretrained import CACHE
+from modeling_vikdf.modeling_prefix import CACHE
 
 
 # ---- IQ-Former ----

@@ -74,8 +74,11 @@ CODE = {
     for name in (
         "atomic_saving",
         "configuration_vikdf",
+        "modeling_checkpointing",
         "modeling_distillation",
+        "modeling_generation",
         "modeling_iqformer",
+        "modeling_prefix",
         "modeling_pretrained",
         "modeling_saving",
         "modeling_vikdf",

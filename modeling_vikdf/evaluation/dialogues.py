@@ -37,7 +37,7 @@ from transformers import Cache, GenerationConfig
 from ..backbones import load_model
 from ..data.collators import align_at_knowledge
 from ..data.sources import SkipReport, load_dialogues
-from ..modeling_pretrained import CACHE
+from ..modeling_prefix import CACHE, select_rows
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import IGNORED, VikdfProcessor
 from .reports import summarise, versions
@@ -703,14 +703,6 @@ def score_replies(
     starts = range(0, len(examples), batch_size)
     scored = tqdm(work_through(model, score, starts), desc=name, unit=" batches", total=len(starts))
     return [each for batch in scored for each in batch]
-
-
-def select_rows(past: Cache, rows: torch.Tensor) -> Cache:
-    """A cache of its own of some rows; selecting replaces each layer's tensors and leaves the old ones as they are."""
-    selected = copy.copy(past)
-    selected.layers = [copy.copy(layer) for layer in past.layers]
-    selected.batch_select_indices(rows)
-    return selected
 
 
 def _likelihood_record(example: Example, scores: list[torch.Tensor], split: bool) -> dict[str, Any]:

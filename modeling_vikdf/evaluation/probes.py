@@ -25,7 +25,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from ..modeling_pretrained import CACHE
+from ..modeling_prefix import CACHE
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
 from .dialogues import KNOWLEDGE_ARMS, arm_knowledge, select_rows
