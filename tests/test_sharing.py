@@ -73,6 +73,7 @@ CODE = {
     f"{name}.py"
     for name in (
         "atomic_saving",
+        "chats_vikdf",
         "configuration_vikdf",
         "modeling_checkpointing",
         "modeling_distillation",
@@ -82,9 +83,11 @@ CODE = {
         "modeling_pretrained",
         "modeling_saving",
         "modeling_vikdf",
+        "pictures_vikdf",
         "pipeline_vikdf",
         "processing_vikdf",
         "sharing",
+        "text_vikdf",
     )
 }
 MODEL = {"config.json", "generation_config.json", "model.safetensors"}
