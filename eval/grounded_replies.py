@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
-from modeling_vikdf.backbones import load_model
+from modeling_vikdf.building import load_model
 from modeling_vikdf.data.sources import SkipReport, load_image_text_pairs
 from modeling_vikdf.evaluation.dialogues import (
     EvaluationSettings,

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from modeling_vikdf.backbones import load_model, new_model
+from modeling_vikdf.building import load_model, new_model
 from modeling_vikdf.data.sources import load_dialogues
 from modeling_vikdf.evaluation.dialogues import EvaluationSettings, evaluate_file, mean_knowledge, save_shrunk
 from modeling_vikdf.evaluation.probes import load_items, probe

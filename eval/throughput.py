@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_vikdf import DEFAULT_CHECKPOINT
-from modeling_vikdf.backbones import load_model
+from modeling_vikdf.building import load_model
 from modeling_vikdf.data.sources import SkipReport, load_dialogues
 from modeling_vikdf.evaluation.dialogues import (
     EvaluationSettings,

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
-from modeling_vikdf.backbones import BackboneNotFoundError, load_model
+from modeling_vikdf.backbones import BackboneNotFoundError
+from modeling_vikdf.building import load_model
 
 
 PACKAGE_ROOT = Path(__file__).parents[1]

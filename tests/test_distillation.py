@@ -665,7 +665,7 @@ def test_heads_of_new_objectives_start_fresh(tmp_path, recwarn):
 @pytest.mark.parametrize("encoder", ["dinov2", "clip"])
 def test_pictures_are_resized_whole(encoder, backbones):
     """A wide picture, red at both ends, becomes a square that is still red there."""
-    from modeling_vikdf.backbones import new_model
+    from modeling_vikdf.building import new_model
 
     folders = [str(backbones / name) for name in ("llama", "clip" if encoder == "clip" else "bert", encoder)]
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -682,7 +682,7 @@ def test_pictures_are_resized_whole(encoder, backbones):
 
 
 def test_heads_are_float32_beside_a_half_precision_llm(backbones, tmp_path):
-    from modeling_vikdf.backbones import new_model
+    from modeling_vikdf.building import new_model
 
     folders = [str(backbones / name) for name in ("llama", "bert", "dinov2")]
     model, _ = new_model(

@@ -60,7 +60,8 @@ from transformers.utils.hub import hf_api
 
 import modeling_vikdf
 from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfProcessor
-from modeling_vikdf.backbones import BackboneNotFoundError, new_model
+from modeling_vikdf.backbones import BackboneNotFoundError
+from modeling_vikdf.building import new_model
 from modeling_vikdf.cli import main
 from modeling_vikdf.data.collators import DialogueCollator
 from modeling_vikdf.sharing import export, push_to_hub

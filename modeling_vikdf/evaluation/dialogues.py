@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig
 
-from ..backbones import load_model
+from ..building import load_model
 from ..data.collators import align_at_knowledge
 from ..data.sources import SkipReport, load_dialogues
 from ..modeling_prefix import CACHE, select_rows

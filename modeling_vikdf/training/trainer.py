@@ -41,7 +41,8 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from ..backbones import half_precision_is_slow, new_model, require_model, widen_slow_half_precision
+from ..backbones import require_model
+from ..building import half_precision_is_slow, new_model, widen_slow_half_precision
 from ..configuration_vikdf import BACKBONE_CONFIGS, OBJECTIVES, VikdfConfig
 from ..data.collators import DialogueCollator, JointCollator, PreTrainingCollator
 from ..data.features import FeatureDataset, cache_features
