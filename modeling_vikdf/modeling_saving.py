@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from .atomic_saving import replace_files
 from .configuration_vikdf import BACKBONE_CONFIGS
+from .sharing import push_to_hub
 
 
 logger = logging.get_logger(__name__)
@@ -169,8 +170,6 @@ class SavingMixin:
             OSError: if the Hub refuses or breaks off; the repository is then as it was.
             ValueError: if the model would not load elsewhere.
         """
-        from .sharing import push_to_hub  # here, for it imports this module
-
         return push_to_hub(repo_id, model=self, processor=processor, **kwargs)
 
     @contextlib.contextmanager

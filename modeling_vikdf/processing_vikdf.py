@@ -29,6 +29,7 @@ from transformers.utils import logging
 from .atomic_saving import replace_files, saved_in
 from .chats_vikdf import ChatTemplate, check_choice, is_empty, last_user, place_knowledge, prompt_ending, read_batch
 from .pictures_vikdf import MAX_PICTURE_BYTES, MAX_PIXELS, PICTURE_FORMATS, load_picture, read_file, read_picture
+from .sharing import push_to_hub
 from .text_vikdf import KNOWLEDGE_TOKEN, PLACEHOLDER, TextTokenizer, encode_truncated, reserve_token
 
 
@@ -540,8 +541,6 @@ class VikdfProcessor(ProcessorMixin):
         Raises:
             OSError: If the Hub refuses or breaks off; the repository is then as it was.
         """
-        from .sharing import push_to_hub  # here, for it imports this module
-
         return push_to_hub(repo_id, processor=self, **kwargs)
 
 
