@@ -74,7 +74,7 @@ def chat(args: argparse.Namespace) -> None:
     from transformers import pipeline
 
     from modeling_vikdf import DEFAULT_CHECKPOINT
-    from modeling_vikdf.backbones import load_model
+    from modeling_vikdf.building import load_model
 
     source = args.model or DEFAULT_CHECKPOINT
     # loaded here, because `pipeline` buries the reason of a failure in its own
@@ -139,7 +139,7 @@ def chat(args: argparse.Namespace) -> None:
 )
 def new(args: argparse.Namespace) -> None:
     """Builds an untrained model around pretrained backbones and writes model and processor to a folder."""
-    from modeling_vikdf.backbones import new_model, short_greedy_replies
+    from modeling_vikdf.building import new_model, short_greedy_replies
 
     model, processor = new_model(
         args.language_model,
@@ -239,7 +239,7 @@ def shrink(args: argparse.Namespace) -> None:
     share of the differences from it that remains is chosen by validation dialogues: 1 leaves the model as it is, 0
     puts a constant in the place of knowledge.
     """
-    from modeling_vikdf.backbones import load_model
+    from modeling_vikdf.building import load_model
     from modeling_vikdf.data import load_dialogues
     from modeling_vikdf.training.shrinking import (
         choose_share,
@@ -288,7 +288,7 @@ def shrink(args: argparse.Namespace) -> None:
 )
 def retrieve(args: argparse.Namespace) -> None:
     """Reports how often the matching head finds the right picture for a caption, and a right caption for a picture."""
-    from modeling_vikdf.backbones import load_model
+    from modeling_vikdf.building import load_model
     from modeling_vikdf.data import SkipReport, load_image_text_pairs
     from modeling_vikdf.evaluation.retrieval import evaluate_retrieval
 
@@ -311,7 +311,7 @@ def retrieve(args: argparse.Namespace) -> None:
 def index(args: argparse.Namespace) -> None:
     """Embeds pictures, or the thumbnails of an index anew, and writes them as a picture index."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
-    from modeling_vikdf.backbones import load_model
+    from modeling_vikdf.building import load_model
     from modeling_vikdf.data.sources import SkipReport
     from modeling_vikdf.picture_index import INDEX_NAME, PictureIndex, load_pictures
 
@@ -422,7 +422,7 @@ def compare(args: argparse.Namespace) -> None:
 def probe(args: argparse.Namespace) -> None:
     """Asks what things look like, with the knowledge and without; prints the summary, writes every item's scores."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
-    from modeling_vikdf.backbones import load_model
+    from modeling_vikdf.building import load_model
     from modeling_vikdf.evaluation.probe_items import load_items
     from modeling_vikdf.evaluation.probes import compare_probes, probe
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from modeling_vikdf.backbones import load_model
+from modeling_vikdf.building import load_model
 from modeling_vikdf.data import SkipReport, load_image_text_pairs
 from modeling_vikdf.data.collators import CAPTION_INSTRUCTIONS
 from modeling_vikdf.data.features import tokenize_captions

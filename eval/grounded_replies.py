@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
-from modeling_vikdf.backbones import load_model
+from modeling_vikdf.building import load_model
 from modeling_vikdf.data import SkipReport, load_image_text_pairs
 from modeling_vikdf.evaluation.arms import arm_knowledge, compute_knowledge
 from modeling_vikdf.evaluation.dialogues import EvaluationSettings, prepare, score_replies

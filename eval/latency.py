@@ -14,7 +14,7 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from modeling_vikdf.backbones import new_model
+from modeling_vikdf.building import new_model
 from modeling_vikdf.evaluation.reports import versions
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
-from modeling_vikdf.backbones import short_greedy_replies
+from modeling_vikdf.building import short_greedy_replies
 from modeling_vikdf.cards.render import FIGURE, render_model_card
 
 

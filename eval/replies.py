@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import pipeline
 
-from modeling_vikdf.backbones import load_model
+from modeling_vikdf.building import load_model
 from modeling_vikdf.evaluation.dialogues import DECODING
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from modeling_vikdf.backbones import load_model, new_model
+from modeling_vikdf.building import load_model, new_model
 from modeling_vikdf.data import load_dialogues
 from modeling_vikdf.evaluation.dialogues import EvaluationSettings, evaluate_file
 from modeling_vikdf.evaluation.probe_items import load_items

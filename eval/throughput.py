@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_vikdf import DEFAULT_CHECKPOINT
-from modeling_vikdf.backbones import load_model
+from modeling_vikdf.building import load_model
 from modeling_vikdf.data import SkipReport, load_dialogues
 from modeling_vikdf.evaluation.arms import compute_knowledge
 from modeling_vikdf.evaluation.dialogues import (

@@ -12,7 +12,7 @@ import sys
 from datasets import Dataset
 
 from modeling_vikdf import DEFAULT_CHECKPOINT
-from modeling_vikdf.backbones import load_model
+from modeling_vikdf.building import load_model
 from modeling_vikdf.data import DialogueCollator
 from modeling_vikdf.training import VikdfTrainer, VikdfTrainingArguments
 

@@ -15,7 +15,7 @@ import uvicorn
 from openai import OpenAI
 
 from modeling_vikdf import DEFAULT_CHECKPOINT
-from modeling_vikdf.backbones import load_model
+from modeling_vikdf.building import load_model
 from modeling_vikdf.server import create_app
 
 

@@ -6,9 +6,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_vikdf import VikdfConfig
-from .modeling_backbones import VikdfPreTrainedModel
 from .modeling_distillation import VikdfForPreTraining, VikdfPreTrainingOutput
 from .modeling_iqformer import VikdfIQFormer, initialize_from_bert
+from .modeling_pretrained import VikdfPreTrainedModel
 from .modeling_vikdf import VikdfCausalLMOutputWithPast, VikdfForConditionalGeneration
 from .pipeline_vikdf import VikdfDialoguePipeline, VikdfInputsError
 from .processing_vikdf import VikdfProcessor

@@ -11,11 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import CONFIG_NAME, cached_file, has_file, logging
 
 
@@ -208,90 +207,6 @@ def _convert_gguf(gguf_file: Path, target: Path) -> None:
         shutil.rmtree(incomplete, ignore_errors=True)
 
 
-def short_greedy_replies(theirs: GenerationConfig) -> GenerationConfig:
-    """How a chat checkpoint speaks: greedily, briefly, without loops, and with the special tokens of `theirs`."""
-    tokens = {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return GenerationConfig(**tokens, max_new_tokens=64, do_sample=False, no_repeat_ngram_size=3)
-
-
-def new_model(
-    language_model: str,
-    context_encoder: str,
-    vision_encoder: str | None = None,
-    *,
-    model_class: Any = None,
-    num_knowledge_tokens: int = 32,
-    image_size: int | None = None,
-    system_prompt: str | None = None,
-    knowledge_message: str = "last_user",
-    knowledge_placement: str = "end",
-    **model_settings: Any,
-) -> tuple[Any, Any]:
-    """
-    Builds an untrained model and its processor around pretrained backbones, from whatever source has them.
-
-    Args:
-        language_model, context_encoder, vision_encoder: see `locate_backbone`.
-        model_class: `VikdfForConditionalGeneration` (default) or `VikdfForPreTraining`.
-        num_knowledge_tokens: n, the number of knowledge vectors.
-        image_size: whole pictures are resized to a square of this side, in pixels; default what the vision encoder's
-            own image processor does (CLIP's and DINOv2's cut off what is beyond a central square).
-        system_prompt, knowledge_message, knowledge_placement: see `VikdfProcessor`.
-        model_settings: for `from_backbones`: `iqformer_config`, `bert`, `base_text`, `revisions`, fields of
-            `VikdfConfig`.
-
-    Raises:
-        BackboneNotFoundError: if a backbone cannot be found.
-        ValueError: if the parts do not fit together.
-    """
-    # here, because the model asks this module where its backbones are
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    from .modeling_vikdf import VikdfForConditionalGeneration
-    from .processing_vikdf import VikdfProcessor
-
-    llm, context = locate_backbone(language_model), locate_backbone(context_encoder)
-    image_processor = None
-    if vision_encoder is not None:
-        size = {}
-        if image_size is not None:
-            size = {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
-        image_processor = AutoImageProcessor.from_pretrained(locate_backbone(vision_encoder), **size)
-    processor = VikdfProcessor.from_backbones(
-        AutoTokenizer.from_pretrained(llm),
-        AutoTokenizer.from_pretrained(context),
-        image_processor,
-        vocab_size=AutoConfig.from_pretrained(llm).get_text_config().vocab_size,
-        num_knowledge_tokens=num_knowledge_tokens,
-        system_prompt=system_prompt,
-        knowledge_message=knowledge_message,
-        knowledge_placement=knowledge_placement,
-    )
-    model = (model_class or VikdfForConditionalGeneration).from_backbones(
-        language_model, context_encoder, vision_encoder, processor=processor, **model_settings
-    )
-    return model, processor
-
-
-def half_precision_is_slow() -> bool:
-    """
-    Whether there is only a CPU that PyTorch has no fast bfloat16 for: on x86 it needs AVX-512. Without, a pass through
-    an LLM takes 5 times as long in bfloat16 as in float32, and a training step under autocast 14 times (SmolLM2-135M,
-    1,024 tokens).
-    """
-    return not torch.accelerator.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
-def widen_slow_half_precision(model: Any) -> None:
-    """
-    Makes the LLM's half-precision weights float32, in place, where they would be slow; quantized ones stay. The values
-    are the same, the memory is twice as much.
-    """
-    language_model = model.language_model
-    if half_precision_is_slow() and not getattr(language_model, "is_quantized", False):
-        language_model.float()
-
-
 def may_be_on_hub(name: str) -> bool:
     """
     Whether what is not here can be a repository, ORG/NAME. What has the form of a path, or is said to be in a folder
@@ -320,22 +235,11 @@ def require_model(source: str | os.PathLike) -> None:
         raise FileNotFoundError(f"{missing} here, and no such model could be had from the Hub: {why}") from error
 
 
-def load_model(source: str | os.PathLike) -> tuple[Any, Any]:
-    """
-    A trained model and its processor, ready for use: in evaluation mode, on the accelerator if there is one, else in
-    the precision that this CPU is fast in.
+# What was here up to 0.1 and is now in building.py; importable from here for one more release.
+_MOVED = ("half_precision_is_slow", "load_model", "new_model", "short_greedy_replies", "widen_slow_half_precision")
 
-    Args:
-        source: folder or Hub id of a VIKDF model with its processor.
 
-    Raises:
-        BackboneNotFoundError: if a backbone cannot be found.
-        OSError: if there is no model.
-    """
-    require_model(source)
-    from .modeling_vikdf import VikdfForConditionalGeneration
-    from .processing_vikdf import VikdfProcessor
-
-    model, processor = VikdfForConditionalGeneration.from_pretrained(source), VikdfProcessor.from_pretrained(source)
-    widen_slow_half_precision(model)
-    return model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), processor
+def __getattr__(name: str) -> Any:
+    if name in _MOVED:
+        return getattr(importlib.import_module("modeling_vikdf.building"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

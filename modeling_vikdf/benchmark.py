@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, pipeline
 
-from .backbones import load_model
+from .building import load_model
 from .configuration_vikdf import OBJECTIVES, VikdfConfig
 from .environment import versions
 from .modeling_distillation import VikdfForPreTraining

@@ -1,15 +1,13 @@
 """VIKDF's dialogue model: context -> knowledge -> frozen LLM -> reply.
 
 Reads as the data flows: `get_text_knowledge` / `get_image_knowledge` (frozen encoder, IQ-Former), `project_knowledge`
-(into the LLM's embedding space), `embed_prompt` (splice at the placeholders), the LLM. How the frozen backbones are
-found, attached and left out of checkpoints stands in modeling_backbones.py.
+(into the LLM's embedding space), `embed_prompt` (splice at the placeholders), `run_language_model`, `reply_loss`.
+
+In files of their own: how the frozen backbones are found and attached (modeling_pretrained.py) and left out of
+checkpoints (modeling_saving.py), how replies are generated (modeling_generation.py), how the text before the knowledge
+is read once (modeling_prefix.py), and gradient checkpointing (modeling_checkpointing.py).
 """
 
-import contextlib
-import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,26 +18,20 @@ from transformers import (
     AutoModel,
     Blip2QFormerConfig,
     Cache,
-    DynamicCache,
-    DynamicLayer,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TextGenerationPipeline,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
-from .modeling_backbones import CACHE, VikdfPreTrainedModel, find_backbone, pop_cache
+from .modeling_checkpointing import ReadOnlyCache, checkpointed_layers, checkpointing, rereads_its_cache
+from .modeling_generation import KnowledgeGenerationMixin
 from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert
+from .modeling_prefix import CACHE, pop_cache, read_prefix
+from .modeling_pretrained import VikdfPreTrainedModel, find_backbone
 
 
 logger = logging.get_logger(__name__)
-
-WORTH_SHARING = 64  # tokens that a shared pass must save to be worth another pass through the LLM's layers
 
 
 def reply_loss(
@@ -80,7 +72,7 @@ class VikdfCausalLMOutputWithPast(CausalLMOutputWithPast):
     knowledge: torch.Tensor | None = None
 
 
-class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
+class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMixin):
     """
     The dialogue model. P(reply | context) = P_LLM(reply | prompt, K), K = IQ(Q; H^T) from the context's words and, if
     there is a picture, IQ(Q; H^I) beside it.
@@ -177,18 +169,23 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         if bert is not None:
             initialize_from_bert(model.iqformer, bert_model)
         model.generation_config = model.language_model.generation_config
-        embed = model.get_input_embeddings()  # called, not read: Gemma scales what it looks up
-        device, some = embed.weight.device, max(1, embed.num_embeddings // 4096)
-        with torch.no_grad():
-            # K leaves a LayerNorm, so |k| is about sqrt(h): let |W k| start at the token embeddings' mean norm
-            norm = embed(torch.arange(0, embed.num_embeddings, some, device=device)).float().norm(dim=-1).mean()
-            model.language_projection.weight.normal_(std=norm / model.language_projection.weight.numel() ** 0.5)
-            if base_text is not None:
-                ids = processor.tokenizer(base_text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-                ids = ids.repeat(-(-config.num_knowledge_tokens // len(ids)))[: config.num_knowledge_tokens]  # [n]
-                model.knowledge_base.copy_(embed(ids.to(device)))
-                model.knowledge_gate.fill_(initial_gate)
+        model._start_at_the_embeddings(processor, base_text, initial_gate)
         return model.eval()
+
+    @torch.no_grad()
+    def _start_at_the_embeddings(self, processor: Any, base_text: str | None, initial_gate: float) -> None:
+        """Gives the projection the scale of the LLM's embeddings, and the base vectors those of a text."""
+        embed = self.get_input_embeddings()  # called, not read: Gemma scales what it looks up
+        device, step = embed.weight.device, max(1, embed.num_embeddings // 4096)
+        # K leaves a LayerNorm, so |k| is about sqrt(h): let |W k| start at the token embeddings' mean norm
+        norm = embed(torch.arange(0, embed.num_embeddings, step, device=device)).float().norm(dim=-1).mean()
+        self.language_projection.weight.normal_(std=norm / self.language_projection.weight.numel() ** 0.5)
+        if base_text is not None:
+            n = self.config.num_knowledge_tokens
+            ids = processor.tokenizer(base_text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+            ids = ids.repeat(-(-n // len(ids)))[:n]  # [n]
+            self.knowledge_base.copy_(embed(ids.to(device)))
+            self.knowledge_gate.fill_(initial_gate)
 
     @torch.no_grad()
     def encode_context(self, context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor) -> torch.Tensor:
@@ -427,39 +424,25 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         self._require("language_model")
+        # 1. the knowledge of context and picture
         if knowledge is None:
             knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)  # [B, m, h]
+        # 2. projected, and spliced into the prompt
         if inputs_embeds is None:
             inputs_embeds = self.embed_prompt(input_ids, knowledge, image_mask, base)  # [B, T, d_llm]
         elif knowledge is not None:
             raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
-        # not a parameter: Trainer takes every parameter with "label" in its name for one that a batch must have
-        targets = kwargs.pop("shift_labels", None)
-        if labels is not None:
-            if targets is None:
-                targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # [B, T]: position t predicts label t+1
-            if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-                # the vocabulary head is a large part of a small LLM: no logits where no row has a label
-                logits_to_keep = (targets != -100).any(0).nonzero().squeeze(1)  # [k]
-        if targets is not None:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            targets = targets[:, keep]  # [B, k]
+        # 3. the frozen LLM; `shift_labels` is no parameter, because Trainer takes every parameter with "label" in its
+        # name for one that a batch must have
+        targets, logits_to_keep = _choose_targets(labels, kwargs.pop("shift_labels", None), logits_to_keep)
         prefix = 0
         # states that are asked for are those of all columns
         if targets is not None and input_ids is not None and cache is None and not self._returns_states(kwargs):
             prefix = self.tokens_before_knowledge(input_ids)
-        outputs = self.run_language_model(
-            inputs_embeds,
-            attention_mask,
-            prefix=prefix,
-            position_ids=position_ids,
-            **{CACHE: cache},
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-        loss = None
-        if targets is not None:
-            loss = reply_loss(outputs.logits, targets, num_items_in_batch, smoothing)
+        llm = {"prefix": prefix, "position_ids": position_ids, CACHE: cache, "logits_to_keep": logits_to_keep}
+        outputs = self.run_language_model(inputs_embeds, attention_mask, **llm, **kwargs)
+        # 4. how likely it finds the labels
+        loss = None if targets is None else reply_loss(outputs.logits, targets, num_items_in_batch, smoothing)
         return VikdfCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
@@ -513,8 +496,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
             # a copy of these columns: of a slice PyTorch on CPUs copies the frozen vocabulary head for every row
             columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             logits["logits_to_keep"] = columns[-logits_to_keep:]
-        checkpointed = self._checkpointed_layers()
-        if checkpointed and not self._rereads_its_cache():
+        recomputes = self.training and torch.is_grad_enabled()
+        checkpointed = checkpointed_layers(self.language_model) if recomputes else []
+        if checkpointed and not rereads_its_cache(self.language_model):
             prefix = 0
         if prefix and frozen and torch.is_grad_enabled() and inputs_embeds.requires_grad:
             if logits:
@@ -531,239 +515,39 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, GenerationMixin):
                 logger.warning_once("Gradient checkpointing keeps no cache: use_cache=True is set to False.")
             kwargs["use_cache"] = False
             if (past := kwargs.get(CACHE)) is not None:
-                kwargs[CACHE] = _ReadOnlyCache(past.layers)
-        with _checkpointing(checkpointed):
+                kwargs[CACHE] = ReadOnlyCache(past.layers)
+        with checkpointing(checkpointed):
             return language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **logits, **kwargs)
 
-    def _checkpointed_layers(self) -> list[nn.Module]:
-        """The LLM's layers that are computed again in the backward pass: in training with gradient checkpointing."""
-        if not (self.training and torch.is_grad_enabled()):
-            return []
-        modules = [part for part in self.language_model.modules() if getattr(part, "gradient_checkpointing", False)]
-        layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
-        if modules and not layers:
-            raise ValueError(
-                f"Gradient checkpointing is enabled, but {type(self.language_model).__name__} has no layers of "
-                "transformers' GradientCheckpointingLayer, so it would do nothing in the LLM: disable it."
-            )
-        return layers
-
-    def _rereads_its_cache(self) -> bool:
-        """Whether a layer of the LLM can be computed twice from one cache; linear attention writes its states over."""
-        layers = DynamicCache(config=self.language_model.config.get_text_config(decoder=True)).layers
-        return all(isinstance(layer, DynamicLayer) for layer in layers)
-
-    @torch.no_grad()
     def read_prefix(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None
     ) -> Cache:
-        """
-        The LLM's cache of the first columns of prompts. What all rows begin with is read in one row and copied.
-
-        Args:
-            embeds: [B, P, d_llm].
-            attention_mask: [B, T >= P]; position_ids [B, T >= P], or `None`: the LLM counts them its own way.
-        """
-        rows, prefix = embeds.shape[:2]
-        same = (embeds == embeds[:1]).all(-1).all(0) & attention_mask[:, :prefix].bool().all(0)  # [P]
-        shared = int(same.cumprod(0).sum())
-        if rows * shared < WORTH_SHARING:
-            shared = 0
-
-        def read(some: slice, columns: slice, past: Cache | None) -> Cache:
-            outputs = self.language_model.base_model(
-                inputs_embeds=embeds[some, columns],
-                attention_mask=attention_mask[some, : columns.stop],
-                use_cache=True,
-                **{CACHE: past},
-                **({} if position_ids is None else {"position_ids": position_ids[some, columns]}),
-            )
-            return getattr(outputs, CACHE)
-
-        past = None
-        if shared:
-            past = read(slice(1), slice(0, shared), None)
-            past.batch_repeat_interleave(rows)
-        if shared < prefix:
-            past = read(slice(None), slice(shared, prefix), past)
-        return past
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        inputs_embeds: torch.Tensor | None = None,
-        knowledge: torch.Tensor | None = None,
-        image_mask: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Embeds the tokens that are not cached yet, those of the prompt with the knowledge among them."""
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        new_ids = model_inputs["input_ids"]
-        if new_ids is None:
-            return model_inputs
-        reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
-        if is_first_iteration and new_ids.shape[1] < input_ids.shape[1] and not self._has_placeholders(new_ids):
-            embeds = self.get_input_embeddings()(new_ids)  # all knowledge is cached, and may be left out
-        elif knowledge is not None and reads_prompt:
-            # the whole prompt, because the cache may end anywhere in it
-            embeds = self.embed_prompt(input_ids.to(new_ids.device), knowledge, image_mask)[:, -new_ids.shape[1] :]
-        elif is_first_iteration:
-            embeds = self.embed_prompt(new_ids)
-        else:  # tokens the LLM wrote are its own, even the one that serves as placeholder
-            embeds = self.get_input_embeddings()(new_ids)
-        return model_inputs | {"input_ids": None, "inputs_embeds": embeds}
-
-    def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
-        token_id = self.config.knowledge_token_id
-        return token_id is not None and bool((input_ids == token_id).any())
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: Any = None,
-        *,
-        context_input_ids: torch.Tensor | None = None,
-        context_attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        knowledge: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Generates replies; everything that `GenerationMixin.generate` takes, and the knowledge inputs of `forward`.
-
-        The knowledge is computed once a row, before rows are copied for beams or several replies. With a cache that
-        reaches behind a prompt's places of knowledge neither context nor picture need be given again: the LLM reads
-        what is cached. They must be, where it ends before.
-
-        Raises:
-            ValueError: for `prefill_chunk_size` (chunks would lose the knowledge); for knowledge with `inputs_embeds`
-                or with an `assistant_model` (it would draft without the knowledge).
-        """
-        if (cache := pop_cache(kwargs)) is not None:
-            kwargs[CACHE] = cache
-        config = generation_config if generation_config is not None else self.generation_config
-        if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
-            raise ValueError(
-                "prefill_chunk_size cuts the prompt into chunks and would lose the knowledge: leave it unset."
-            )
-        if knowledge is None:
-            knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)
-        if knowledge is not None:
-            if kwargs.get("inputs_embeds") is not None:
-                raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
-            if kwargs.get("assistant_model") is not None:
-                raise ValueError(
-                    "An assistant_model would draft from the placeholders without the knowledge: leave it out. "
-                    "prompt_lookup_num_tokens drafts without one."
-                )
-            kwargs["knowledge"] = knowledge
-            if (token_id := self.config.knowledge_token_id) is not None:
-                # what the LLM writes must not be taken for a place of knowledge
-                never = _NeverWrite(token_id)
-                kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), never])
-            prompt = kwargs.get("input_ids", inputs)
-            if prompt is not None and (cache := self._read_prompt_once(prompt, config, kwargs)) is not None:
-                kwargs[CACHE] = cache
-        elif _text_generation_calls():
-            logger.warning_once(
-                "The text-generation pipeline writes no places for knowledge into its prompts, so the LLM replies "
-                'without it. For replies with knowledge import modeling_vikdf and use pipeline("vikdf-dialogue").'
-            )
-        return super().generate(inputs, generation_config, **kwargs)
-
-    def _read_prompt_once(self, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Cache | None:
-        """
-        The LLM's cache of prompts [B, T] but for their last token, copied for the beams or replies of each row, or
-        every copy would read the prompt. `None` where there is one copy, or the caller has plans for the cache.
-        """
-
-        def setting(name: str) -> Any:
-            return kwargs.get(name, getattr(config, name, None))
-
-        copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-        planned = (CACHE, "cache_implementation", "output_attentions", "output_hidden_states")
-        if copies == 1 or input_ids.shape[1] < 2 or setting("use_cache") is False or any(map(setting, planned)):
-            return None
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        embeds = self.embed_prompt(input_ids, kwargs["knowledge"], kwargs.get("image_mask"))  # [B, T, d_llm]
-        outputs = self.language_model.base_model(
-            inputs_embeds=embeds[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
-            use_cache=True,
-        )
-        cache = getattr(outputs, CACHE)
-        cache.batch_repeat_interleave(copies)
-        return cache
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching takes token ids alone and would ignore the knowledge without a word."""
-        raise NotImplementedError(
-            "Continuous batching would ignore the knowledge. Use generate(), which batches too; for the LLM without "
-            "knowledge call model.language_model.generate_batch()."
-        )
-
-    init_continuous_batching = continuous_batching_context_manager = generate_batch
+        """The LLM's cache of the first columns of prompts; see modeling_prefix.py."""
+        return read_prefix(self.language_model, embeds, attention_mask, position_ids)
 
 
-def _text_generation_calls() -> bool:
+def _choose_targets(
+    labels: torch.Tensor | None, shifted: torch.Tensor | None, logits_to_keep: int | torch.Tensor
+) -> tuple[torch.Tensor | None, int | torch.Tensor]:
     """
-    Whether transformers' own pipeline is asking. The frames alone tell: it hands over nothing that a caller who wants
-    the LLM alone would not, and its user has not been asked whether knowledge is wanted.
+    The ids that the logits predict, -100 for none, [B, k], and the columns of these logits.
+
+    Args:
+        labels: ids [B, T], which position t - 1 predicts; `None` without.
+        shifted: the same where position t predicts them; then used in the place of `labels`.
+        logits_to_keep: as in transformers; with `labels` 0 stands for the columns in which some row has a target.
     """
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), TextGenerationPipeline):
-        frame = frame.f_back
-    return frame is not None
-
-
-@contextlib.contextmanager
-def _checkpointing(layers: list[GradientCheckpointingLayer]) -> Iterator[None]:
-    """
-    Within, these layers keep no activations but their input. By themselves they do so in training mode alone, which
-    has dropout, and which a frozen LLM is never in; and they would leave the cache of what comes before unread.
-    """
-    own = {layer: vars(layer).get("forward") for layer in layers}  # one that is in the way, such as accelerate's
-    for layer in layers:
-        layer.forward = functools.partial(_checkpoint, layer._gradient_checkpointing_func, layer.forward)
-    try:
-        yield
-    finally:
-        for layer, forward in own.items():
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
-
-
-def _checkpoint(checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(functools.partial(forward, **kwargs), *args)  # the reentrant kind takes no keyword arguments
-
-
-class _ReadOnlyCache(Cache):
-    """A cache that is read but never written to, so that a layer that is computed again finds it as it was."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return copy.copy(self.layers[layer_idx]).update(key_states, value_states, *args, **kwargs)
-
-
-class _NeverWrite(LogitsProcessor):
-    """Keeps one token out of what is generated. (transformers' own processor for that costs 40 times as much.)"""
-
-    def __init__(self, token_id: int):
-        self.token_id = token_id
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()  # [B, vocabulary]; the logits may be an output of the generation, too
-        scores[:, self.token_id : self.token_id + 1] = -torch.inf  # nothing if the token lies outside
-        return scores
+    targets = shifted
+    if labels is not None:
+        if targets is None:
+            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # [B, T]: position t predicts label t+1
+        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            # the vocabulary head is a large part of a small LLM: no logits where no row has a label
+            logits_to_keep = (targets != -100).any(0).nonzero().squeeze(1)  # [k]
+    if targets is not None:
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        targets = targets[:, keep]  # [B, k]
+    return targets, logits_to_keep
 
 
 # Trainer's label smoothing shifts the labels of the classes that are named here

@@ -5,10 +5,12 @@
                                                         -> README.md
     the folder -> one commit on the Hub, or a local folder
 
-This file is part of what it ships, so that a model loaded from the Hub can be pushed again.
+This file is part of what it ships, so that a model loaded from the Hub can be pushed again. Models and processors use
+it, so it only names their classes.
 """
 
 import fnmatch
+import importlib
 import json
 import os
 import shutil
@@ -22,24 +24,49 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from .atomic_saving import check_saved_in
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
-from .modeling_distillation import VikdfForPreTraining
-from .modeling_vikdf import VikdfForConditionalGeneration
-from .pipeline_vikdf import VikdfDialoguePipeline
-from .processing_vikdf import VikdfProcessor
 
 
 TASK = "vikdf-dialogue"
+PIPELINE = "pipeline_vikdf.VikdfDialoguePipeline"
+DIALOGUE_MODEL = "modeling_vikdf.VikdfForConditionalGeneration"
+PRETRAINING_MODEL = "modeling_distillation.VikdfForPreTraining"
+PROCESSOR = "processing_vikdf.VikdfProcessor"
 AUTO_CLASSES = {
-    "AutoConfig": VikdfConfig,
-    "AutoModel": VikdfForConditionalGeneration,
-    "AutoModelForCausalLM": VikdfForConditionalGeneration,
-    "AutoModelForPreTraining": VikdfForPreTraining,
-    "AutoProcessor": VikdfProcessor,
+    "AutoConfig": "configuration_vikdf.VikdfConfig",
+    "AutoModel": DIALOGUE_MODEL,
+    "AutoModelForCausalLM": DIALOGUE_MODEL,
+    "AutoModelForPreTraining": PRETRAINING_MODEL,
+    "AutoProcessor": PROCESSOR,
 }
+# All code of a repository: these classes, and what they import.
+SHIPPED = (
+    "atomic_saving",
+    "chats_vikdf",
+    "configuration_vikdf",
+    "modeling_checkpointing",
+    "modeling_distillation",
+    "modeling_generation",
+    "modeling_iqformer",
+    "modeling_prefix",
+    "modeling_pretrained",
+    "modeling_saving",
+    "modeling_vikdf",
+    "pictures_vikdf",
+    "pipeline_vikdf",
+    "processing_vikdf",
+    "sharing",
+    "text_vikdf",
+)
+# Who loads one of the classes gets the code of all, to push it again: transformers copies what a file of a repository
+# imports, and finds that by lines like these in the file's text. As imports they would be a circle.
+_COPIED_ALONG = """
+    from .modeling_distillation import VikdfForPreTraining
+    from .pipeline_vikdf import VikdfDialoguePipeline
+    from .processing_vikdf import VikdfProcessor
+"""
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 ADAPTER = ("adapter/*",)
 # What a saved folder gives a repository, the processor aside. Training leaves optimizer states and pickles beside it.
@@ -173,11 +200,11 @@ def write_repository(
     """
     folder = Path(folder)
     if isinstance(model, (str, os.PathLike)):
-        processor = processor or VikdfProcessor.from_pretrained(model)
+        processor = processor or _load_class(PROCESSOR).from_pretrained(model)
         config = VikdfConfig.from_pretrained(model)
         if include_backbones and config.backbones:
-            pretraining = VikdfForPreTraining.__name__ in (config.architectures or [])
-            model = (VikdfForPreTraining if pretraining else VikdfForConditionalGeneration).from_pretrained(model)
+            pretraining = PRETRAINING_MODEL.split(".")[1] in (config.architectures or [])
+            model = _load_class(PRETRAINING_MODEL if pretraining else DIALOGUE_MODEL).from_pretrained(model)
         else:
             _check_backbones(config)
             patterns = [*MODEL_FILES, *TRAINING_FILES]
@@ -242,16 +269,17 @@ def _check_weights(folder: Path, include_backbones: bool) -> None:
 
 def _add_code(folder: Path) -> None:
     """The code that reads the checkpoint, and the entries by which transformers finds it."""
-    for path in {__file__, *get_relative_import_files(__file__)}:
-        shutil.copyfile(path, folder / Path(path).name)
-    auto_map = {auto: _reference(each) for auto, each in AUTO_CLASSES.items()}
-    pipeline = {"impl": _reference(VikdfDialoguePipeline), "pt": ["AutoModelForCausalLM"], "type": "text"}
-    _edit_json(folder / "config.json", auto_map=auto_map, custom_pipelines={TASK: pipeline})
-    _edit_json(folder / "processor_config.json", auto_map={"AutoProcessor": auto_map["AutoProcessor"]})
+    for name in SHIPPED:
+        shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+    pipeline = {"impl": PIPELINE, "pt": ["AutoModelForCausalLM"], "type": "text"}
+    _edit_json(folder / "config.json", auto_map=AUTO_CLASSES, custom_pipelines={TASK: pipeline})
+    _edit_json(folder / "processor_config.json", auto_map={"AutoProcessor": PROCESSOR})
 
 
-def _reference(each: type) -> str:
-    return f"{each.__module__.split('.')[-1]}.{each.__name__}"
+def _load_class(name: str) -> Any:
+    """A class of this package, or of the repository that this file was loaded from, by "module.Class"."""
+    module, class_name = name.split(".")
+    return getattr(importlib.import_module(f".{module}", __package__), class_name)
 
 
 def _edit_json(path: Path, **entries: Any) -> None:

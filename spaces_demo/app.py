@@ -31,7 +31,7 @@ from PIL import Image
 from transformers import BatchFeature, pipeline
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfDialoguePipeline, VikdfProcessor
-from modeling_vikdf.backbones import load_model
+from modeling_vikdf.building import load_model
 from modeling_vikdf.picture_index import Match, PictureIndex
 from modeling_vikdf.processing_vikdf import read_picture
 

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_vikdf import backbones
+from modeling_vikdf import backbones, building
 from modeling_vikdf.backbones import BackboneNotFoundError, PackagedBackbone, dequantize_gguf, locate_backbone
 
 
@@ -264,3 +264,10 @@ def test_smollm2_answers():
     reply = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert tokenizer.decode(reply, skip_special_tokens=True) == "The capital of France is Paris."
     assert reply[-1] == tokenizer.eos_token_id
+
+
+def test_building_has_its_former_place_for_one_release():
+    for name in building.__all__:
+        assert getattr(backbones, name) is getattr(building, name)
+    with pytest.raises(AttributeError, match="no_such"):
+        backbones.no_such  # noqa: B018

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
-from modeling_vikdf.backbones import BackboneNotFoundError, load_model
+from modeling_vikdf.backbones import BackboneNotFoundError
+from modeling_vikdf.building import load_model
 
 
 PACKAGE_ROOT = Path(__file__).parents[1]
@@ -568,7 +569,7 @@ def test_an_interrupted_save_leaves_a_loadable_checkpoint(llama, tmp_path, momen
     interruption = {
         "weights": patch("transformers.modeling_utils.safe_save_file", half_written),
         "configuration": patch.object(VikdfConfig, "save_pretrained", side_effect=KeyboardInterrupt),
-    }.get(moment, patch("modeling_vikdf.modeling_backbones.os.replace", interrupted_replace))
+    }.get(moment, patch("modeling_vikdf.modeling_saving.os.replace", interrupted_replace))
     with interruption, pytest.raises((KeyboardInterrupt, OSError)):
         model.save_pretrained(tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

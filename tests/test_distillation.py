@@ -484,7 +484,7 @@ def assert_same(one: tuple, other: tuple) -> None:
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "left_padded"])
 @pytest.mark.parametrize("worth_sharing", [1, 10**6], ids=["shared", "each_row"])
 def test_prefix_without_gradient_is_exact(llm, objective, aligned, worth_sharing, monkeypatch):
-    monkeypatch.setattr(modeling_vikdf.modeling_vikdf, "WORTH_SHARING", worth_sharing)
+    monkeypatch.setattr(modeling_vikdf.modeling_prefix, "WORTH_SHARING", worth_sharing)
     model = pretraining_model({objective: 1.0}, llm=llm, knowledge_token_id=processor(llm).knowledge_token_id)
     if not aligned:
         monkeypatch.setattr("modeling_vikdf.data.collators.align_at_knowledge", lambda batch, processor: batch)
@@ -512,7 +512,7 @@ def test_prefix_without_gradient_is_exact_for_dialogues(llm, place, monkeypatch)
 
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
 def test_what_all_dialogues_begin_with_is_read_once(llm, monkeypatch):
-    monkeypatch.setattr(modeling_vikdf.modeling_vikdf, "WORTH_SHARING", 1)
+    monkeypatch.setattr(modeling_vikdf.modeling_prefix, "WORTH_SHARING", 1)
     reader = processor(llm, system_prompt="You are a friendly person in a casual chat.")
     model = dialogue_model(llm=llm, knowledge_token_id=reader.knowledge_token_id)
     batch = DialogueCollator(reader)(dialogues(4))
@@ -665,7 +665,7 @@ def test_heads_of_new_objectives_start_fresh(tmp_path, recwarn):
 @pytest.mark.parametrize("encoder", ["dinov2", "clip"])
 def test_pictures_are_resized_whole(encoder, backbones):
     """A wide picture, red at both ends, becomes a square that is still red there."""
-    from modeling_vikdf.backbones import new_model
+    from modeling_vikdf.building import new_model
 
     folders = [str(backbones / name) for name in ("llama", "clip" if encoder == "clip" else "bert", encoder)]
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -682,7 +682,7 @@ def test_pictures_are_resized_whole(encoder, backbones):
 
 
 def test_heads_are_float32_beside_a_half_precision_llm(backbones, tmp_path):
-    from modeling_vikdf.backbones import new_model
+    from modeling_vikdf.building import new_model
 
     folders = [str(backbones / name) for name in ("llama", "bert", "dinov2")]
     model, _ = new_model(

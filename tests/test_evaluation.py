@@ -637,7 +637,7 @@ def test_knowledge_is_given_up_for_a_gain_that_is_clear_of_zero(nlls, noise, sha
 def test_too_few_dialogues_to_shrink_by_are_refused(checkpoint, data, many, capsys, tmp_path):
     """Before anything is computed, whichever file it is."""
     options = ("--model", checkpoint, "--output", tmp_path / "shrunk")
-    with patch("modeling_vikdf.backbones.load_model", side_effect=AssertionError("not needed")):
+    with patch("modeling_vikdf.building.load_model", side_effect=AssertionError("not needed")):
         for files in ((data, many), (many, data)):
             message = fails(capsys, "shrink", *options, "--data", files[0], "--validation", files[1])
             assert f"talk.jsonl has {COUNT}" in message and f"at least {FEWEST_TO_SHRINK}" in message

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForPreTraining, BertConfig, BertModel, DynamicCache
 
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfIQFormer, initialize_from_bert
-from modeling_vikdf.modeling_backbones import CACHE
 from modeling_vikdf.modeling_iqformer import VikdfMatchingHead
+from modeling_vikdf.modeling_prefix import CACHE
 
 
 # ---- IQ-Former ----

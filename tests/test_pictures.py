@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_tokenizers import bert_tokenizer, image_processor, qwen_tokenizer
 
-from modeling_vikdf import VikdfProcessor, processing_vikdf
+from modeling_vikdf import VikdfProcessor, pictures_vikdf
 from modeling_vikdf.data import SkipReport, load_image_text_pairs
 from modeling_vikdf.picture_index import load_pictures
 from modeling_vikdf.processing_vikdf import read_picture
@@ -260,7 +260,7 @@ def test_what_is_no_picture_says_what_is(picture, processor):
 
 
 def test_the_number_of_pixels_is_checked_before_they_are_decoded(monkeypatch):
-    monkeypatch.setattr(processing_vikdf, "_to_rgb", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(pictures_vikdf, "_to_rgb", lambda image: pytest.fail("decoded"))
     for picture in (NOISE, Image.open(io.BytesIO(NOISE))):
         with pytest.raises(ValueError, match="has 64 x 64 pixels; at most 4095 are read"):
             read_picture(picture, max_pixels=4095)
@@ -289,7 +289,7 @@ def test_paths_that_lead_to_no_regular_file(tmp_path, monkeypatch):
             read_picture(path)
     with pytest.raises(ValueError, match="cannot read the picture: .*gone.png"):
         read_picture(tmp_path / "gone.png")
-    monkeypatch.setattr(processing_vikdf, "MAX_PICTURE_BYTES", 1000)
+    monkeypatch.setattr(pictures_vikdf, "MAX_PICTURE_BYTES", 1000)
     (tmp_path / "large.png").write_bytes(NOISE)
     with pytest.raises(ValueError, match="large.png has more than 1000 bytes"):
         read_picture(tmp_path / "large.png")
@@ -329,7 +329,7 @@ def test_redirections_stay_on_the_web(server, tmp_path):
 def test_urls_that_bring_too_much_too_little_or_too_slowly(server, monkeypatch):
     server.files["a"] = NOISE
     with monkeypatch.context() as patch:
-        patch.setattr(processing_vikdf, "MAX_PICTURE_BYTES", 1000)
+        patch.setattr(pictures_vikdf, "MAX_PICTURE_BYTES", 1000)
         with pytest.raises(ValueError, match="/a has more than 1000 bytes"):
             read_picture(f"{server.url}/a")
     with monkeypatch.context() as patch:
@@ -338,6 +338,6 @@ def test_urls_that_bring_too_much_too_little_or_too_slowly(server, monkeypatch):
             read_picture(f"{server.url}/a")
     with monkeypatch.context() as patch:  # a second passes with every look at the clock
         clock = iter(range(1000))
-        patch.setattr(processing_vikdf.time, "monotonic", lambda: 40 * next(clock))
+        patch.setattr(pictures_vikdf.time, "monotonic", lambda: 40 * next(clock))
         with pytest.raises(ValueError, match="did not arrive within 30 seconds"):
             read_picture(f"{server.url}/a")

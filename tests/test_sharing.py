@@ -37,6 +37,8 @@ transformers 5.23, by:
     save_file({**inputs, **expected}, "data/frozen_checkpoint/expected.safetensors")
 """
 
+import ast
+import graphlib
 import json
 import logging
 import os
@@ -56,11 +58,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import pictures, speak_up
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, GenerationConfig, pipeline
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.hub import hf_api
 
 import modeling_vikdf
-from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfProcessor
-from modeling_vikdf.backbones import BackboneNotFoundError, new_model
+from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfProcessor, sharing
+from modeling_vikdf.backbones import BackboneNotFoundError
+from modeling_vikdf.building import new_model
 from modeling_vikdf.cli import main
 from modeling_vikdf.data.collators import DialogueCollator
 from modeling_vikdf.sharing import export, push_to_hub
@@ -73,14 +77,21 @@ CODE = {
     f"{name}.py"
     for name in (
         "atomic_saving",
+        "chats_vikdf",
         "configuration_vikdf",
-        "modeling_backbones",
+        "modeling_checkpointing",
         "modeling_distillation",
+        "modeling_generation",
         "modeling_iqformer",
+        "modeling_prefix",
+        "modeling_pretrained",
+        "modeling_saving",
         "modeling_vikdf",
+        "pictures_vikdf",
         "pipeline_vikdf",
         "processing_vikdf",
         "sharing",
+        "text_vikdf",
     )
 }
 MODEL = {"config.json", "generation_config.json", "model.safetensors"}
@@ -554,6 +565,30 @@ def test_what_ships_needs_nothing_else():
         assert {each.split(".")[0] for each in top_level} <= known
         for module in re.findall(r"^\s*from \.(\S*) import", text, flags=re.MULTILINE):
             assert f"{module}.py" in CODE
+
+
+def imported_by(name: str) -> set[str]:
+    """The shipped files that a shipped file imports, anywhere in it."""
+    tree = ast.parse((PACKAGE_ROOT / "modeling_vikdf" / f"{name}.py").read_text())
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+
+
+def test_what_ships_is_what_the_shared_classes_import_and_no_circle():
+    shared = {name.split(".")[0] for name in (*sharing.AUTO_CLASSES.values(), sharing.PIPELINE)}
+    imports, new = {}, shared
+    while new:
+        imports |= {name: imported_by(name) for name in new}
+        new = set().union(*imports.values()) - set(imports)
+    assert set(imports) == set(sharing.SHIPPED) == {name.removesuffix(".py") for name in CODE}
+    assert set(graphlib.TopologicalSorter(imports).static_order()) == set(sharing.SHIPPED)  # raises for a circle
+
+
+@pytest.mark.parametrize("name", [sharing.DIALOGUE_MODEL, sharing.PRETRAINING_MODEL, sharing.PROCESSOR])
+def test_whoever_loads_one_class_gets_the_code_of_all(name):
+    """As transformers finds what to copy from a repository."""
+    path = PACKAGE_ROOT / "modeling_vikdf" / f"{name.split('.')[0]}.py"
+    copied = {Path(each).stem for each in (path, *get_relative_import_files(path))}
+    assert copied == set(sharing.SHIPPED)
 
 
 # ---- what is not shared ----

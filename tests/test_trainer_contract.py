@@ -29,7 +29,7 @@ from transformers.trainer_utils import HPSearchBackend
 
 from modeling_vikdf import VikdfForConditionalGeneration, modeling_distillation, modeling_vikdf
 from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
-from modeling_vikdf.modeling_backbones import CACHE
+from modeling_vikdf.modeling_prefix import CACHE
 from modeling_vikdf.training import arguments as training_arguments
 from modeling_vikdf.training import trainer as training
 from modeling_vikdf.training.trainer import VikdfTrainer, VikdfTrainingArguments

@@ -35,7 +35,7 @@ from tiny_training import (
 from transformers import TrainerCallback
 
 from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
-from modeling_vikdf.backbones import new_model
+from modeling_vikdf.building import new_model
 from modeling_vikdf.cli import main
 from modeling_vikdf.data import load_image_text_pairs
 from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator

@@ -16,6 +16,7 @@ import torch
 from transformers.utils import logging
 
 from ..configuration_vikdf import VikdfConfig
+from ..modeling_prefix import align_at_knowledge
 from ..processing_vikdf import VikdfProcessor, pad
 from .features import tokenize_captions
 from .sources import SkipReport
@@ -424,37 +425,6 @@ def _with_reply(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     last = max(index for index, message in enumerate(chat) if message["role"] == "user")
     said = "\n".join(message["content"] for message in chat[last:])
     return [*chat[:last], {**chat[last], "content": said}, *chat[last + 1 :]]
-
-
-def align_at_knowledge(batch: dict[str, torch.Tensor], processor: VikdfProcessor) -> dict[str, torch.Tensor]:
-    """
-    Lays the rows of a left-padded batch out so that the knowledge begins in the same column of every row, and what all
-    rows begin with (a system prompt) stands in the first columns: head, padding, rest, knowledge, text, padding. The
-    text before the knowledge is then one block, which the model reads without gradient, and the head only once.
-
-    Args:
-        batch: `input_ids`, `attention_mask` and perhaps `labels` [B, T]; other entries pass.
-
-    Returns:
-        The batch with these three as [B, T'], and `position_ids` [B, T'] that count a row's own tokens.
-    """
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    first = mask.argmax(1)[:, None]  # [B, 1] first real token
-    start = (ids == processor.knowledge_token_id).int().argmax(1)[:, None]  # [B, 1] first placeholder
-    before = start - first  # tokens before the knowledge
-    beginning = ids.gather(1, first + torch.arange(int(before.min()), device=ids.device)[None])  # [B, shortest]
-    head = int((beginning == beginning[:1]).all(0).cumprod(0).sum())
-    columns = torch.arange(int(before.max()) + ids.shape[1] - int(start.min()), device=ids.device)[None]  # [1, T']
-    behind = start + columns - before.max()  # [B, T'] where what is not head comes from
-    source = torch.where(columns < head, first + columns, behind)
-    inside = (columns < head) | ((behind >= first + head) & (behind < ids.shape[1]))
-    source = source.clamp(0, ids.shape[1] - 1)
-    fills = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
-    aligned = {
-        key: batch[key].gather(1, source).masked_fill(~inside, fill) for key, fill in fills.items() if key in batch
-    }
-    aligned["position_ids"] = (aligned["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    return {**batch, **aligned}
 
 
 def _pick_other(chosen: int, count: int, rng: random.Random) -> int:

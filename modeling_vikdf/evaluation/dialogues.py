@@ -32,11 +32,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Cache, GenerationConfig
 
-from ..backbones import load_model
+from ..building import load_model
 from ..data.collators import align_at_knowledge
 from ..data.dialogues import load_dialogues
 from ..data.sources import SkipReport
-from ..modeling_backbones import CACHE
+from ..modeling_prefix import CACHE, select_rows
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import IGNORED, VikdfProcessor
 from .arms import KNOWLEDGE_ARMS, arm_knowledge, compute_knowledge, pad_rows
@@ -465,14 +465,6 @@ def score_replies(
     starts = range(0, len(examples), batch_size)
     scored = tqdm(map_batches(model, score, starts), desc=name, unit=" batches", total=len(starts))
     return [scores for batch in scored for scores in batch]
-
-
-def select_rows(past: Cache, rows: torch.Tensor) -> Cache:
-    """A copy of the cache with these rows; selecting replaces each layer's tensors and leaves `past` alone."""
-    selected = copy.copy(past)
-    selected.layers = [copy.copy(layer) for layer in past.layers]
-    selected.batch_select_indices(rows)
-    return selected
 
 
 def _likelihood_record(example: Example, scores: list[torch.Tensor], split: bool) -> dict[str, Any]:

@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..modeling_backbones import CACHE
+from ..modeling_prefix import CACHE, select_rows
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor, pad
 from .arms import KNOWLEDGE_ARMS, arm_knowledge
-from .dialogues import select_rows
 from .probe_items import NEGATIVES, ProbeItem, Question
 from .reports import REPORT_VERSION
 from .statistics import bootstrap_interval, paired_randomisation

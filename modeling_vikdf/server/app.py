@@ -46,7 +46,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from .. import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
-from ..backbones import load_model
+from ..building import load_model
 from ..processing_vikdf import read_picture
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import set_seed
 from transformers.utils import logging
 
-from ..backbones import half_precision_is_slow, new_model, require_model, widen_slow_half_precision
+from ..backbones import require_model
+from ..building import half_precision_is_slow, new_model, widen_slow_half_precision
 from ..configuration_vikdf import OBJECTIVES
 from ..data.collators import DialogueCollator, JointCollator, PreTrainingCollator
 from ..data.dialogues import load_dialogues

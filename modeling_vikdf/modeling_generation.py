@@ -1,0 +1,170 @@
+"""Generating replies: prompts that are embedded with their knowledge, once a row.
+
+`KnowledgeGenerationMixin` adds to transformers' `generate` what the knowledge needs: its inputs, the embeddings of a
+prompt that is not cached yet, and that the LLM never writes the placeholder. It does not know how knowledge is
+computed or spliced: that is the model's (`get_knowledge`, `embed_prompt`).
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList, TextGenerationPipeline
+from transformers.utils import logging
+
+from .modeling_prefix import CACHE, pop_cache
+
+
+logger = logging.get_logger(__name__)
+
+
+class KnowledgeGenerationMixin(GenerationMixin):
+    """`generate` of a model with `get_knowledge`, `embed_prompt` and the attribute `language_model`."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        knowledge: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Embeds the tokens that are not cached yet, those of the prompt with the knowledge among them."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        new_ids = model_inputs["input_ids"]
+        if new_ids is None:
+            return model_inputs
+        reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
+        if is_first_iteration and new_ids.shape[1] < input_ids.shape[1] and not self._has_placeholders(new_ids):
+            embeds = self.get_input_embeddings()(new_ids)  # all knowledge is cached, and may be left out
+        elif knowledge is not None and reads_prompt:
+            # the whole prompt, because the cache may end anywhere in it
+            embeds = self.embed_prompt(input_ids.to(new_ids.device), knowledge, image_mask)[:, -new_ids.shape[1] :]
+        elif is_first_iteration:
+            embeds = self.embed_prompt(new_ids)
+        else:  # tokens the LLM wrote are its own, even the one that serves as placeholder
+            embeds = self.get_input_embeddings()(new_ids)
+        return model_inputs | {"input_ids": None, "inputs_embeds": embeds}
+
+    def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
+        token_id = self.config.knowledge_token_id
+        return token_id is not None and bool((input_ids == token_id).any())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        context_input_ids: torch.Tensor | None = None,
+        context_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        knowledge: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Generates replies; everything that `GenerationMixin.generate` takes, and the knowledge inputs of `forward`.
+
+        The knowledge is computed once a row, before rows are copied for beams or several replies. With a cache that
+        reaches behind a prompt's places of knowledge neither context nor picture need be given again: the LLM reads
+        what is cached. They must be, where it ends before.
+
+        Raises:
+            ValueError: for `prefill_chunk_size` (chunks would lose the knowledge); for knowledge with `inputs_embeds`
+                or with an `assistant_model` (it would draft without the knowledge).
+        """
+        if (cache := pop_cache(kwargs)) is not None:
+            kwargs[CACHE] = cache
+        config = generation_config if generation_config is not None else self.generation_config
+        if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
+            raise ValueError(
+                "prefill_chunk_size cuts the prompt into chunks and would lose the knowledge: leave it unset."
+            )
+        if knowledge is None:
+            knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)
+        if knowledge is not None:
+            if kwargs.get("inputs_embeds") is not None:
+                raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
+            if kwargs.get("assistant_model") is not None:
+                raise ValueError(
+                    "An assistant_model would draft from the placeholders without the knowledge: leave it out. "
+                    "prompt_lookup_num_tokens drafts without one."
+                )
+            kwargs["knowledge"] = knowledge
+            if (token_id := self.config.knowledge_token_id) is not None:
+                # what the LLM writes must not be taken for a place of knowledge
+                suppress = SuppressToken(token_id)
+                kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), suppress])
+            prompt = kwargs.get("input_ids", inputs)
+            if prompt is not None and (cache := self._read_prompt_once(prompt, config, kwargs)) is not None:
+                kwargs[CACHE] = cache
+        elif _text_generation_calls():
+            logger.warning_once(
+                "The text-generation pipeline writes no places for knowledge into its prompts, so the LLM replies "
+                'without it. For replies with knowledge import modeling_vikdf and use pipeline("vikdf-dialogue").'
+            )
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _read_prompt_once(self, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Cache | None:
+        """
+        The LLM's cache of prompts [B, T] but for their last token, copied for the beams or replies of each row, or
+        every copy would read the prompt. `None` where there is one copy, or the caller has plans for the cache.
+        """
+
+        def setting(name: str) -> Any:
+            return kwargs.get(name, getattr(config, name, None))
+
+        copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+        planned = (CACHE, "cache_implementation", "output_attentions", "output_hidden_states")
+        if copies == 1 or input_ids.shape[1] < 2 or setting("use_cache") is False or any(map(setting, planned)):
+            return None
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        embeds = self.embed_prompt(input_ids, kwargs["knowledge"], kwargs.get("image_mask"))  # [B, T, d_llm]
+        outputs = self.language_model.base_model(
+            inputs_embeds=embeds[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
+            use_cache=True,
+        )
+        cache = getattr(outputs, CACHE)
+        cache.batch_repeat_interleave(copies)
+        return cache
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching takes token ids alone and would ignore the knowledge without a word."""
+        raise NotImplementedError(
+            "Continuous batching would ignore the knowledge. Use generate(), which batches too; for the LLM without "
+            "knowledge call model.language_model.generate_batch()."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+def _text_generation_calls() -> bool:
+    """
+    Whether transformers' own pipeline is asking. The frames alone tell: it hands over nothing that a caller who wants
+    the LLM alone would not, and its user has not been asked whether knowledge is wanted.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), TextGenerationPipeline):
+        frame = frame.f_back
+    return frame is not None
+
+
+class SuppressToken(LogitsProcessor):
+    """Keeps one token out of what is generated. (transformers' own processor for that costs 40 times as much.)"""
+
+    def __init__(self, token_id: int):
+        self.token_id = token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()  # [B, vocabulary]; the logits may be an output of the generation, too
+        scores[:, self.token_id : self.token_id + 1] = -torch.inf  # nothing if the token lies outside
+        return scores
+
+
+__all__ = ["KnowledgeGenerationMixin"]
