@@ -32,8 +32,8 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from modeling_vikdf.server import app as server  # noqa: E402
 from modeling_vikdf.server.app import create_app, encode_prompt_embeddings, prompt_embeddings  # noqa: E402
+from modeling_vikdf.server.worker import Job  # noqa: E402
 
 
 LOAD_SERVER = runpy.run_path(Path(modeling_vikdf.__file__).parents[1] / "eval" / "load_server.py")
@@ -282,7 +282,7 @@ def test_the_usage_of_a_stream(client):
 
 def test_text_comes_when_it_can_not_change_any_more():
     told = []
-    job = server.Job(None, None, 100, ("END", "ENOUGH"), 0.0, None)
+    job = Job(None, None, 100, ("END", "ENOUGH"), 0.0, None)
     job.emit = told.append
     steps = ["Hi", "Hi ", "Hi \ufffd", "Hi é", "Hi é E", "Hi é Et", "Hi é Et EN", "Hi é Et ENO", "Hi é Et ENOUGH x"]
     for _ in steps:
@@ -517,7 +517,7 @@ def test_another_reply_behind_a_reply(client, pipe):
 
 def test_a_continued_reply_keeps_the_space_in_front_of_it(parts):
     processor = parts[1]
-    job = server.Job(processor([BEGUN]), None, 9, (), 0.0, None, continued=True)
+    job = Job(processor([BEGUN]), None, 9, (), 0.0, None, continued=True)
     job.emit = lambda update: None
     last = job.features["input_ids"][0, -1:].tolist()
     token = processor.tokenizer(" a a", add_special_tokens=False)["input_ids"][-1]
