@@ -896,7 +896,7 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     trainer.save_model()
     metrics = _last_evaluation(trainer) if validation is not None else {}
     if args.should_save:
-        from ..cards.render import write_history
+        from ..cards.facts import write_history
 
         sections = {section: settings for section, settings in recipe.items() if settings}
         write_history({"stage": stage, **sections}, args.output_dir, checkpoint)
