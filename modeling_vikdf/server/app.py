@@ -27,6 +27,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,115 @@ def encode(vectors: torch.Tensor, encoding_format: str) -> list[list[float]] | s
     return base64.b64encode(vectors.numpy().astype("<f4").tobytes()).decode()
 
 
+@dataclass
+class Api:
+    """
+    The routes: from a request's body to a job, and from what the worker makes of it to the answer.
+
+    Args:
+        name: what clients call the model.
+        worker: what answers.
+        metrics: what was counted.
+        timeout: seconds from a request's arrival to its answer.
+        started: when, in seconds since 1970.
+    """
+
+    name: str
+    worker: Worker
+    metrics: Metrics
+    timeout: float
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    async def submit(self, body: ChatBody, request: Request) -> Job:
+        """
+        Puts what a request asks for into the queue.
+
+        Raises:
+            HTTPException: 404 for another model, 400 for a chat that cannot be read, 413, 429 and 503 as below it.
+        """
+        loop = asyncio.get_running_loop()
+        if body.model != self.name:
+            raise HTTPException(404, f"There is no such model here; this is {self.name!r}.")
+        self.worker.check_room()  # before any work is put into it
+        try:
+            job = await asyncio.to_thread(self.worker.prepare, body, loop.time() + self.timeout, loop)
+        except ValueError as error:
+            raise HTTPException(400, str(error).removeprefix("row 0").lstrip(":, ")) from error
+        self.worker.submit(job)
+        job.watcher = asyncio.create_task(cancel_when_client_leaves(request, job, self.worker))
+        return job
+
+    async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
+        """A reply, whole or streamed."""
+        job = await self.submit(body, request)
+        updates = follow(job, self.worker)
+        first = await anext(updates)  # what fails before there is text has a status of its own
+        head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": self.name,
+        }
+        if body.stream:
+            events = server_sent_events(first, updates, job, head, body.stream_options.include_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        last = [first, *[update async for update in updates]][-1]
+        message = {"role": "assistant", "content": job.text}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last.finish_reason}
+        return JSONResponse(head | {"choices": [choice], "usage": usage(job, last.tokens)})
+
+    async def knowledge(self, body: KnowledgeRequest, request: Request) -> Response:
+        """The vectors that a chat evokes, and what the LLM reads of them."""
+        job = await self.submit(body, request)
+        try:
+            async with asyncio.timeout_at(job.deadline):
+                result = await job.events.get()
+        except TimeoutError:
+            raise HTTPException(504, "No answer in time.") from None
+        finally:
+            self.worker.cancel(job)
+        if isinstance(result, Exception):
+            raise result
+        vectors, projected = result  # [m, h], [m, d_llm]
+        answer = {
+            "object": "knowledge",
+            "model": self.name,
+            "encoding_format": body.encoding_format,
+            "knowledge": {"shape": list(vectors.shape), "data": encode(vectors, body.encoding_format)},
+            "projected": {"shape": list(projected.shape), "data": encode(projected, body.encoding_format)},
+        }
+        return JSONResponse(answer)
+
+    async def models(self) -> Response:
+        """The one model that there is."""
+        this = {"id": self.name, "object": "model", "created": self.started, "owned_by": "vikdf"}
+        return JSONResponse({"object": "list", "data": [this]})
+
+    async def health(self) -> Response:
+        """Whether the worker lives."""
+        alive = self.worker.is_alive()
+        return JSONResponse({"status": "ok" if alive else "the worker has died"}, 200 if alive else 503)
+
+    async def metrics_page(self) -> Response:
+        """The page that Prometheus reads."""
+        return PlainTextResponse(self.metrics.render(*self.worker.load()), media_type="text/plain; version=0.0.4")
+
+
+async def refuse(request: Request, error: StarletteHTTPException) -> Response:
+    """What was raised as an HTTP error."""
+    return error_response(error.status_code, error.detail, error.headers)
+
+
+async def refuse_body(request: Request, error: RequestValidationError) -> Response:
+    """What does not fit the schema, three faults at most."""
+    lines = []
+    for each in error.errors()[:3]:
+        where = ".".join(str(part) for part in each["loc"] if part != "body")[:100] or "body"
+        what = "not supported by this server" if each["type"] == "extra_forbidden" else each["msg"]
+        lines.append(f"{where}: {what}")
+    return error_response(400, "; ".join(lines))
+
+
 # ---- the application ----
 
 
@@ -230,8 +340,9 @@ def create_app(
     for setting, value in (("max_batch", max_batch), ("max_queue", max_queue), ("timeout", timeout)):
         if value <= 0:
             raise ValueError(f"{setting} must be positive, not {value}.")
-    metrics, started = Metrics(), int(time.time())
+    metrics = Metrics()
     worker = Worker(model, processor, max_batch, max_queue, metrics)
+    api = Api(name, worker, metrics, timeout)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -244,87 +355,13 @@ def create_app(
     app = FastAPI(title="VIKDF", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, metrics=metrics, api_key=api_key, timeout=timeout)
 
-    @app.exception_handler(StarletteHTTPException)
-    async def refuse(request: Request, error: StarletteHTTPException) -> Response:
-        return error_response(error.status_code, error.detail, error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse_body(request: Request, error: RequestValidationError) -> Response:
-        lines = []
-        for each in error.errors()[:3]:
-            where = ".".join(str(part) for part in each["loc"] if part != "body")[:100] or "body"
-            what = "not supported by this server" if each["type"] == "extra_forbidden" else each["msg"]
-            lines.append(f"{where}: {what}")
-        return error_response(400, "; ".join(lines))
-
-    async def submit(body: ChatBody, request: Request) -> Job:
-        loop = asyncio.get_running_loop()
-        if body.model != name:
-            raise HTTPException(404, f"There is no such model here; this is {name!r}.")
-        worker.check_room()  # before any work is put into it
-        try:
-            job = await asyncio.to_thread(worker.prepare, body, loop.time() + timeout, loop)
-        except ValueError as error:
-            raise HTTPException(400, str(error).removeprefix("row 0").lstrip(":, ")) from error
-        worker.submit(job)
-        job.watcher = asyncio.create_task(cancel_when_client_leaves(request, job, worker))
-        return job
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
-        job = await submit(body, request)
-        updates = follow(job, worker)
-        first = await anext(updates)  # what fails before there is text has a status of its own
-        head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion.chunk" if body.stream else "chat.completion",
-            "created": int(time.time()),
-            "model": name,
-        }
-        if body.stream:
-            events = server_sent_events(first, updates, job, head, body.stream_options.include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        last = [first, *[update async for update in updates]][-1]
-        message = {"role": "assistant", "content": job.text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last.finish_reason}
-        return JSONResponse(head | {"choices": [choice], "usage": usage(job, last.tokens)})
-
-    @app.post("/v1/knowledge")
-    async def knowledge(body: KnowledgeRequest, request: Request) -> Response:
-        job = await submit(body, request)
-        try:
-            async with asyncio.timeout_at(job.deadline):
-                result = await job.events.get()
-        except TimeoutError:
-            raise HTTPException(504, "No answer in time.") from None
-        finally:
-            worker.cancel(job)
-        if isinstance(result, Exception):
-            raise result
-        vectors, projected = result  # [m, h], [m, d_llm]
-        answer = {
-            "object": "knowledge",
-            "model": name,
-            "encoding_format": body.encoding_format,
-            "knowledge": {"shape": list(vectors.shape), "data": encode(vectors, body.encoding_format)},
-            "projected": {"shape": list(projected.shape), "data": encode(projected, body.encoding_format)},
-        }
-        return JSONResponse(answer)
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        this = {"id": name, "object": "model", "created": started, "owned_by": "vikdf"}
-        return JSONResponse({"object": "list", "data": [this]})
-
-    @app.get("/health")
-    async def health() -> Response:
-        alive = worker.is_alive()
-        return JSONResponse({"status": "ok" if alive else "the worker has died"}, 200 if alive else 503)
-
-    @app.get("/metrics")
-    async def metrics_page() -> Response:
-        return PlainTextResponse(metrics.render(*worker.load()), media_type="text/plain; version=0.0.4")
-
+    app.add_exception_handler(StarletteHTTPException, refuse)
+    app.add_exception_handler(RequestValidationError, refuse_body)
+    app.post("/v1/chat/completions")(api.chat_completions)
+    app.post("/v1/knowledge")(api.knowledge)
+    app.get("/v1/models")(api.models)
+    app.get("/health")(api.health)
+    app.get("/metrics")(api.metrics_page)
     return app
 
 
