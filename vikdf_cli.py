@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import difflib
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
@@ -75,53 +74,16 @@ def chat(args: argparse.Namespace) -> None:
 
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.backbones import load_model
+    from modeling_vikdf.terminal import Dialogue, answer_lines, answer_messages
 
     source = args.model or DEFAULT_CHECKPOINT
     # loaded here, because `pipeline` buries the reason of a failure in its own
     model, processor = load_model(source)
     pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
-    messages = []
-
-    def answer(text: str) -> None:
-        messages.append({"role": "user", "content": text})
-        reply = ""
-        for piece in pipe.stream(messages, use_knowledge=not args.no_knowledge, max_new_tokens=args.max_new_tokens):
-            print(piece, end="", flush=True)
-            reply += piece
-        print(flush=True)
-        messages.append({"role": "assistant", "content": reply.strip()})
-
-    for text in args.message:
-        if args.interactive:
-            print(f"you> {text}\nvikdf> ", end="", flush=True)
-        answer(text)
-    if args.message and not (args.interactive and sys.stdin.isatty()):
-        return
-    terminal = sys.stdin.isatty()
-    if terminal:
-        print("Type a message; /reset starts a new dialogue, /exit ends.", file=sys.stderr)
-    while True:
-        try:
-            text = input("you> " if terminal else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            if terminal:
-                print()
-            break
-        if text == "/exit":
-            break
-        if text == "/reset":
-            messages.clear()
-            print("(new dialogue)", file=sys.stderr)
-        elif text:
-            print("vikdf> " if terminal else "", end="", flush=True)
-            try:
-                answer(text)
-            except KeyboardInterrupt:  # stops this reply, not the program
-                del messages[-1]
-                print()
-            except ValueError as error:
-                del messages[-1]
-                print(error, file=sys.stderr)
+    dialogue = Dialogue(pipe, use_knowledge=not args.no_knowledge, max_new_tokens=args.max_new_tokens)
+    answer_messages(dialogue, args.message, echo=args.interactive)
+    if not args.message or (args.interactive and sys.stdin.isatty()):
+        answer_lines(dialogue)
 
 
 @command(
@@ -180,27 +142,10 @@ RECIPE = (
 @command("stage 1: learn from image-text pairs which knowledge a text evokes", *RECIPE, name="distill", extra="train")
 def train(args: argparse.Namespace) -> None:
     """Runs a training stage from a recipe, or goes on with it where it was interrupted."""
-    import yaml
-
+    from modeling_vikdf.training.recipe_files import read_recipe
     from modeling_vikdf.training.trainer import run_stage
 
-    try:
-        recipe = yaml.safe_load(find_recipe(args.config).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{args.config} is no recipe: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{args.config} is no recipe: expected a YAML mapping with sections such as model and data.")
-    for override in args.overrides:
-        key, separator, value = override.removeprefix("--").partition("=")
-        if not separator:
-            raise ValueError(f"{override!r} is no override: expected section.key=value, or key=value for training.")
-        section, _, key = key.rpartition(".")
-        section = section or "training"
-        settings = recipe.get(section) or {}
-        if not isinstance(settings, dict):
-            raise ValueError(f"The section {section!r} must hold settings (key: value), not {settings!r}.")
-        recipe[section] = {**settings, key: yaml.safe_load(value)}
-    metrics = run_stage(args.command, recipe)
+    metrics = run_stage(args.command, read_recipe(args.config, args.overrides))
     print(json.dumps(metrics, indent=2))
 
 
@@ -546,39 +491,6 @@ def env(args: argparse.Namespace) -> None:
 
     for name, value in describe_environment().items():
         print(f"{name}: {value}")
-
-
-# ---- recipes ----
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name: `smollm2/distill`."""
-    package = Path(importlib.util.find_spec("modeling_vikdf").origin).parent
-    # A wheel holds configs/ inside the package; in a checkout, also one that is installed editable, it is beside it.
-    folder = next(place for place in (package / "configs", package.parent / "configs") if place.is_dir())
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-    return {name: path for name, path in found.items() if name != "study" and not name.startswith("accelerate/")}
-
-
-def find_recipe(name: str) -> Path:
-    """
-    The file of a recipe.
-
-    Args:
-        name: a file, which is taken if it is there; or what one of [`recipes`] is called.
-
-    Raises:
-        FileNotFoundError: if it is neither.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    known = recipes()
-    if name not in known:
-        raise FileNotFoundError(
-            f"There is no recipe {name!r}, neither a file nor among the package's ({', '.join(known)})"
-            f"{suggest(name, known)}"
-        )
-    return known[name]
 
 
 # ---- the command line ----
