@@ -2,13 +2,15 @@
 
 Reads as a request flows:
 
-    Gate (key, size, time to send) -> request body -> prepare (chat -> tensors of one row) -> Job
-      -> Worker: the one thread that runs the model; jobs that wait and agree in their decoding become a batch
-      -> Steps: sees each new token of the batch, hands out text, ends rows that are done or no longer wanted
-      -> follow -> one JSON answer, or server-sent events
+    RequestGuard (key, size, time to arrive) -> request body -> prepare (chat -> tensors of one row) -> Job
+      -> Worker: the one thread that runs the model; waiting jobs with the same decoding settings form a batch
+      -> BatchSteps: sees each new token of the batch, emits text, ends rows that are finished or cancelled
+      -> stream_updates -> one JSON response, or server-sent events
 
-What people write is never logged: a line a request says what was asked for and how it ended, a failure names its type
-and the lines of code it passed. Pictures come with the request; the server fetches nothing.
+User text is never logged: a request is one line with its route, status and duration, a failure its exception's type
+and traceback without the message. Pictures come with the request; the server fetches nothing.
+
+Knows HTTP; what a request may say is in schema.py, how the model answers it in worker.py.
 
 Example run:
     VIKDF_API_KEY=secret vikdf serve --port 8000
@@ -47,21 +49,21 @@ from .worker import Job, Metrics, Update, Worker, log_failure
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 * 2**20
-CLIENT_LEFT = 499  # nobody receives it; it is for log and metrics
+CLIENT_LEFT = 499  # never sent: for the log and the metrics only
 
 
-# ---- the gate: what a request passes before anyone reads it ----
+# ---- before a request is read ----
 
 
-class Gate:
+class RequestGuard:
     """
-    ASGI middleware, the outermost: refuses wrong keys and bodies that are too large or too slow, turns what nobody
-    expected into a 500, counts and logs every answer.
+    The outermost ASGI middleware: refuses wrong keys and bodies that are too large or too slow, turns unexpected
+    errors into a 500, counts and logs every response.
 
     Args:
-        app: what lies behind.
-        metrics: where answers are counted.
-        api_key: what `/v1` asks for, or `None`.
+        app: the application behind it.
+        metrics: where responses are counted.
+        api_key: the bearer token that `/v1` requires, or `None`.
         timeout: seconds that a request may take to arrive.
     """
 
@@ -112,7 +114,7 @@ class Gate:
                 await error_response(500, "Internal error.")(scope, receive, counted_send)
         finally:
             self.metrics.add("requests_total", labels=f'{{status="{status}"}}')
-            # the path of a route, not of the request: that may hold anything
+            # the route's path, not the request's, which may hold anything
             path = scope["route"].path if "route" in scope else "-"
             logger.info("%s %s %d %.3f s", scope["method"], path, status, time.monotonic() - start)
 
@@ -121,16 +123,16 @@ class Gate:
         return self.expected is None or hmac.compare_digest(given, self.expected)  # in constant time
 
 
-# ---- from a job to the answer ----
+# ---- from a job to the response ----
 
 
-async def follow(job: Job, worker: Worker) -> AsyncIterator[Update]:
+async def stream_updates(job: Job, worker: Worker) -> AsyncIterator[Update]:
     """
-    The updates of a reply, up to the one with a finish reason. A reply that is not done in time ends early, with the
-    finish reason "length"; whoever stops listening cancels it.
+    The updates of a reply, up to the one with a finish reason. A reply that is not finished by its deadline is cut
+    there, with the finish reason "length"; closing the iterator cancels the job.
 
     Raises:
-        HTTPException: 504 if there is no word of it in time; or whatever became of it.
+        HTTPException: 504 if no token arrives before the deadline, or the error that the job ended with.
     """
     update = None
     try:
@@ -142,22 +144,22 @@ async def follow(job: Job, worker: Worker) -> AsyncIterator[Update]:
             yield update
     except TimeoutError:
         if update is None:
-            raise HTTPException(504, "No answer in time.") from None
+            raise HTTPException(504, "No answer before the deadline.") from None
         yield Update("", "length", update.tokens)
     finally:
         worker.cancel(job)
 
 
 async def cancel_when_client_leaves(request: Request, job: Job, worker: Worker) -> None:
-    """Waits for the client to hang up, which it also does, without effect, when it has the whole answer."""
+    """Cancels the job when the client disconnects; without effect once the response is complete."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     worker.cancel(job)
-    job.events.put_nowait(HTTPException(CLIENT_LEFT, "The client left."))
+    job.events.put_nowait(HTTPException(CLIENT_LEFT, "The client disconnected."))
 
 
 def usage(job: Job, tokens: int) -> dict[str, int]:
-    """Numbers of tokens; knowledge placeholders count as the prompt's."""
+    """Token counts; knowledge placeholders count as prompt tokens."""
     return {
         "prompt_tokens": job.prompt_length,
         "completion_tokens": tokens,
@@ -168,7 +170,7 @@ def usage(job: Job, tokens: int) -> dict[str, int]:
 async def server_sent_events(
     first: Update, rest: AsyncIterator[Update], job: Job, head: dict[str, Any], include_usage: bool
 ) -> AsyncIterator[str]:
-    """A reply as OpenAI streams it; `head` is what all its chunks begin with."""
+    """A reply as OpenAI streams it; `head` holds the fields that all chunks share."""
 
     def event(delta: dict[str, str], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -187,29 +189,32 @@ async def server_sent_events(
             yield event({}, update.finish_reason)
             if include_usage:
                 yield f"data: {json.dumps(head | {'choices': [], 'usage': usage(job, update.tokens)})}\n\n"
-        except HTTPException as error:  # the status is long sent
+        except HTTPException as error:  # the status has been sent
             yield f"data: {error_response(error.status_code, error.detail).body.decode()}\n\n"
     yield "data: [DONE]\n\n"
 
 
 def encode(vectors: torch.Tensor, encoding_format: str) -> list[list[float]] | str:
-    """Vectors [m, d], float32, as JSON takes them."""
+    """Vectors [m, d], float32, as lists of numbers or as base64 of little-endian bytes."""
     if encoding_format == "float":
         return vectors.tolist()
     return base64.b64encode(vectors.numpy().astype("<f4").tobytes()).decode()
 
 
+# ---- the routes ----
+
+
 @dataclass
 class Api:
     """
-    The routes: from a request's body to a job, and from what the worker makes of it to the answer.
+    The routes: from a request's body to a job, and from the job's result to the response.
 
     Args:
-        name: what clients call the model.
-        worker: what answers.
-        metrics: what was counted.
-        timeout: seconds from a request's arrival to its answer.
-        started: when, in seconds since 1970.
+        name: the model's name in requests and responses.
+        worker: the thread that runs the model.
+        metrics: what `/metrics` shows.
+        timeout: seconds from a request's arrival to its response.
+        started: Unix time, which `/v1/models` shows.
     """
 
     name: str
@@ -220,15 +225,16 @@ class Api:
 
     async def submit(self, body: ChatBody, request: Request) -> Job:
         """
-        Puts what a request asks for into the queue.
+        Puts a request's job into the worker's queue.
 
         Raises:
-            HTTPException: 404 for another model, 400 for a chat that cannot be read, 413, 429 and 503 as below it.
+            HTTPException: 404 for another model's name, 400 for a chat that the processor refuses, 413 for too much
+                text, 429 if the queue is full, 503 if the server is shutting down.
         """
         loop = asyncio.get_running_loop()
         if body.model != self.name:
-            raise HTTPException(404, f"There is no such model here; this is {self.name!r}.")
-        self.worker.check_room()  # before any work is put into it
+            raise HTTPException(404, f"This server has no such model; it serves {self.name!r}.")
+        self.worker.check_room()  # before any work is done
         try:
             job = await asyncio.to_thread(self.worker.prepare, body, loop.time() + self.timeout, loop)
         except ValueError as error:
@@ -240,8 +246,8 @@ class Api:
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
         """A reply, whole or streamed."""
         job = await self.submit(body, request)
-        updates = follow(job, self.worker)
-        first = await anext(updates)  # what fails before there is text has a status of its own
+        updates = stream_updates(job, self.worker)
+        first = await anext(updates)  # an error before the first text sets the status
         head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -257,13 +263,13 @@ class Api:
         return JSONResponse(head | {"choices": [choice], "usage": usage(job, last.tokens)})
 
     async def knowledge(self, body: KnowledgeRequest, request: Request) -> Response:
-        """The vectors that a chat evokes, and what the LLM reads of them."""
+        """A chat's knowledge vectors, and their projections, which the LLM reads."""
         job = await self.submit(body, request)
         try:
             async with asyncio.timeout_at(job.deadline):
                 result = await job.events.get()
         except TimeoutError:
-            raise HTTPException(504, "No answer in time.") from None
+            raise HTTPException(504, "No answer before the deadline.") from None
         finally:
             self.worker.cancel(job)
         if isinstance(result, Exception):
@@ -279,31 +285,31 @@ class Api:
         return JSONResponse(answer)
 
     async def models(self) -> Response:
-        """The one model that there is."""
+        """The list of models, which has one entry."""
         this = {"id": self.name, "object": "model", "created": self.started, "owned_by": "vikdf"}
         return JSONResponse({"object": "list", "data": [this]})
 
     async def health(self) -> Response:
-        """Whether the worker lives."""
+        """200 while the worker is alive, else 503."""
         alive = self.worker.is_alive()
         return JSONResponse({"status": "ok" if alive else "the worker has died"}, 200 if alive else 503)
 
     async def metrics_page(self) -> Response:
-        """The page that Prometheus reads."""
+        """The metrics in Prometheus' text format."""
         return PlainTextResponse(self.metrics.render(*self.worker.load()), media_type="text/plain; version=0.0.4")
 
 
 async def refuse(request: Request, error: StarletteHTTPException) -> Response:
-    """What was raised as an HTTP error."""
+    """An HTTP error as OpenAI's clients read it."""
     return error_response(error.status_code, error.detail, error.headers)
 
 
 async def refuse_body(request: Request, error: RequestValidationError) -> Response:
-    """What does not fit the schema, three faults at most."""
+    """A body that does not fit the schema: a 400 that names its first three errors."""
     lines = []
-    for each in error.errors()[:3]:
-        where = ".".join(str(part) for part in each["loc"] if part != "body")[:100] or "body"
-        what = "not supported by this server" if each["type"] == "extra_forbidden" else each["msg"]
+    for fault in error.errors()[:3]:
+        where = ".".join(str(part) for part in fault["loc"] if part != "body")[:100] or "body"
+        what = "not supported by this server" if fault["type"] == "extra_forbidden" else fault["msg"]
         lines.append(f"{where}: {what}")
     return error_response(400, "; ".join(lines))
 
@@ -322,21 +328,22 @@ def create_app(
     timeout: float = 60.0,
 ) -> FastAPI:
     """
-    The server as an ASGI application, to be started once.
+    The server as an ASGI application, which can be started once.
 
     Args:
-        model, processor: what answers. Pictures are taken if the model's vision encoder is attached.
-        name: what clients call the model.
-        api_key: what clients must send as bearer token, except for `/health` and `/metrics`; `None` for nothing.
-        max_batch: most replies that are generated together.
-        max_queue: most requests that wait; further ones get 429.
-        timeout: seconds that a request may take to arrive, and from then on its answer.
+        model, processor: the model to serve, and its processor. Pictures are accepted if the model's vision encoder is
+            attached.
+        name: the model's name in requests and responses.
+        api_key: bearer token that clients must send, except for `/health` and `/metrics`; `None` for none.
+        max_batch: maximum number of replies generated together.
+        max_queue: maximum number of waiting requests; further ones get 429.
+        timeout: seconds that a request may take to arrive, and its response after that.
 
     Raises:
-        ValueError: for an empty key, or limits that are not positive.
+        ValueError: if the key is empty, or a limit is not positive.
     """
     if api_key == "":
-        raise ValueError("The API key is empty; leave it out to ask for none.")
+        raise ValueError("The API key is empty; leave it out to require none.")
     for setting, value in (("max_batch", max_batch), ("max_queue", max_queue), ("timeout", timeout)):
         if value <= 0:
             raise ValueError(f"{setting} must be positive, not {value}.")
@@ -353,8 +360,7 @@ def create_app(
 
     # no documentation pages: they load their scripts from elsewhere
     app = FastAPI(title="VIKDF", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, metrics=metrics, api_key=api_key, timeout=timeout)
-
+    app.add_middleware(RequestGuard, metrics=metrics, api_key=api_key, timeout=timeout)
     app.add_exception_handler(StarletteHTTPException, refuse)
     app.add_exception_handler(RequestValidationError, refuse_body)
     app.post("/v1/chat/completions")(api.chat_completions)
@@ -369,15 +375,15 @@ def serve(
     source: str | None = None, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None, **limits: Any
 ) -> None:
     """
-    Loads a model and serves it until the process is told to end.
+    Loads a model and serves it until the process is terminated.
 
     Args:
-        source: folder or Hub id of a VIKDF model, which lends it its name; `None`: the packaged one, named "vikdf".
-        host, port: where to listen.
+        source: folder or Hub id of a VIKDF model, also the name to serve it by; `None`: the packaged one, as "vikdf".
+        host, port: address to listen on.
         api_key, limits: see `create_app`.
 
     Raises:
-        OSError, ValueError: if the model cannot be loaded, or for a setting that makes no sense.
+        OSError, ValueError: if the model cannot be loaded, or a setting is out of range.
     """
     import uvicorn
 
@@ -393,12 +399,12 @@ def serve(
             logger.warning("The vision encoder was not found: requests with pictures are refused.")
     app = create_app(model, processor, name, api_key=api_key, **limits)
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-        logger.warning("Anyone who can reach %s:%d can use this server: it asks for no API key.", host, port)
-    # uvicorn's own log would show whole addresses, with whatever stands in them
+        logger.warning("Anyone who can reach %s:%d can use this server: it requires no API key.", host, port)
+    # uvicorn's own access log would show whole URLs, whatever they contain
     uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=5)
 
 
-# ---- the knowledge for a language model that runs elsewhere ----
+# ---- prompt embeddings for a language model that runs elsewhere ----
 
 
 @torch.no_grad()
@@ -409,9 +415,9 @@ def prompt_embeddings(
     max_length: int | None = None,
 ) -> torch.Tensor:
     """
-    A chat as the LLM reads it: the embeddings of its whole prompt, chat template applied, knowledge in its place. Any
-    runtime of the same LLM that takes `inputs_embeds` goes on from them. The model itself must not write the
-    placeholder; elsewhere forbid `processor.knowledge_token_id`, should that be a token the LLM writes.
+    A chat as the LLM reads it: the embeddings of its whole prompt, with the chat template applied and the knowledge in
+    place. Any runtime of the same LLM that takes `inputs_embeds` can generate from them. It should suppress
+    `processor.knowledge_token_id`, as this package does, if the LLM could generate that token.
 
     Args:
         messages, max_length: as for the processor.
@@ -434,9 +440,9 @@ def encode_prompt_embeddings(embeddings: torch.Tensor) -> str:
     Prompt embeddings [T, d_llm] as `vllm serve --enable-prompt-embeds` takes them: the `prompt_embeds` of a completion
     request, base64 of what `torch.save` writes.
 
-    vLLM warns that embeddings of a wrong shape may crash its engine: switch it on for trusted clients only. And what
-    `torch.save` wrote is a pickle: whoever reads one from elsewhere must use `torch.load(..., weights_only=True)`.
+    vLLM warns that embeddings of a wrong shape may crash its engine: enable them for trusted clients only.
+    `torch.save` writes a pickle: read one from an untrusted source with `torch.load(..., weights_only=True)` only.
     """
     buffer = io.BytesIO()
-    torch.save(embeddings.detach().cpu().clone(), buffer)  # cloned: a view would bring all that it looks at
+    torch.save(embeddings.detach().cpu().clone(), buffer)  # cloned: a view would be saved with its whole storage
     return base64.b64encode(buffer.getvalue()).decode()

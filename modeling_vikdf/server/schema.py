@@ -1,6 +1,6 @@
-"""What the API takes and how it refuses: requests as OpenAI's clients send them, errors as these read them.
+"""The API's schema: requests as OpenAI's clients send them, and errors as they read them.
 
-Knows JSON, and what the processor and `generate` want to be told; knows nothing of queues, batches and routes.
+Knows JSON, the processor's messages and the arguments of `generate`; knows nothing of queues, batches and routes.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple
@@ -13,9 +13,9 @@ from transformers import GenerationConfig
 from ..processing_vikdf import read_picture
 
 
-MAX_CHARACTERS = 200_000  # of all messages; more than any window holds would only cost time to tokenize
-MAX_PIXELS = 25_000_000  # a small file can unfold into a picture of any size
-DEFAULT_MAX_TOKENS = 256  # where neither the request nor the model says
+MAX_CHARACTERS = 200_000  # of all messages; beyond any context window, so that tokenizing more would waste time
+MAX_PIXELS = 25_000_000  # a small file can decompress into a picture of any size
+DEFAULT_MAX_TOKENS = 256  # where neither the request nor the model sets one
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -26,7 +26,7 @@ def error_response(status: int, message: str, headers: dict[str, str] | None = N
 
 
 class Decoding(NamedTuple):
-    """How tokens are chosen. Jobs that agree in it share a batch."""
+    """Decoding settings. Jobs with the same ones can share a batch."""
 
     use_knowledge: bool
     num_beams: int
@@ -36,7 +36,7 @@ class Decoding(NamedTuple):
 
 
 class _Body(BaseModel):
-    """Types as they are in JSON, `null` for "not given", and nothing that would be ignored without a word."""
+    """Strict JSON types; `null` means "not given"; unknown fields are refused instead of ignored."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -47,7 +47,7 @@ class _Body(BaseModel):
 
 
 class TextPart(_Body):
-    """Text in a message of several parts."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
@@ -58,14 +58,14 @@ class TextPart(_Body):
 
 
 class ImageURL(_Body):
-    """A picture as a `data:` URL; others are refused, so that the server fetches nothing."""
+    """A picture as a `data:` URL; other URLs are refused, so that the server fetches nothing."""
 
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"  # one size is all that the vision encoder knows
+    detail: Literal["auto", "low", "high"] = "auto"  # accepted and unused: the vision encoder has one input size
 
 
 class ImagePart(_Body):
-    """A picture in a message."""
+    """A picture part of a message."""
 
     type: Literal["image_url"]
     image_url: ImageURL
@@ -75,9 +75,9 @@ class ImagePart(_Body):
         The part as the processor reads it.
 
         Raises:
-            ValueError: for a URL that is no `data:` URL, and for what is no picture or too large a one.
+            ValueError: if the URL is not a `data:` URL, or its data are not a picture or too large a one.
         """
-        if self.image_url.url[:5].lower() != "data:":  # and so no path either
+        if self.image_url.url[:5].lower() != "data:":  # nor a path
             raise ValueError("a picture must be a data: URL (data:image/png;base64,...); the server fetches nothing.")
         return {"type": "image", "image": read_picture(self.image_url.url, MAX_PIXELS)}
 
@@ -89,7 +89,7 @@ class ChatMessage(_Body):
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 
     def characters(self) -> int:
-        """Length of its text."""
+        """Length of its text in characters."""
         if isinstance(self.content, str):
             return len(self.content)
         return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
@@ -103,7 +103,7 @@ class ChatMessage(_Body):
 
 
 class ChatBody(_Body):
-    """What both requests begin with: a model's name, as `/v1/models` has it, and a chat."""
+    """What both requests share: the model's name, as `/v1/models` lists it, and a chat."""
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
@@ -113,30 +113,30 @@ class ChatBody(_Body):
         The messages as the processor reads them.
 
         Raises:
-            HTTPException: 413 for too much text.
-            ValueError: for a picture that cannot be read.
+            HTTPException: 413 if the messages have more than `MAX_CHARACTERS` characters.
+            ValueError: if a picture cannot be read.
         """
         characters = sum(message.characters() for message in self.messages)
         if characters > MAX_CHARACTERS:
-            raise HTTPException(413, f"The messages have {characters} characters; at most {MAX_CHARACTERS} are read.")
+            raise HTTPException(413, f"The messages have {characters} characters; the limit is {MAX_CHARACTERS}.")
         return [message.for_processor() for message in self.messages]
 
 
 class KnowledgeRequest(ChatBody):
     """
-    What `/v1/knowledge` takes.
+    The body of `/v1/knowledge`.
 
     Args:
-        model: as `/v1/models` names it.
+        model: as `/v1/models` lists it.
         messages: the chat; parts of type `image_url` hold a `data:` URL.
-        encoding_format: vectors as lists of numbers, or as base64 of little-endian float32.
+        encoding_format: return vectors as lists of numbers, or as base64 of little-endian float32.
     """
 
     encoding_format: Literal["float", "base64"] = "float"
 
 
 class StreamOptions(_Body):
-    """Whether a streamed reply ends with a chunk that counts its tokens."""
+    """Whether a streamed reply ends with a chunk that holds its token counts."""
 
     include_usage: bool = False
 
@@ -146,13 +146,13 @@ Text = Annotated[str, Field(min_length=1)]
 
 class ChatCompletionRequest(ChatBody):
     """
-    What `/v1/chat/completions` takes: OpenAI's parameters, and of ours `num_beams` and `use_knowledge`.
+    The body of `/v1/chat/completions`: OpenAI's parameters, and this server's own `num_beams` and `use_knowledge`.
 
-    A reply to a chat that ends in an assistant's message continues that message; with vLLM's parameter
-    `continue_final_message` set to false it is another message.
+    The reply to a chat that ends in an assistant's message continues that message; with vLLM's parameter
+    `continue_final_message` set to false it is a new message.
 
-    Without `temperature` and `top_p` tokens are chosen as the model's own generation config says; `temperature=0` is
-    greedy. A request with a `seed` is drawn alone, since draws depend on the batch.
+    Without `temperature` and `top_p` the model's generation config decides; `temperature=0` is greedy. A request with
+    a `seed` has a batch of its own, since samples depend on the batch.
     """
 
     stream: bool = False
@@ -166,19 +166,19 @@ class ChatCompletionRequest(ChatBody):
     num_beams: Annotated[int, Field(ge=1, le=8)] | None = None
     use_knowledge: bool = True
     continue_final_message: bool | None = None
-    user: str | None = None  # for the provider's statistics, of which there are none
-    # what clients send without meaning it
+    user: str | None = None  # accepted and unused: for a provider's statistics
+    # accepted at their defaults alone, which some clients send
     n: Annotated[int, Field(ge=1, le=1)] = 1
     logprobs: Literal[False] = False
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0
     presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
 
     def stops(self) -> tuple[str, ...]:
-        """Texts at which the reply ends."""
+        """The stop sequences."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def decoding(self, config: GenerationConfig) -> Decoding:
-        """How tokens are to be chosen, given the model's defaults."""
+        """The decoding settings, with the model's generation config for defaults."""
         sampling: dict[str, Any] = {}
         if self.temperature == 0:
             sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -195,5 +195,5 @@ class ChatCompletionRequest(ChatBody):
         )
 
     def max_new_tokens(self, config: GenerationConfig) -> int:
-        """Most tokens of the reply, given the model's defaults."""
+        """The reply's maximum length in tokens, with the model's generation config for defaults."""
         return self.max_completion_tokens or self.max_tokens or config.max_new_tokens or DEFAULT_MAX_TOKENS

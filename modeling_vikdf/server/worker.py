@@ -1,4 +1,4 @@
-"""Where the model runs: jobs wait in a queue, those that agree in their decoding become a batch of one thread's.
+"""Where the model runs: jobs wait in a queue, and one thread answers those with the same decoding settings as a batch.
 
 Knows tensors, batches and the text of replies; of HTTP only the errors that a job may end with.
 """
@@ -28,11 +28,11 @@ from .schema import ChatBody, ChatCompletionRequest, Decoding
 logger = logging.getLogger(__name__)
 
 
-# ---- what a request becomes ----
+# ---- jobs ----
 
 
 class Update(NamedTuple):
-    """New text of a reply, and why it ends here if it does."""
+    """New text of a reply, the finish reason if the reply ends here, and the tokens so far."""
 
     text: str
     finish_reason: str | None
@@ -42,13 +42,14 @@ class Update(NamedTuple):
 @dataclass(eq=False)
 class Job:
     """
-    A request on its way: what the worker needs, and the way back to the one who waits for it.
+    A request in progress: its input for the worker, and the queue through which its results return.
 
     Args:
         features: tensors of one row, from the processor.
-        decoding: `None` asks for the knowledge, not for a reply.
-        max_new_tokens, stop: where the reply ends at the latest, and at which texts.
-        deadline: when the event loop's clock says that it is too late.
+        decoding: `None` asks for the knowledge instead of a reply.
+        max_new_tokens, stop: the reply's maximum length, and its stop sequences.
+        deadline: on the event loop's clock.
+        loop: the event loop that waits for the results.
         continued: whether the reply continues the chat's last message.
     """
 
@@ -63,19 +64,19 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     finished: bool = False
-    watcher: asyncio.Task | None = None  # kept here, for the event loop holds tasks by weak references only
+    watcher: asyncio.Task | None = None  # kept here: the event loop holds only weak references to tasks
     ids: list[int] = field(default_factory=list)
-    text: str = ""  # what is known of the reply for sure
-    sent: int = 0  # how much of it was handed out
+    text: str = ""  # the part of the reply that cannot change any more
+    sent: int = 0  # characters of it that were emitted
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of the prompt, placeholders among them."""
+        """Tokens of the prompt, placeholders included."""
         return self.features["input_ids"].shape[1]
 
     def append(self, token: int, ends: bool, decode: Callable[[list[int]], str]) -> None:
         """
-        Takes the next token of the reply and hands out the text that cannot change any more.
+        Takes the next token of the reply and emits the text that cannot change any more.
 
         Args:
             token: its id.
@@ -85,13 +86,13 @@ class Job:
         self.ids.append(token)
         text = decode(self.ids)
         reason = "stop" if ends else "length" if len(self.ids) >= self.max_new_tokens else None
-        if found := [at for stop in self.stop if (at := text.find(stop)) >= 0]:
-            text, reason = text[: min(found)], "stop"
+        if positions := [at for stop in self.stop if (at := text.find(stop)) >= 0]:
+            text, reason = text[: min(positions)], "stop"
         elif reason is None:
             text = text[: len(text) - _undecided(text, self.stop)]
-        # what is white at the end waits, too: streamed and whole replies are the same
+        # trailing white space waits, too, so that streamed and whole replies are the same
         self.text = text.rstrip() if self.continued else text.strip()
-        # broken UTF-8 at the end can turn what was handed out into something else, which is then too late for a stream
+        # broken UTF-8 at the end can change text that was emitted already; a stream cannot take it back
         new = self.text[self.sent :]
         self.sent += len(new)
         self.finished = reason is not None
@@ -99,12 +100,12 @@ class Job:
             self.emit(Update(new, reason, len(self.ids)))
 
     def emit(self, event: Any) -> None:
-        """Hands an update, a result or an exception over to the event loop, from any thread."""
+        """Passes an update, a result or an exception to the event loop, from any thread."""
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
 def _undecided(text: str, stops: tuple[str, ...]) -> int:
-    """How many characters at the end may yet change: half a character, or the beginning of a text to stop at."""
+    """How many characters at the end may yet change: an incomplete character, or the beginning of a stop sequence."""
     incomplete = len(text) - len(text.rstrip("\ufffd"))
     beginnings = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
     return max(incomplete, max(beginnings, default=0))
@@ -117,13 +118,13 @@ class Metrics:
     """Counters, gauges and histograms in Prometheus' text format."""
 
     KINDS = {
-        "requests_total": ("counter", "Answered requests by HTTP status; 499: the client left."),
-        "prompt_tokens_total": ("counter", "Tokens of prompts that were read."),
-        "completion_tokens_total": ("counter", "Tokens that were generated."),
-        "queue_length": ("gauge", "Requests that wait."),
-        "running_requests": ("gauge", "Requests that are being answered."),
-        "resident_memory_bytes": ("gauge", "Memory of the server's process."),
-        "batch_size": ("histogram", "Requests that were answered together."),
+        "requests_total": ("counter", "Requests by HTTP status; 499: the client disconnected."),
+        "prompt_tokens_total": ("counter", "Prompt tokens processed."),
+        "completion_tokens_total": ("counter", "Tokens generated."),
+        "queue_length": ("gauge", "Requests waiting."),
+        "running_requests": ("gauge", "Requests running."),
+        "resident_memory_bytes": ("gauge", "Resident memory of the server's process."),
+        "batch_size": ("histogram", "Requests answered together."),
         "time_to_first_token_seconds": ("histogram", "From a request's arrival to its first token."),
     }
     BUCKETS = {
@@ -144,7 +145,7 @@ class Metrics:
             self._samples[name][labels] = self._samples[name].get(labels, 0) + value
 
     def observe(self, name: str, value: float) -> None:
-        """Enters a value into a histogram."""
+        """Adds a value to a histogram."""
         for edge in self.BUCKETS[name]:
             if value <= edge:
                 self.add(name, labels=f'_bucket{{le="{edge}"}}')
@@ -153,7 +154,7 @@ class Metrics:
         self.add(name, labels="_count")
 
     def render(self, queue_length: int, running_requests: int) -> str:
-        """The page that Prometheus reads."""
+        """All metrics in Prometheus' text format."""
         now = {"queue_length": queue_length, "running_requests": running_requests}
         statm = Path("/proc/self/statm")  # Linux only
         if statm.exists():
@@ -168,21 +169,21 @@ class Metrics:
 
 
 def log_failure(error: Exception) -> None:
-    """Type and place; the message may quote what somebody wrote."""
+    """Logs type and traceback alone, for the message may quote user text."""
     logger.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
 
 
-# ---- the thread ----
+# ---- the worker thread ----
 
 
 class Worker(threading.Thread):
     """
-    The thread that owns the model. It takes what waits together, oldest first, and answers it as a batch.
+    The thread that owns the model. It answers waiting jobs in batches, oldest first.
 
     Args:
         model, processor: the model and its own processor.
-        max_batch: most rows of a batch.
-        max_queue: most jobs that wait.
+        max_batch: maximum number of rows in a batch.
+        max_queue: maximum number of waiting jobs.
         metrics: where batches and tokens are counted.
     """
 
@@ -204,30 +205,31 @@ class Worker(threading.Thread):
         self._closing = False
         self._tokenizing = threading.Lock()  # tokenizers keep their truncation as state
 
-    # called from the event loop's side
+    # called from outside the thread
 
     def load(self) -> tuple[int, int]:
-        """How many jobs wait, and how many are being answered."""
+        """The numbers of waiting and of running jobs."""
         return len(self._waiting), len(self._running)
 
     def check_room(self) -> None:
-        """Raises 429 while the queue is full."""
+        """Raises `HTTPException` 429 while the queue is full."""
         if len(self._waiting) >= self.max_queue:
             raise HTTPException(429, "Too many requests are waiting; try again.", {"Retry-After": "1"})
 
     def prepare(self, body: ChatBody, deadline: float, loop: asyncio.AbstractEventLoop) -> Job:
         """
-        Reads a request into the tensors of its row.
+        Turns a request into a job, its chat into the tensors of one row.
 
         Raises:
-            ValueError: for a chat that the processor refuses, or that leaves no room for the reply.
+            HTTPException: 413 if the chat has too much text.
+            ValueError: if the processor refuses the chat, or it leaves no room for the reply.
         """
         chat, config = body.chat(), self.model.generation_config
         decoding, new_tokens, stop = None, 0, ()
         if isinstance(body, ChatCompletionRequest):
             decoding, new_tokens, stop = body.decoding(config), body.max_new_tokens(config), body.stops()
         if self.window is not None and new_tokens >= self.window:
-            raise ValueError(f"max_tokens={new_tokens} leaves no room: the model reads {self.window} tokens in all.")
+            raise ValueError(f"max_tokens={new_tokens} leaves no room: the model's window is {self.window} tokens.")
         with self._tokenizing:
             features = self.processor(
                 [chat],
@@ -236,12 +238,12 @@ class Worker(threading.Thread):
                 max_length=None if self.window is None else self.window - new_tokens,
             )
         if "pixel_values" in features and self.model.vision_encoder is None:
-            raise ValueError("this server has no vision encoder: it takes no pictures.")
+            raise ValueError("this server has no vision encoder, so it accepts no pictures.")
         return Job(features, decoding, new_tokens, stop, deadline, loop, features.continued[0])
 
     def submit(self, job: Job) -> None:
         """
-        Puts a job behind those that wait.
+        Adds a job to the end of the queue.
 
         Raises:
             HTTPException: 429 if the queue is full, 503 if the server is shutting down.
@@ -254,14 +256,14 @@ class Worker(threading.Thread):
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Ends a job that nobody wants any more; without effect on one that is finished."""
+        """Cancels a job; without effect on a finished one."""
         job.cancelled = True
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
 
     def stop(self) -> None:
-        """Ends the thread after the step that it is at."""
+        """Ends the thread after its current decoding step, and all jobs with a 503."""
         with self._changed:
             self._closing = True
             for job in [*self._waiting, *self._running]:
@@ -270,24 +272,24 @@ class Worker(threading.Thread):
             self._waiting.clear()
             self._changed.notify()
 
-    # the thread itself
+    # called in the thread
 
     def run(self) -> None:
-        """Answers batches until it is stopped. A batch that fails fails alone."""
+        """Answers batches until it is stopped. An error ends the jobs of its own batch only."""
         while batch := self._take():
             self.metrics.observe("batch_size", len(batch))
             try:
                 if batch[0].decoding is None:
-                    self._find_knowledge(batch)
+                    self._compute_knowledge(batch)
                 else:
                     self._reply(batch)
             except Exception as error:
                 log_failure(error)
                 for job in batch:
-                    job.emit(HTTPException(500, "The model failed to answer."))
+                    job.emit(HTTPException(500, "The model failed to answer the request."))
 
     def _take(self) -> list[Job]:
-        """Waits for jobs; the oldest one and those that can share a batch with it. Nothing once it is stopped."""
+        """Waits for jobs; returns the oldest and those that can share its batch, or an empty list once stopped."""
         with self._changed:
             self._running = []
             self._changed.wait_for(lambda: self._waiting or self._closing)
@@ -298,7 +300,7 @@ class Worker(threading.Thread):
             return self._running
 
     def _fit(self, jobs: list[Job]) -> bool:
-        """Whether jobs fit into one batch: its longest prompt must leave room for its longest reply."""
+        """Whether jobs fit into one batch: the longest prompt must leave room for the longest reply."""
         seeded = jobs[0].decoding is not None and jobs[0].decoding.seed is not None
         length = max(job.prompt_length for job in jobs) + max(job.max_new_tokens for job in jobs)
         return len(jobs) <= (1 if seeded else self.max_batch) and (self.window is None or length <= self.window)
@@ -319,14 +321,14 @@ class Worker(threading.Thread):
                 if name in rows[0]
             }
         )
-        if shown := [row["pixel_values"] for row in rows if "pixel_values" in row]:
-            nothing = torch.zeros_like(shown[0])
-            batch["pixel_values"] = torch.cat([row.get("pixel_values", nothing) for row in rows])  # [B, 3, H, W]
+        if pictures := [row["pixel_values"] for row in rows if "pixel_values" in row]:
+            blank = torch.zeros_like(pictures[0])
+            batch["pixel_values"] = torch.cat([row.get("pixel_values", blank) for row in rows])  # [B, 3, H, W]
             batch["image_mask"] = torch.tensor(["pixel_values" in row for row in rows])  # [B]
         return batch.to(self.model.device)
 
     @torch.no_grad()
-    def _find_knowledge(self, jobs: list[Job]) -> None:
+    def _compute_knowledge(self, jobs: list[Job]) -> None:
         inputs = self._collate(jobs)
         knowledge = self.model.get_knowledge(
             inputs["context_input_ids"], inputs["context_attention_mask"], inputs.get("pixel_values")
@@ -334,12 +336,12 @@ class Worker(threading.Thread):
         projected = self.model.project_knowledge(knowledge)  # [B, m, d_llm]
         n = self.model.config.num_knowledge_tokens
         for row, job in enumerate(jobs):
-            own = n * (1 + ("pixel_values" in job.features))  # another row's picture makes room in this one
+            own = n * (1 + ("pixel_values" in job.features))  # rows without a picture are padded to those with one
             job.emit((knowledge[row, :own].float().cpu(), projected[row, :own].float().cpu()))
 
     def _reply(self, jobs: list[Job]) -> None:
         decoding, inputs = jobs[0].decoding, self._collate(jobs)
-        steps = Steps(jobs, self._step)
+        steps = BatchSteps(jobs, self._step)
         self.metrics.add("prompt_tokens_total", sum(job.prompt_length for job in jobs))
         with torch.random.fork_rng(enabled=decoding.seed is not None):
             if decoding.seed is not None:
@@ -353,13 +355,13 @@ class Worker(threading.Thread):
                 stopping_criteria=StoppingCriteriaList([steps]),
                 **dict(decoding.sampling),
             )
-        # beams are known when the search is over
+        # beam search knows its tokens only at the end
         for job, tokens in zip(jobs, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             for token in tokens[len(job.ids) :]:
                 self._step(job, token)
 
     def _step(self, job: Job, token: int) -> None:
-        """Gives a row its next token, unless it needs none."""
+        """Appends a token to a row's reply, unless it is finished or cancelled."""
         if job.finished or job.cancelled:
             return
         self.metrics.add("completion_tokens_total")
@@ -377,14 +379,14 @@ class Worker(threading.Thread):
         )
 
 
-class Steps(StoppingCriteria):
+class BatchSteps(StoppingCriteria):
     """
-    Sees a batch after each step: transformers' streamers know one row only. Hands every row its new token, and ends
-    the rows that are finished or cancelled. Beams, several to a row, are only ended.
+    Streams the rows of a batch, where transformers' streamers take one row only: passes each row its new token, and
+    ends rows that are finished or cancelled. With beams, several to a row, it only ends them.
 
     Args:
         jobs: the rows.
-        step: takes a row and its new token.
+        step: called with a row and its new token.
     """
 
     def __init__(self, jobs: list[Job], step: Callable[[Job, int], None]):
