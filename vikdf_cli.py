@@ -1,8 +1,9 @@
-"""The command `vikdf`. Each command is one function, declared with its options above it, that calls the package.
+"""The command `vikdf`. Each command is a function that calls the package, with its options declared above it.
 
-This module lies beside the package and imports it only when a command runs: transformers' Auto classes can be told of
-real classes alone, so that importing anything of the package imports PyTorch, and help, a typo or a completion would
-take as long as a model's first word.
+This module is beside the package and imports it only when a command runs. transformers' Auto classes register real
+classes only, so importing any part of the package imports PyTorch; help, typos and completion would take seconds.
+
+Knows options, messages and exit codes; the work is done in the package.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
-    """What a command is called by, what it says of itself, its options, and the extra of setup.py that it needs."""
+    """A command: its help, its options, its function, and the extra of setup.py that it needs."""
 
     help: str
     options: tuple[Callable, ...]
@@ -32,7 +33,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(help: str, *options: Callable, name: str | None = None, extra: str | None = None) -> Callable:
-    """Declares the decorated function as a command of its name, or of `name`; it may be declared as several."""
+    """Declares the decorated function as a command, by its own name or by `name`; it can be declared several times."""
 
     def declare(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
         COMMANDS[name or run.__name__] = Command(help, options, run, extra)
@@ -47,12 +48,12 @@ def option(*names: str, **settings: Any) -> Callable:
 
 
 def one_of(*options: Callable) -> Callable:
-    """Options of which one may be given."""
+    """Options that exclude each other."""
 
     def add(parser: argparse.ArgumentParser) -> None:
         group = parser.add_mutually_exclusive_group()
-        for each in options:
-            each(group)
+        for add_option in options:
+            add_option(group)
 
     return add
 
@@ -69,7 +70,7 @@ MODEL = option("--model", help="folder or Hub id of a VIKDF model (default: the 
     option("--max-new-tokens", type=int, default=64, help="longest reply in tokens (default: 64)"),
 )
 def chat(args: argparse.Namespace) -> None:
-    """Talks in the terminal, or answers the given messages as successive user turns and ends."""
+    """Talks in the terminal, or answers the given messages as successive user turns and exits."""
     from transformers import pipeline
 
     from modeling_vikdf import DEFAULT_CHECKPOINT
@@ -77,7 +78,7 @@ def chat(args: argparse.Namespace) -> None:
     from modeling_vikdf.terminal import Dialogue, answer_lines, answer_messages
 
     source = args.model or DEFAULT_CHECKPOINT
-    # loaded here, because `pipeline` buries the reason of a failure in its own
+    # loaded here, because `pipeline` hides the reason of a failure behind its own error
     model, processor = load_model(source)
     pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
     dialogue = Dialogue(pipe, use_knowledge=not args.no_knowledge, max_new_tokens=args.max_new_tokens)
@@ -97,7 +98,7 @@ def chat(args: argparse.Namespace) -> None:
     option("--width", type=int, default=768, help="width of the IQ-Former (default: 768)"),
     option("--heads", type=int, default=12, help="attention heads of the IQ-Former (default: 12)"),
     option("--system-prompt", help="system message of chats that bring none"),
-    option("--base-text", help="start with silent knowledge: a harmless sentence in its place"),
+    option("--base-text", help="start with silent knowledge: a neutral sentence in its place"),
 )
 def new(args: argparse.Namespace) -> None:
     """Builds an untrained model around pretrained backbones and writes model and processor to a folder."""
@@ -141,7 +142,7 @@ RECIPE = (
 @command("stage 2: teach the LLM to use knowledge, on image-text pairs", *RECIPE, name="integrate", extra="train")
 @command("stage 1: learn from image-text pairs which knowledge a text evokes", *RECIPE, name="distill", extra="train")
 def train(args: argparse.Namespace) -> None:
-    """Runs a training stage from a recipe, or goes on with it where it was interrupted."""
+    """Runs a training stage from a recipe, or resumes one that was interrupted."""
     from modeling_vikdf.training.recipe_files import read_recipe
     from modeling_vikdf.training.trainer import run_stage
 
@@ -162,8 +163,8 @@ def convert(args: argparse.Namespace) -> None:
     print(f"Wrote {args.output}.")
 
 
-def _tell(figures: dict, output: str | None) -> None:
-    """Prints figures as JSON, and writes them to a file if there is one."""
+def print_figures(figures: dict, output: str | None) -> None:
+    """Prints figures as JSON, and writes them to a file if one is given."""
     text = json.dumps(figures, indent=2)
     print(text)
     if output:
@@ -195,7 +196,7 @@ def shrink(args: argparse.Namespace) -> None:
     )
 
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    output.mkdir(parents=True, exist_ok=True)  # fails now, not after all the work
     dialogues, validation = (list(load_dialogues(source)) for source in (args.data, args.validation))
     require_dialogues(len(dialogues), args.data)
     require_dialogues(len(validation), args.validation)
@@ -242,7 +243,7 @@ def retrieve(args: argparse.Namespace) -> None:
     model, processor = load_model(args.model)
     figures = evaluate_retrieval(model, processor, pairs, batch_size=args.batch_size, seed=args.seed)
     figures["skipped"] = report.counts()
-    _tell(figures, args.output)
+    print_figures(figures, args.output)
     print(report.summary(), file=sys.stderr)
 
 
@@ -261,7 +262,7 @@ def index(args: argparse.Namespace) -> None:
     from modeling_vikdf.picture_index import INDEX_NAME, PictureIndex, load_pictures
 
     source, report = args.model or DEFAULT_CHECKPOINT, SkipReport()
-    Path(args.output).mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    Path(args.output).mkdir(parents=True, exist_ok=True)  # fails now, not after all the work
     old = PictureIndex.load(args.source) if Path(args.source, INDEX_NAME).exists() else None
     pictures, total = load_pictures(args.source, report) if old is None else (None, None)
     model, processor = load_model(source)
@@ -302,7 +303,7 @@ def index(args: argparse.Namespace) -> None:
     extra="eval",
 )
 def evaluate(args: argparse.Namespace) -> None:
-    """Measures the replies to dialogues: their likelihood, their rank among others, and what the model says itself."""
+    """Measures the replies to dialogues: their likelihood, their rank among others, and the model's own replies."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.evaluation.dialogues import EvaluationSettings, evaluate_file
 
@@ -342,7 +343,7 @@ def compare(args: argparse.Namespace) -> None:
         a, b = args.a, args.b
     else:
         raise ValueError("compare takes two reports, or the reports of several seeds: --a A1 A2 ... --b B1 B2 ...")
-    _tell(compare_reports(a, b, seed=args.seed), args.output)
+    print_figures(compare_reports(a, b, seed=args.seed), args.output)
 
 
 @command(
@@ -375,11 +376,11 @@ def probe(args: argparse.Namespace) -> None:
     )
     items = load_items(args.data, templates, args.limit)
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    output.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after all the work
     source = args.model or DEFAULT_CHECKPOINT
     model, processor = load_model(source)
     figures = probe(model, processor, items, args.arms, batch_size=args.batch_size, seed=args.seed)
-    output.write_text(json.dumps(figures) + "\n", encoding="utf-8")  # also if the other file does not fit
+    output.write_text(json.dumps(figures) + "\n", encoding="utf-8")  # kept even if the comparison fails
     if against is not None:
         figures["against"] = compare_probes(figures, against, args.seed)
         output.write_text(json.dumps(figures) + "\n", encoding="utf-8")
@@ -445,17 +446,17 @@ def push(args: argparse.Namespace) -> None:
     MODEL,
     option("--output", help="JSON file to write"),
     option("--repeats", type=int, default=7, help="timed runs of each arm (default: 7)"),
-    extra="train",  # of what it measures, training alone needs one
+    extra="train",  # only measuring training needs it
 )
 def benchmark(args: argparse.Namespace) -> None:
-    """Measures, prints and writes figures of speed and memory, as ratios wherever machines differ."""
+    """Measures speed and memory, as ratios wherever machines differ."""
     from modeling_vikdf.benchmark import benchmark_generation, benchmark_training
 
     if args.what == "generation":
         figures = benchmark_generation(args.model, repeats=args.repeats)
     else:
         figures = benchmark_training(repeats=args.repeats)
-    _tell(figures, args.output)
+    print_figures(figures, args.output)
 
 
 @command(
@@ -470,7 +471,7 @@ def benchmark(args: argparse.Namespace) -> None:
     extra="serve",
 )
 def serve(args: argparse.Namespace) -> None:
-    """Answers over HTTP, as OpenAI's chat API does, until it is told to end."""
+    """Answers over HTTP, as OpenAI's chat API does, until the process is terminated."""
     from modeling_vikdf.server.app import serve
 
     key = os.environ.get("VIKDF_API_KEY") if args.api_key is None else args.api_key
@@ -486,7 +487,7 @@ def version(args: argparse.Namespace) -> None:
 
 @command("print what a bug report needs: versions, hardware, where the backbones are")
 def env(args: argparse.Namespace) -> None:
-    """Prints what the package runs with and on. Nothing secret: no token, no key, no home folder's name."""
+    """Prints versions, hardware and where the backbones are. No secrets: no token, no key, no home folder's name."""
     from modeling_vikdf.environment import describe_environment
 
     for name, value in describe_environment().items():
@@ -497,20 +498,20 @@ def env(args: argparse.Namespace) -> None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """How a message goes on that names what a mistyped word is nearest to; empty if nothing is near."""
+    """The end of an error message that suggests the known word nearest to a mistyped one; empty if none is near."""
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; for {word!r}, did you mean {nearest[0]!r}?" if nearest else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """Names what a mistyped command, choice or option is nearest to."""
+    """Suggests the nearest command, choice or option for a mistyped one."""
 
     words: Sequence[str] = ()
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As in the base class, but what a command does not know is its own error, told with its usage."""
+        """As in the base class, but unknown arguments are an error of the command, shown with the command's usage."""
         self.words = sys.argv[1:] if args is None else args
         namespace, unknown = super().parse_known_args(self.words, namespace)
         if unknown:
@@ -518,7 +519,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Ends with the usage, what is wrong, and what was perhaps meant."""
+        """Exits with the usage, the error, and a suggestion if a word is near."""
         if choice := re.search(r"invalid choice: '(.+?)' \(choose from (.+?)\)", message):
             message += suggest(choice[1], re.findall(r"[\w-]+", choice[2]))
         options = re.findall(r"--[\w-]+", self.format_usage())
@@ -546,12 +547,12 @@ def build_parser() -> Parser:
 
 
 def quiet_libraries() -> None:
-    """No bars for the weights of each part of a model; downloads, which take long, keep theirs."""
+    """Hides the progress bars of loading weights; downloads, which take long, keep theirs."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
     wanted = not are_progress_bars_disabled()
-    logging.disable_progress_bar()  # of both libraries
+    logging.disable_progress_bar()  # of huggingface_hub, too
     if wanted:
         enable_progress_bars()
 
@@ -559,19 +560,19 @@ def quiet_libraries() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script `vikdf`."""
     parser = build_parser()
-    with contextlib.suppress(ImportError):  # without the extra there is no completion
+    with contextlib.suppress(ImportError):  # completion needs the extra
         import argcomplete
 
         argcomplete.autocomplete(parser)
     args = parser.parse_args(argv)
     extra = COMMANDS[args.command].extra
     try:
-        if args.command != "version":  # which alone does without them
+        if args.command != "version":  # the only command without those libraries
             quiet_libraries()
         COMMANDS[args.command].run(args)
     except ModuleNotFoundError as error:
         if extra is None:
-            raise  # no extra brings it
+            raise  # not part of any extra
         sys.exit(
             f"vikdf: {args.command!r} needs {error.name!r}, which is not installed. It comes with: "
             f'pip install "modeling_vikdf[{extra}]"'

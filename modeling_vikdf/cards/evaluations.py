@@ -1,7 +1,7 @@
-"""Reports of evaluations as a card shows them: tables with intervals, and the Hub's metadata.
+"""Evaluation reports as a card shows them: tables with intervals, and metadata for the Hub.
 
-Knows what is in the files that `vikdf evaluate`, `retrieve` and `probe`, eval/collect.py and the Trainer write.
-Reports are known by what they hold, whatever they are called.
+Knows the files that `vikdf evaluate`, `retrieve` and `probe`, eval/collect.py and the Trainer write, by their contents
+and not by their names. Knows no template.
 """
 
 import json
@@ -49,7 +49,7 @@ SAME_EVALUATION = ("data", "data_sha256", "limit", "all_references", "system_pro
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % interval, if it has one."""
+    """A value and its 95 % interval, if it has one."""
 
     value: float
     interval: list[float] | None = None
@@ -66,8 +66,8 @@ class Estimate(NamedTuple):
 @dataclass
 class Evaluation:
     """
-    Figures on one data set: arm -> metric -> estimate, and other model -> metric -> the subject minus that one, with
-    what such differences mean. The subject is this model, or its recipe over several seeds of training.
+    Results on one data set: arm -> metric -> estimate, and other model -> metric -> the subject minus that model, with
+    the meaning of such differences. The subject is this model, or its recipe over several training seeds.
     """
 
     data: str
@@ -78,11 +78,11 @@ class Evaluation:
     subject: str = MODEL
 
     def table(self) -> str:
-        """A row a metric, a column an arm."""
+        """A row per metric, a column per arm."""
         return _metrics_table(["metric"], self.arms)
 
     def differences_table(self) -> str:
-        """The same of the differences."""
+        """A row per metric, a column per other model."""
         return _metrics_table([f"{self.subject} minus"], self.differences)
 
 
@@ -202,7 +202,7 @@ def model_index(evaluations: list[Evaluation]) -> list[EvalResult]:
 
 
 def last_evaluation(folder: Path) -> dict[str, Any] | None:
-    """Steps, epochs and the last figures of the Trainer's own evaluation; `None` without a record."""
+    """Steps, epochs and the results of the Trainer's last evaluation; `None` without a `trainer_state.json`."""
     path = folder / "trainer_state.json"
     if not path.is_file():
         return None
@@ -225,7 +225,7 @@ def last_evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; a `ValueError` names the file that is none."""
+    """The contents of a JSON file; a `ValueError` names a file that is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -244,7 +244,7 @@ def _metrics_table(corner: list[str], columns: dict[str, dict[str, Estimate]]) -
 
 
 def markdown_table(head: list[str], rows: list[list[Any]]) -> str:
-    """Markdown; empty without rows."""
+    """A Markdown table; empty without rows."""
     if not rows:
         return ""
 

@@ -1,9 +1,8 @@
-"""What a run left behind, read from its files: backbones and their licences, weights, recipes, data.
+"""The facts of a run, read from the files it left: backbones and their licences, weights, recipes, data.
 
-Knows where each fact stands in a checkpoint or a folder of data; knows nothing of evaluations and of how a card looks.
+Knows where a checkpoint or a folder of data stores each fact; knows nothing of evaluations or of how a card looks.
 
-`recipe.yaml` holds one YAML document for each stage of training, the first one first: the recipe, with its stage's
-name as `stage`.
+`recipe.yaml` holds one YAML document per training stage, in order: the recipe, with the stage's name as `stage`.
 """
 
 import math
@@ -24,18 +23,18 @@ from ..configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 SEE_REPOSITORY = "see its own repository"
 ROLES = {"language_model": "language model", "context_encoder": "text encoder", "vision_encoder": "vision encoder"}
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-SECRETS = {"hub_token"}  # arguments of the Trainer that no card may show
+SECRETS = {"hub_token"}  # training arguments that no card may show
 
 
 class KnownBackbone(NamedTuple):
-    """What a backbone's own card says of it."""
+    """Licence and language of a backbone, from its own card."""
 
     license: str
     language: str | None = None
 
 
 class KnownData(NamedTuple):
-    """A data set: how files made from it are called, its terms, Hub's identifiers of its licence and of itself."""
+    """A data set: a pattern for names of files made from it, its terms, and Hub ids of its licence and itself."""
 
     pattern: str
     terms: str
@@ -64,7 +63,7 @@ DATA_SETS = {
 
 
 def describe_backbones(config: VikdfConfig) -> list[dict[str, Any]]:
-    """Of each backbone, the LLM first: what it is called and where it is from; `stored` if the checkpoint holds it."""
+    """Name and origin of each backbone, the LLM first; `stored` if the checkpoint holds its weights."""
     backbones = []
     for role, key in BACKBONE_CONFIGS.items():
         if (sub_config := getattr(config, key)) is None:
@@ -72,7 +71,7 @@ def describe_backbones(config: VikdfConfig) -> list[dict[str, Any]]:
         origin = config.backbones.get(role, {})
         name = origin.get("repo_id") or sub_config.name_or_path
         repo_id = name if _is_repo_id(name) else None
-        # of a local folder the name alone: where it lies on one machine is of no use on another
+        # only a local folder's name: its path on one machine is of no use on another
         label = f"[{name}](https://huggingface.co/{name})" if repo_id else Path(name).name or "(its name is unknown)"
         known = BACKBONES.get(name, KnownBackbone(SEE_REPOSITORY))
         backbones.append(
@@ -91,7 +90,7 @@ def describe_backbones(config: VikdfConfig) -> list[dict[str, Any]]:
 
 
 def describe_weights(folder: Path) -> dict[str, Any]:
-    """`parameters`: how many were trained; `silent`: whether every gate of the knowledge is 0."""
+    """`parameters`: the number of trained ones; `silent`: whether every knowledge gate is 0."""
     weights = get_local_safetensors_metadata(folder)
     tensors = {name: info for file in weights.files_metadata.values() for name, info in file.tensors.items()}
     trained = [info for name, info in tensors.items() if not name.startswith(tuple(f"{role}." for role in ROLES))]
@@ -103,7 +102,7 @@ def describe_weights(folder: Path) -> dict[str, Any]:
 
 
 def _is_repo_id(name: str) -> bool:
-    """Whether it is called as a repository `org/name` on the Hub, and is no folder here."""
+    """Whether a name can be that of a Hub repository, `org/name`, and is not a local folder."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -111,40 +110,40 @@ def _is_repo_id(name: str) -> bool:
     return "/" in name and not Path(name).is_dir()
 
 
-def repo_ids(things: list[dict[str, Any]]) -> list[str] | None:
-    """The repositories of those that have one, each once; `None`, which metadata leave out, if there are none."""
-    return list(dict.fromkeys(each["repo_id"] for each in things if each["repo_id"])) or None
+def repo_ids(entries: list[dict[str, Any]]) -> list[str] | None:
+    """The distinct repositories of the entries; `None`, which metadata leave out, if there are none."""
+    return list(dict.fromkeys(entry["repo_id"] for entry in entries if entry["repo_id"])) or None
 
 
 # ---- how it was trained ----
 
 
 def read_stages(folder: Path) -> list[dict[str, Any]]:
-    """The recipes of the stages of training, without what is secret or of one machine only."""
+    """The recipes of all training stages, redacted."""
     path = folder / "recipe.yaml"
     if not path.is_file():
         return []
     stages = [stage for stage in yaml.safe_load_all(path.read_text(encoding="utf-8")) if stage]
     if not all(isinstance(stage, dict) for stage in stages):
         raise ValueError(f"{path} is no recipe: expected YAML documents with sections such as model and data.")
-    return [portable(stage) for stage in stages]
+    return [redact(stage) for stage in stages]
 
 
 def write_history(stage: dict[str, Any], folder: str | Path, checkpoint: str | Path | None) -> None:
-    """`recipe.yaml` in the folder: the documents of the checkpoint that the stage began with, then the stage's own."""
+    """Writes `recipe.yaml`: the documents of the checkpoint that the stage started from, then the stage's own."""
     history = []
     if checkpoint and (recipe := Path(checkpoint, "recipe.yaml")).is_file():
         history = list(yaml.safe_load_all(recipe.read_text(encoding="utf-8")))
-    text = yaml.safe_dump_all([*history, portable(stage)], sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump_all([*history, redact(stage)], sort_keys=False, allow_unicode=True)
     Path(folder, "recipe.yaml").write_text(text, encoding="utf-8")
 
 
-def portable(value: Any) -> Any:
-    """Settings with the last two parts of absolute paths, and without secrets."""
+def redact(value: Any) -> Any:
+    """Settings without secrets, and with absolute paths cut to their last two parts."""
     if isinstance(value, dict):
-        return {key: portable(each) for key, each in value.items() if key not in SECRETS}
+        return {key: redact(item) for key, item in value.items() if key not in SECRETS}
     if isinstance(value, list):
-        return [portable(each) for each in value]
+        return [redact(item) for item in value]
     if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()):
         return "/".join(Path(value).parts[-2:])
     return value
@@ -160,18 +159,18 @@ def describe_stage(stage: dict[str, Any]) -> dict[str, str]:
 
 
 def describe_data_sets(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each stage learnt from: `data.sources` if the recipe names them, else what the files are called."""
+    """The training data of each stage: `data.sources` if the recipe names them, else by the names of its files."""
     data_sets = []
     for stage in stages:
         data = stage.get("data") or {}
         names = data.get("sources") or [data[key] for key in ("train", "pairs") if data.get(key)]
         data_sets += [describe_data(name, stage.get("stage", "not named")) for name in _flatten(names)]
-    unique = {(each["stage"], each["name"]): each for each in data_sets}
+    unique = {(data_set["stage"], data_set["name"]): data_set for data_set in data_sets}
     return list(unique.values())
 
 
 def describe_data(name: str, stage: str = "") -> dict[str, Any]:
-    """A data set by its name, or by that of a file made from it."""
+    """Name, terms and repository of a data set, from its name or that of a file made from it."""
     words = re.sub(r"[_\-./]+", " ", name.lower())
     for known, data in DATA_SETS.items():
         if re.search(rf"\b{data.pattern}\b", words):
@@ -180,25 +179,25 @@ def describe_data(name: str, stage: str = "") -> dict[str, Any]:
 
 
 def _flatten(value: Any) -> list[str]:
-    return [each for part in value for each in _flatten(part)] if isinstance(value, list) else [str(value)]
+    return [name for part in value for name in _flatten(part)] if isinstance(value, list) else [str(value)]
 
 
-# ---- what data there are ----
+# ---- files of data ----
 
 
 def split_of(path: Path) -> str:
-    """The split that a file's name tells: validation, test, or else train."""
-    found = re.search("validation|test", path.name)
-    return found[0] if found else "train"
+    """A file's split by its name: validation, test, or else train."""
+    match = re.search("validation|test", path.name)
+    return match[0] if match else "train"
 
 
 def count_lines(path: Path) -> int:
-    """Dialogues in a JSON Lines file."""
+    """The number of dialogues in a JSON Lines file."""
     with open(path, "rb") as lines:
         return sum(bool(line.strip()) for line in lines)
 
 
 def count_pictures(path: Path) -> int:
-    """Pictures in a shard."""
+    """The number of pictures in a shard."""
     with tarfile.open(path) as shard:
         return sum(name.lower().endswith(IMAGES) for name in shard.getnames())

@@ -1,4 +1,4 @@
-"""The cards of the Hub: a template, filled from what a run left behind. Nothing stands in one that is in no file.
+"""Cards for the Hub: templates filled from the files of a run, and nothing that is in no file.
 
     folder: config.json, weights              -> what the model is     facts.py
             recipe.yaml                       -> how it was trained    facts.py
@@ -6,7 +6,7 @@
             evaluate, retrieve ...            -> how good it is        evaluations.py
     all of it -> metadata and a template of hub_cards/ -> README.md
 
-Knows the templates and what they ask for; what the files hold is known to facts.py and evaluations.py.
+Knows the templates and the facts they ask for; facts.py and evaluations.py know the files.
 """
 
 from collections.abc import Iterable, Sequence
@@ -50,13 +50,13 @@ from .facts import (
 )
 
 
-# A wheel holds hub_cards/ inside the package; in a checkout, also one that is installed editable, it is beside it.
+# A wheel holds hub_cards/ inside the package; a checkout, also one installed editable, has it beside the package.
 TEMPLATES = next(
     place
     for place in (Path(__file__).parents[1] / "hub_cards", Path(__file__).parents[2] / "hub_cards")
     if place.is_dir()
 )
-FIGURE = TEMPLATES / "vikdf.svg"  # a model card shows it and expects it beside itself
+FIGURE = TEMPLATES / "vikdf.svg"  # model cards show it and expect it beside them
 LICENSE = "apache-2.0"
 GRADIO_VERSION = "6.31.0"
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -64,20 +64,20 @@ SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_
 
 def render_model_card(folder: str | Path, repo_id: str | None = None, results: Iterable[str | Path] = ()) -> str:
     """
-    The card of a checkpoint. It shows `FIGURE`, which has to lie beside it.
+    The card of a checkpoint. It shows `FIGURE`, which has to be beside it.
 
     Args:
         folder: the checkpoint. Reports of `vikdf evaluate`, `retrieve` and `probe` in it, and results that
             eval/collect.py wrote, become the card's section on evaluation.
-        repo_id: where it is or will be on the Hub; without it the examples name a folder.
-        results: further such reports, which must be of this model.
+        repo_id: its repository on the Hub, now or later; without it the examples name a folder.
+        results: further reports, which must be of this model.
 
     Returns:
         The text of README.md, metadata included.
 
     Raises:
         OSError: if the folder holds no VIKDF model, or a report cannot be read.
-        ValueError: if `repo_id` cannot be one, a report is none, or reports are of different weights.
+        ValueError: if `repo_id` is not a valid one, a file is not a report, or reports are of different weights.
     """
     folder, results = Path(folder), [Path(path) for path in results]
     config = VikdfConfig.from_pretrained(folder)
@@ -87,10 +87,10 @@ def render_model_card(folder: str | Path, repo_id: str | None = None, results: I
     language_model = backbones[0]
     title = _name(repo_id) if repo_id else f"VIKDF around {language_model['name']}"
     base_models, eval_results = repo_ids(backbones), model_index(evaluations)
-    metrics = {each.metric_type for each in eval_results} & set(HUB_METRICS.values())
-    # the checkpoint itself is Apache-2.0, but it may hold backbones under terms that are not known here
-    stored = [each for each in backbones if each["stored"]]
-    free = all(each["license"] == "Apache-2.0" for each in stored)
+    metrics = {result.metric_type for result in eval_results} & set(HUB_METRICS.values())
+    # the checkpoint itself is Apache-2.0, but it may hold backbones whose terms are not known here
+    stored = [backbone for backbone in backbones if backbone["stored"]]
+    free = all(backbone["license"] == "Apache-2.0" for backbone in stored)
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -114,14 +114,17 @@ def render_model_card(folder: str | Path, repo_id: str | None = None, results: I
         language_model=language_model,
         backbones=markdown_table(
             ["role", "backbone", "revision", "licence"],
-            [[each["role"], each["label"], each["revision"], each["license"]] for each in backbones],
+            [
+                [backbone["role"], backbone["label"], backbone["revision"], backbone["license"]]
+                for backbone in backbones
+            ],
         ),
         stored=stored,
         remote_code=bool(getattr(config, "auto_map", None)),
         **describe_weights(folder),
         stages=[describe_stage(stage) for stage in stages],
         data_sets=markdown_table(
-            ["stage", "data", "licence"], [[each["stage"], each["name"], each["terms"]] for each in data_sets]
+            ["stage", "data", "licence"], [[data["stage"], data["name"], data["terms"]] for data in data_sets]
         ),
         last_evaluation=last_evaluation(folder),
         evaluations=evaluations,
@@ -135,11 +138,11 @@ def render_space_readme(folder: str | Path, repo_id: str | None = None) -> str:
 
     Args:
         folder: the checkpoint.
-        repo_id: where it is on the Hub; without it the Space shows the packaged one.
+        repo_id: its repository on the Hub; without it the Space shows the packaged checkpoint.
 
     Raises:
         OSError: if the folder holds no VIKDF model.
-        ValueError: if `repo_id` cannot be one.
+        ValueError: if `repo_id` is not a valid one.
     """
     backbones = describe_backbones(VikdfConfig.from_pretrained(folder))
     models = [{"repo_id": repo_id}, *backbones]
@@ -164,23 +167,24 @@ def render_space_readme(folder: str | Path, repo_id: str | None = None) -> str:
         title=metadata.title,
         repo_id=repo_id,
         backbones=markdown_table(
-            ["role", "backbone", "licence"], [[each["role"], each["label"], each["license"]] for each in backbones]
+            ["role", "backbone", "licence"],
+            [[backbone["role"], backbone["label"], backbone["license"]] for backbone in backbones],
         ),
     )
 
 
 def render_dataset_card(folder: str | Path, repo_id: str | None = None, sources: Sequence[str] = ()) -> str:
     """
-    The card of data to train on: dialogues (`*.jsonl`) and shards of image-text pairs (`*.tar`), which are counted.
+    The card of training data: dialogues (`*.jsonl`) and shards of image-text pairs (`*.tar`), with their counts.
 
     Args:
-        folder: holds the files; one whose name has "validation" or "test" in it is of that split, else of "train".
-        repo_id: where the data are or will be on the Hub.
-        sources: names of the data sets that they were made from.
+        folder: holds the files; a name with "validation" or "test" in it tells a file's split, otherwise "train".
+        repo_id: the data's repository on the Hub, now or later.
+        sources: names of the data sets that the files were made from.
 
     Raises:
         OSError: if a file cannot be read.
-        ValueError: if there are no such files, or `repo_id` cannot be one.
+        ValueError: if there are no such files, or `repo_id` is not a valid one.
     """
     folder = Path(folder)
     counts = {path: count_lines(path) for path in sorted(folder.glob("*.jsonl"))}
@@ -196,14 +200,14 @@ def render_dataset_card(folder: str | Path, repo_id: str | None = None, sources:
         if splits:
             files = [{"split": split, "path": paths} for split, paths in splits.items()]
             configs.append({"config_name": name, "data_files": files})
-    kinds = [each["config_name"] for each in configs]
+    kinds = [config["config_name"] for config in configs]
     made_from = [describe_data(name) for name in sources]
-    licenses = {DATA_SETS[each["name"]].license if each["name"] in DATA_SETS else "other" for each in made_from}
+    licenses = {DATA_SETS[data["name"]].license if data["name"] in DATA_SETS else "other" for data in made_from}
     title = _name(repo_id) if repo_id else "Data for VIKDF"
     metadata = DatasetCardData(
         pretty_name=title,
         license=("unknown" if not licenses else licenses.pop() if len(licenses) == 1 else "other"),
-        language="en" if made_from and all(each["name"] in DATA_SETS for each in made_from) else None,
+        language="en" if made_from and all(data["name"] in DATA_SETS for data in made_from) else None,
         task_categories=[{"dialogues": "text-generation", "pairs": "image-to-text"}[kind] for kind in kinds],
         size_categories=next((name for size, name in SIZES if sum(counts.values()) < size), "1M<n<10M"),
         tags=["vikdf"],
@@ -218,7 +222,7 @@ def render_dataset_card(folder: str | Path, repo_id: str | None = None, sources:
         files=markdown_table(
             ["file", "split", "examples"], [[path.name, split_of(path), f"{n:,}"] for path, n in counts.items()]
         ),
-        made_from=markdown_table(["data", "licence"], [[each["name"], each["terms"]] for each in made_from]),
+        made_from=markdown_table(["data", "licence"], [[data["name"], data["terms"]] for data in made_from]),
     )
 
 
@@ -247,7 +251,7 @@ def render_eval_results(report: str | Path, metric: str, dataset_id: str, task_i
 
 
 def _render(template: str, metadata: CardData, **facts: Any) -> str:
-    """A template, filled; a fact that it names and does not get is an error instead of a gap."""
+    """Fills a template; a missing fact is an error instead of a gap."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,

@@ -1,6 +1,6 @@
-"""Where the files of recipes are, and how settings on the command line change them.
+"""Where recipes are, and how KEY=VALUE arguments of the command line change them.
 
-Knows no setting: what a recipe may say is checked when its stage runs.
+Knows no setting: a recipe's keys are checked when its stage runs.
 """
 
 import importlib.util
@@ -16,10 +16,10 @@ from .trainer import _suggest
 def recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name: `smollm2/distill`."""
     package = Path(importlib.util.find_spec("modeling_vikdf").origin).parent
-    # A wheel holds configs/ inside the package; in a checkout, also one that is installed editable, it is beside it.
+    # A wheel holds configs/ inside the package; a checkout, also one installed editable, has it beside the package.
     folder = next(place for place in (package / "configs", package.parent / "configs") if place.is_dir())
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-    return {name: path for name, path in found.items() if name != "study" and not name.startswith("accelerate/")}
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {name: path for name, path in files.items() if name != "study" and not name.startswith("accelerate/")}
 
 
 def find_recipe(name: str) -> Path:
@@ -27,10 +27,10 @@ def find_recipe(name: str) -> Path:
     The file of a recipe.
 
     Args:
-        name: a file, which is taken if it is there; or what one of [`recipes`] is called.
+        name: a file, if it exists; otherwise the name of one of [`recipes`].
 
     Raises:
-        FileNotFoundError: if it is neither.
+        FileNotFoundError: if there is neither.
     """
     if Path(name).is_file():
         return Path(name)
@@ -45,15 +45,15 @@ def find_recipe(name: str) -> Path:
 
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
-    A recipe, with settings in place of its own.
+    A recipe with overrides.
 
     Args:
         name: see [`find_recipe`].
-        overrides: `section.key=value` each, or `key=value` for the section `training`.
+        overrides: `section.key=value`, or `key=value` for the section `training`.
 
     Raises:
         FileNotFoundError: if there is no such recipe.
-        ValueError: if it is none, or an override cannot be one.
+        ValueError: if the file is not a recipe, or an override is not of this form.
     """
     try:
         recipe = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for override in overrides:
         key, separator, value = override.removeprefix("--").partition("=")
         if not separator:
-            raise ValueError(f"{override!r} is no override: expected section.key=value, or key=value for training.")
+            raise ValueError(f"Expected section.key=value, or key=value for training, got {override!r}.")
         section, _, key = key.rpartition(".")
         section = section or "training"
         settings = recipe.get(section) or {}
