@@ -1,15 +1,15 @@
-"""The command `vikdf`. Each command is one function, declared with its options above it, that calls the package.
+"""The command `vikdf`. Each command is a function that calls the package, with its options declared above it.
 
-This module lies beside the package and imports it only when a command runs: transformers' Auto classes can be told of
-real classes alone, so that importing anything of the package imports PyTorch, and help, a typo or a completion would
-take as long as a model's first word.
+This module is beside the package and imports it only when a command runs. transformers' Auto classes register real
+classes only, so importing any part of the package imports PyTorch; help, typos and completion would take seconds.
+
+Knows options, messages and exit codes; the work is done in the package.
 """
 
 import argparse
 import contextlib
 import difflib
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
-    """What a command is called by, what it says of itself, its options, and the extra of setup.py that it needs."""
+    """A command: its help, its options, its function, and the extra of setup.py that it needs."""
 
     help: str
     options: tuple[Callable, ...]
@@ -33,7 +33,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(help: str, *options: Callable, name: str | None = None, extra: str | None = None) -> Callable:
-    """Declares the decorated function as a command of its name, or of `name`; it may be declared as several."""
+    """Declares the decorated function as a command, by its own name or by `name`; it can be declared several times."""
 
     def declare(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
         COMMANDS[name or run.__name__] = Command(help, options, run, extra)
@@ -48,12 +48,12 @@ def option(*names: str, **settings: Any) -> Callable:
 
 
 def one_of(*options: Callable) -> Callable:
-    """Options of which one may be given."""
+    """Options that exclude each other."""
 
     def add(parser: argparse.ArgumentParser) -> None:
         group = parser.add_mutually_exclusive_group()
-        for each in options:
-            each(group)
+        for add_option in options:
+            add_option(group)
 
     return add
 
@@ -70,58 +70,21 @@ MODEL = option("--model", help="folder or Hub id of a VIKDF model (default: the 
     option("--max-new-tokens", type=int, default=64, help="longest reply in tokens (default: 64)"),
 )
 def chat(args: argparse.Namespace) -> None:
-    """Talks in the terminal, or answers the given messages as successive user turns and ends."""
+    """Talks in the terminal, or answers the given messages as successive user turns and exits."""
     from transformers import pipeline
 
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.building import load_model
+    from modeling_vikdf.terminal import Dialogue, answer_lines, answer_messages
 
     source = args.model or DEFAULT_CHECKPOINT
-    # loaded here, because `pipeline` buries the reason of a failure in its own
+    # loaded here, because `pipeline` hides the reason of a failure behind its own error
     model, processor = load_model(source)
     pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
-    messages = []
-
-    def answer(text: str) -> None:
-        messages.append({"role": "user", "content": text})
-        reply = ""
-        for piece in pipe.stream(messages, use_knowledge=not args.no_knowledge, max_new_tokens=args.max_new_tokens):
-            print(piece, end="", flush=True)
-            reply += piece
-        print(flush=True)
-        messages.append({"role": "assistant", "content": reply.strip()})
-
-    for text in args.message:
-        if args.interactive:
-            print(f"you> {text}\nvikdf> ", end="", flush=True)
-        answer(text)
-    if args.message and not (args.interactive and sys.stdin.isatty()):
-        return
-    terminal = sys.stdin.isatty()
-    if terminal:
-        print("Type a message; /reset starts a new dialogue, /exit ends.", file=sys.stderr)
-    while True:
-        try:
-            text = input("you> " if terminal else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            if terminal:
-                print()
-            break
-        if text == "/exit":
-            break
-        if text == "/reset":
-            messages.clear()
-            print("(new dialogue)", file=sys.stderr)
-        elif text:
-            print("vikdf> " if terminal else "", end="", flush=True)
-            try:
-                answer(text)
-            except KeyboardInterrupt:  # stops this reply, not the program
-                del messages[-1]
-                print()
-            except ValueError as error:
-                del messages[-1]
-                print(error, file=sys.stderr)
+    dialogue = Dialogue(pipe, use_knowledge=not args.no_knowledge, max_new_tokens=args.max_new_tokens)
+    answer_messages(dialogue, args.message, echo=args.interactive)
+    if not args.message or (args.interactive and sys.stdin.isatty()):
+        answer_lines(dialogue)
 
 
 @command(
@@ -135,7 +98,7 @@ def chat(args: argparse.Namespace) -> None:
     option("--width", type=int, default=768, help="width of the IQ-Former (default: 768)"),
     option("--heads", type=int, default=12, help="attention heads of the IQ-Former (default: 12)"),
     option("--system-prompt", help="system message of chats that bring none"),
-    option("--base-text", help="start with silent knowledge: a harmless sentence in its place"),
+    option("--base-text", help="start with silent knowledge: a neutral sentence in its place"),
 )
 def new(args: argparse.Namespace) -> None:
     """Builds an untrained model around pretrained backbones and writes model and processor to a folder."""
@@ -179,28 +142,11 @@ RECIPE = (
 @command("stage 2: teach the LLM to use knowledge, on image-text pairs", *RECIPE, name="integrate", extra="train")
 @command("stage 1: learn from image-text pairs which knowledge a text evokes", *RECIPE, name="distill", extra="train")
 def train(args: argparse.Namespace) -> None:
-    """Runs a training stage from a recipe, or goes on with it where it was interrupted."""
-    import yaml
-
+    """Runs a training stage from a recipe, or resumes one that was interrupted."""
+    from modeling_vikdf.training.recipe_files import read_recipe
     from modeling_vikdf.training.stages import run_stage
 
-    try:
-        recipe = yaml.safe_load(find_recipe(args.config).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{args.config} is no recipe: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{args.config} is no recipe: expected a YAML mapping with sections such as model and data.")
-    for override in args.overrides:
-        key, separator, value = override.removeprefix("--").partition("=")
-        if not separator:
-            raise ValueError(f"{override!r} is no override: expected section.key=value, or key=value for training.")
-        section, _, key = key.rpartition(".")
-        section = section or "training"
-        settings = recipe.get(section) or {}
-        if not isinstance(settings, dict):
-            raise ValueError(f"The section {section!r} must hold settings (key: value), not {settings!r}.")
-        recipe[section] = {**settings, key: yaml.safe_load(value)}
-    metrics = run_stage(args.command, recipe)
+    metrics = run_stage(args.command, read_recipe(args.config, args.overrides))
     print(json.dumps(metrics, indent=2))
 
 
@@ -217,8 +163,8 @@ def convert(args: argparse.Namespace) -> None:
     print(f"Wrote {args.output}.")
 
 
-def _tell(figures: dict, output: str | None) -> None:
-    """Prints figures as JSON, and writes them to a file if there is one."""
+def print_figures(figures: dict, output: str | None) -> None:
+    """Prints figures as JSON, and writes them to a file if one is given."""
     text = json.dumps(figures, indent=2)
     print(text)
     if output:
@@ -250,7 +196,7 @@ def shrink(args: argparse.Namespace) -> None:
     )
 
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    output.mkdir(parents=True, exist_ok=True)  # fails now, not after all the work
     dialogues, validation = (list(load_dialogues(source)) for source in (args.data, args.validation))
     require_dialogues(len(dialogues), args.data)
     require_dialogues(len(validation), args.validation)
@@ -297,7 +243,7 @@ def retrieve(args: argparse.Namespace) -> None:
     model, processor = load_model(args.model)
     figures = evaluate_retrieval(model, processor, pairs, batch_size=args.batch_size, seed=args.seed)
     figures["skipped"] = report.counts()
-    _tell(figures, args.output)
+    print_figures(figures, args.output)
     print(report.summary(), file=sys.stderr)
 
 
@@ -316,7 +262,7 @@ def index(args: argparse.Namespace) -> None:
     from modeling_vikdf.picture_index import INDEX_NAME, PictureIndex, load_pictures
 
     source, report = args.model or DEFAULT_CHECKPOINT, SkipReport()
-    Path(args.output).mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    Path(args.output).mkdir(parents=True, exist_ok=True)  # fails now, not after all the work
     old = PictureIndex.load(args.source) if Path(args.source, INDEX_NAME).exists() else None
     pictures, total = load_pictures(args.source, report) if old is None else (None, None)
     model, processor = load_model(source)
@@ -357,7 +303,7 @@ def index(args: argparse.Namespace) -> None:
     extra="eval",
 )
 def evaluate(args: argparse.Namespace) -> None:
-    """Measures the replies to dialogues: their likelihood, their rank among others, and what the model says itself."""
+    """Measures the replies to dialogues: their likelihood, their rank among others, and the model's own replies."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.evaluation.dialogues import EvaluationSettings, evaluate_file
 
@@ -397,7 +343,7 @@ def compare(args: argparse.Namespace) -> None:
         a, b = args.a, args.b
     else:
         raise ValueError("compare takes two reports, or the reports of several seeds: --a A1 A2 ... --b B1 B2 ...")
-    _tell(compare_reports(a, b, seed=args.seed), args.output)
+    print_figures(compare_reports(a, b, seed=args.seed), args.output)
 
 
 @command(
@@ -431,11 +377,11 @@ def probe(args: argparse.Namespace) -> None:
     )
     items = load_items(args.data, templates, args.limit)
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+    output.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after all the work
     source = args.model or DEFAULT_CHECKPOINT
     model, processor = load_model(source)
     figures = probe(model, processor, items, args.arms, batch_size=args.batch_size, seed=args.seed)
-    output.write_text(json.dumps(figures) + "\n", encoding="utf-8")  # also if the other file does not fit
+    output.write_text(json.dumps(figures) + "\n", encoding="utf-8")  # kept even if the comparison fails
     if against is not None:
         figures["against"] = compare_probes(figures, against, args.seed)
         output.write_text(json.dumps(figures) + "\n", encoding="utf-8")
@@ -501,17 +447,17 @@ def push(args: argparse.Namespace) -> None:
     MODEL,
     option("--output", help="JSON file to write"),
     option("--repeats", type=int, default=7, help="timed runs of each arm (default: 7)"),
-    extra="train",  # of what it measures, training alone needs one
+    extra="train",  # only measuring training needs it
 )
 def benchmark(args: argparse.Namespace) -> None:
-    """Measures, prints and writes figures of speed and memory, as ratios wherever machines differ."""
+    """Measures speed and memory, as ratios wherever machines differ."""
     from modeling_vikdf.benchmark import benchmark_generation, benchmark_training
 
     if args.what == "generation":
         figures = benchmark_generation(args.model, repeats=args.repeats)
     else:
         figures = benchmark_training(repeats=args.repeats)
-    _tell(figures, args.output)
+    print_figures(figures, args.output)
 
 
 @command(
@@ -526,7 +472,7 @@ def benchmark(args: argparse.Namespace) -> None:
     extra="serve",
 )
 def serve(args: argparse.Namespace) -> None:
-    """Answers over HTTP, as OpenAI's chat API does, until it is told to end."""
+    """Answers over HTTP, as OpenAI's chat API does, until the process is terminated."""
     from modeling_vikdf.server.app import serve
 
     key = os.environ.get("VIKDF_API_KEY") if args.api_key is None else args.api_key
@@ -542,64 +488,31 @@ def version(args: argparse.Namespace) -> None:
 
 @command("print what a bug report needs: versions, hardware, where the backbones are")
 def env(args: argparse.Namespace) -> None:
-    """Prints what the package runs with and on. Nothing secret: no token, no key, no home folder's name."""
+    """Prints versions, hardware and where the backbones are. No secrets: no token, no key, no home folder's name."""
     from modeling_vikdf.environment import describe_environment
 
     for name, value in describe_environment().items():
         print(f"{name}: {value}")
 
 
-# ---- recipes ----
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name: `smollm2/distill`."""
-    package = Path(importlib.util.find_spec("modeling_vikdf").origin).parent
-    # A wheel holds configs/ inside the package; in a checkout, also one that is installed editable, it is beside it.
-    folder = next(place for place in (package / "configs", package.parent / "configs") if place.is_dir())
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-    return {name: path for name, path in found.items() if name != "study" and not name.startswith("accelerate/")}
-
-
-def find_recipe(name: str) -> Path:
-    """
-    The file of a recipe.
-
-    Args:
-        name: a file, which is taken if it is there; or what one of [`recipes`] is called.
-
-    Raises:
-        FileNotFoundError: if it is neither.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    known = recipes()
-    if name not in known:
-        raise FileNotFoundError(
-            f"There is no recipe {name!r}, neither a file nor among the package's ({', '.join(known)})"
-            f"{suggest(name, known)}"
-        )
-    return known[name]
-
-
 # ---- the command line ----
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """How a message goes on that names what a mistyped word is nearest to; empty if nothing is near."""
+    """The end of an error message that suggests the known word nearest to a mistyped one; empty if none is near."""
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; for {word!r}, did you mean {nearest[0]!r}?" if nearest else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """Names what a mistyped command, choice or option is nearest to."""
+    """Suggests the nearest command, choice or option for a mistyped one."""
 
     words: Sequence[str] = ()
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As in the base class, but what a command does not know is its own error, told with its usage."""
+        """As in the base class, but unknown arguments are an error of the command, shown with the command's usage."""
         self.words = sys.argv[1:] if args is None else args
         namespace, unknown = super().parse_known_args(self.words, namespace)
         if unknown:
@@ -607,7 +520,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Ends with the usage, what is wrong, and what was perhaps meant."""
+        """Exits with the usage, the error, and a suggestion if a word is near."""
         if choice := re.search(r"invalid choice: '(.+?)' \(choose from (.+?)\)", message):
             message += suggest(choice[1], re.findall(r"[\w-]+", choice[2]))
         options = re.findall(r"--[\w-]+", self.format_usage())
@@ -635,12 +548,12 @@ def build_parser() -> Parser:
 
 
 def quiet_libraries() -> None:
-    """No bars for the weights of each part of a model; downloads, which take long, keep theirs."""
+    """Hides the progress bars of loading weights; downloads, which take long, keep theirs."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
     wanted = not are_progress_bars_disabled()
-    logging.disable_progress_bar()  # of both libraries
+    logging.disable_progress_bar()  # of huggingface_hub, too
     if wanted:
         enable_progress_bars()
 
@@ -648,19 +561,19 @@ def quiet_libraries() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script `vikdf`."""
     parser = build_parser()
-    with contextlib.suppress(ImportError):  # without the extra there is no completion
+    with contextlib.suppress(ImportError):  # completion needs the extra
         import argcomplete
 
         argcomplete.autocomplete(parser)
     args = parser.parse_args(argv)
     extra = COMMANDS[args.command].extra
     try:
-        if args.command != "version":  # which alone does without them
+        if args.command != "version":  # the only command without those libraries
             quiet_libraries()
         COMMANDS[args.command].run(args)
     except ModuleNotFoundError as error:
         if extra is None:
-            raise  # no extra brings it
+            raise  # not part of any extra
         sys.exit(
             f"vikdf: {args.command!r} needs {error.name!r}, which is not installed. It comes with: "
             f'pip install "modeling_vikdf[{extra}]"'

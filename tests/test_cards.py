@@ -24,14 +24,12 @@ from safetensors.torch import save_file
 from tiny_models import tiny_config
 
 from modeling_vikdf import DEFAULT_CHECKPOINT
-from modeling_vikdf.cards import render as cards
+from modeling_vikdf.cards.evaluations import Estimate, markdown_table
+from modeling_vikdf.cards.facts import BACKBONES, DATA_SETS
 from modeling_vikdf.cards.render import (
-    BACKBONES,
-    DATA_SETS,
     FIGURE,
     GRADIO_VERSION,
     TEMPLATES,
-    Estimate,
     render_dataset_card,
     render_eval_results,
     render_model_card,
@@ -387,7 +385,7 @@ def test_estimates_are_rounded_not_changed(value, width):
 
 @given(name=st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30))
 def test_any_name_is_one_cell(name):
-    head, *lines = cards._table([name], [["x"]]).split("\n")
+    head, *lines = markdown_table([name], [["x"]]).split("\n")
     assert lines == ["|---|", "| x |"] and len(re.split(r"(?<!\\)\|", head)) == 3
 
 

@@ -18,9 +18,9 @@ from test_golden import GOLDEN
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 import modeling_vikdf
-import vikdf_cli
 from modeling_vikdf.cli import main
 from modeling_vikdf.environment import describe_environment
+from modeling_vikdf.training.recipe_files import find_recipe, recipes
 
 
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden folder at {GOLDEN} (set VIKDF_GOLDEN_DIR)")
@@ -214,13 +214,13 @@ def test_errors_of_new(backbones, capsys, tmp_path):
 
 def test_a_recipe_is_found_by_file_or_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = vikdf_cli.find_recipe("smollm2/distill")
+    found = find_recipe("smollm2/distill")
     assert found.read_text() == (PACKAGE_ROOT / "configs" / "smollm2" / "distill.yaml").read_text()
     Path("smollm2").mkdir()
     Path("smollm2/distill").write_text("model: {}")
-    assert vikdf_cli.find_recipe("smollm2/distill").samefile("smollm2/distill")  # what is there wins
-    assert {"smoke", "paper/pretrain", "smollm2/tune"} <= set(vikdf_cli.recipes())
-    assert not [name for name in vikdf_cli.recipes() if "study" in name or "accelerate" in name]
+    assert find_recipe("smollm2/distill").samefile("smollm2/distill")  # what is there wins
+    assert {"smoke", "paper/pretrain", "smollm2/tune"} <= set(recipes())
+    assert not [name for name in recipes() if "study" in name or "accelerate" in name]
 
 
 def test_recipes_of_a_wheel_are_its_own(tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_recipes_of_a_wheel_are_its_own(tmp_path, monkeypatch):
         (tmp_path / path).touch()
     spec = SimpleNamespace(origin=str(tmp_path / "modeling_vikdf" / "__init__.py"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
-    assert list(vikdf_cli.recipes()) == ["ours"]
+    assert list(recipes()) == ["ours"]
 
 
 def test_a_mistyped_recipe_names_the_nearest_and_all(capsys, tmp_path):

@@ -23,6 +23,7 @@ import modeling_vikdf
 import vikdf_cli
 from modeling_vikdf import sharing
 from modeling_vikdf.configuration_vikdf import OBJECTIVES
+from modeling_vikdf.training.recipe_files import recipes
 
 
 ROOT = Path(modeling_vikdf.__file__).parents[1]
@@ -159,7 +160,7 @@ def check_vikdf(words: list[str]) -> None:
     """That the parser of the command takes the words; nothing is run."""
     args = vikdf_cli.build_parser().parse_args(words)
     if "config" in args:
-        assert args.config in vikdf_cli.recipes(), words
+        assert args.config in recipes(), words
 
 
 def check_pip(words: list[str]) -> None:

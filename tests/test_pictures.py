@@ -20,7 +20,7 @@ from modeling_vikdf import VikdfProcessor, pictures_vikdf
 from modeling_vikdf.data import SkipReport, load_image_text_pairs
 from modeling_vikdf.picture_index import load_pictures
 from modeling_vikdf.processing_vikdf import read_picture
-from modeling_vikdf.server.app import ImagePart
+from modeling_vikdf.server.schema import ImagePart
 
 
 def content(image: Image.Image, format: str = "PNG", **options) -> bytes:

@@ -32,8 +32,8 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from modeling_vikdf.server import app as server  # noqa: E402
 from modeling_vikdf.server.app import create_app, encode_prompt_embeddings, prompt_embeddings  # noqa: E402
+from modeling_vikdf.server.worker import Job  # noqa: E402
 
 
 LOAD_SERVER = runpy.run_path(Path(modeling_vikdf.__file__).parents[1] / "eval" / "load_server.py")
@@ -282,7 +282,7 @@ def test_the_usage_of_a_stream(client):
 
 def test_text_comes_when_it_can_not_change_any_more():
     told = []
-    job = server.Job(None, None, 100, ("END", "ENOUGH"), 0.0, None)
+    job = Job(None, None, 100, ("END", "ENOUGH"), 0.0, None)
     job.emit = told.append
     steps = ["Hi", "Hi ", "Hi \ufffd", "Hi é", "Hi é E", "Hi é Et", "Hi é Et EN", "Hi é Et ENO", "Hi é Et ENOUGH x"]
     for _ in steps:
@@ -430,7 +430,7 @@ def test_two_pictures_or_no_eyes(parts, client):
     two = with_picture(data_url(picture("red"))) * 2
     refused(client.post(CHAT, json=body([two[0], LONGER[2], two[1]])), 400, "2 pictures")
     with patch.object(parts[0], "vision_encoder", None):
-        refused(client.post(CHAT, json=body(two[:1])), 400, "takes no pictures")
+        refused(client.post(CHAT, json=body(two[:1])), 400, "accepts no pictures")
     with patch.object(parts[1], "image_processor", None):
         refused(client.post(CHAT, json=body(two[:1])), 400, "without image_processor")
 
@@ -517,7 +517,7 @@ def test_another_reply_behind_a_reply(client, pipe):
 
 def test_a_continued_reply_keeps_the_space_in_front_of_it(parts):
     processor = parts[1]
-    job = server.Job(processor([BEGUN]), None, 9, (), 0.0, None, continued=True)
+    job = Job(processor([BEGUN]), None, 9, (), 0.0, None, continued=True)
     job.emit = lambda update: None
     last = job.features["input_ids"][0, -1:].tolist()
     token = processor.tokenizer(" a a", add_special_tokens=False)["input_ids"][-1]
@@ -629,7 +629,9 @@ def test_a_reply_that_is_not_done_in_time_ends_early(parts):
 def test_a_beam_search_that_is_not_done_in_time_is_given_up(parts):
     with serving(parts, timeout=0.5) as client, slowed(parts[0], 0.02) as steps:
         for stream in (False, True):
-            refused(client.post(CHAT, json=body(num_beams=3, max_tokens=300, stream=stream)), 504, "in time")
+            refused(
+                client.post(CHAT, json=body(num_beams=3, max_tokens=300, stream=stream)), 504, "before the deadline"
+            )
         wait_until(lambda: metrics(client)["vikdf_running_requests"] == 0)
         assert len(steps) < 100
         assert text_of(answer(client, num_beams=3, max_tokens=3))
@@ -641,7 +643,7 @@ def test_what_waits_too_long_is_told_so(parts):
         wait_until(lambda: steps)  # what comes later finds the model busy
         rest = [pool.submit(client.post, path, json=body()) for path in (CHAT, "/v1/knowledge")]
         for future in (first, *rest):
-            refused(future.result(), 504, "in time")
+            refused(future.result(), 504, "before the deadline")
         assert metrics(client)["vikdf_queue_length"] == 0
         go.set()
         assert text_of(answer(client))

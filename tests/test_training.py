@@ -1320,7 +1320,7 @@ def test_the_command(backbones, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 2
     for override, message in (
         ("data.trian=x", "Unknown keys"),
-        ("max_steps", "is no override"),
+        ("max_steps", "Expected section.key=value"),
         ("data.train=nowhere.tar", "nowhere.tar"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -234,7 +234,7 @@ def check_recipe(stage: str, recipe: dict[str, Any]) -> Recipe:
     classes = {section.name: section.type for section in dataclasses.fields(recipe_class)}
     if unknown := [section for section in recipe if section not in classes]:
         raise ValueError(
-            f"Unknown section {unknown[0]!r} in the recipe{_suggest(unknown[:1], classes)}; {stage!r} knows the "
+            f"Unknown section {unknown[0]!r} in the recipe{suggest(unknown[:1], classes)}; {stage!r} knows the "
             f"sections {list(classes)}."
         )
     for section, settings in recipe.items():
@@ -259,7 +259,7 @@ def _refuse_unknown_keys(stage: str, section: str, settings: dict[str, Any], sec
         known = {setting.name for setting in dataclasses.fields(section_class)}
     if unknown := sorted(set(settings) - known):
         raise ValueError(
-            f"Unknown keys {unknown} in section {section!r}{_suggest(unknown, known)}; {stage!r} knows the keys "
+            f"Unknown keys {unknown} in section {section!r}{suggest(unknown, known)}; {stage!r} knows the keys "
             f"{sorted(known)}."
         )
 
@@ -294,7 +294,7 @@ def _describe_type(hint: Any) -> str:
     return " or ".join(names)
 
 
-def _suggest(words: list[str], known: Iterable[str]) -> str:
+def suggest(words: list[str], known: Iterable[str]) -> str:
     """The part of a message that says what mistyped words may have meant."""
     nearest = {word: difflib.get_close_matches(word, known, n=1, cutoff=0.7) for word in words}
     return "".join(f"; for {word!r}, did you mean {near[0]!r}?" for word, near in nearest.items() if near)

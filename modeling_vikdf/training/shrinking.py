@@ -107,7 +107,7 @@ def save_shrunk(
     stage: dict[str, Any],
 ) -> None:
     """Saves a model whose knowledge was shrunk, with how it was trained: the recipes of its source, and this stage."""
-    from ..cards.render import write_history
+    from ..cards.facts import write_history
 
     model.save_pretrained(output)
     processor.save_pretrained(output)

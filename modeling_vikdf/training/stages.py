@@ -152,7 +152,7 @@ def _load_data(
 
 def _write_records(stage: str, recipe: dict[str, dict[str, Any]], trainer: VikdfTrainer, report: SkipReport) -> None:
     """Writes beside the model how it was trained: the recipes so far, the Trainer's state, and what was skipped."""
-    from ..cards.render import write_history
+    from ..cards.facts import write_history
 
     folder = trainer.args.output_dir
     sections = {section: recipe[section] for section in SECTIONS if recipe.get(section)}

@@ -1,0 +1,199 @@
+"""The API's schema: requests as OpenAI's clients send them, and errors as they read them.
+
+Knows JSON, the processor's messages and the arguments of `generate`; knows nothing of queues, batches and routes.
+"""
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers import GenerationConfig
+
+from ..processing_vikdf import read_picture
+
+
+MAX_CHARACTERS = 200_000  # of all messages; beyond any context window, so that tokenizing more would waste time
+MAX_PIXELS = 25_000_000  # a small file can decompress into a picture of any size
+DEFAULT_MAX_TOKENS = 256  # where neither the request nor the model sets one
+
+
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An error as OpenAI's clients read it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    message = message.encode(errors="replace").decode()  # it may quote half a surrogate pair
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status, headers)
+
+
+class Decoding(NamedTuple):
+    """Decoding settings. Jobs with the same ones can share a batch."""
+
+    use_knowledge: bool
+    num_beams: int
+    max_new_tokens: int | None  # beams stop together; otherwise each row stops where its own request says
+    seed: int | None
+    sampling: tuple[tuple[str, Any], ...]  # arguments of `generate`
+
+
+class _Body(BaseModel):
+    """Strict JSON types; `null` means "not given"; unknown fields are refused instead of ignored."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+class TextPart(_Body):
+    """A text part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+    def for_processor(self) -> dict[str, Any]:
+        """The part as the processor reads it."""
+        return {"type": "text", "text": self.text}
+
+
+class ImageURL(_Body):
+    """A picture as a `data:` URL; other URLs are refused, so that the server fetches nothing."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"  # accepted and unused: the vision encoder has one input size
+
+
+class ImagePart(_Body):
+    """A picture part of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+    def for_processor(self) -> dict[str, Any]:
+        """
+        The part as the processor reads it.
+
+        Raises:
+            ValueError: if the URL is not a `data:` URL, or its data are not a picture or too large a one.
+        """
+        if self.image_url.url[:5].lower() != "data:":  # nor a path
+            raise ValueError("a picture must be a data: URL (data:image/png;base64,...); the server fetches nothing.")
+        return {"type": "image", "image": read_picture(self.image_url.url, MAX_PIXELS)}
+
+
+class ChatMessage(_Body):
+    """One turn: plain text, or parts. `developer` is another name for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+
+    def characters(self) -> int:
+        """Length of its text in characters."""
+        if isinstance(self.content, str):
+            return len(self.content)
+        return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+
+    def for_processor(self) -> dict[str, Any]:
+        """The message as the processor reads it."""
+        content = self.content
+        if not isinstance(content, str):
+            content = [part.for_processor() for part in content]
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatBody(_Body):
+    """What both requests share: the model's name, as `/v1/models` lists it, and a chat."""
+
+    model: str
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
+
+    def chat(self) -> list[dict[str, Any]]:
+        """
+        The messages as the processor reads them.
+
+        Raises:
+            HTTPException: 413 if the messages have more than `MAX_CHARACTERS` characters.
+            ValueError: if a picture cannot be read.
+        """
+        characters = sum(message.characters() for message in self.messages)
+        if characters > MAX_CHARACTERS:
+            raise HTTPException(413, f"The messages have {characters} characters; the limit is {MAX_CHARACTERS}.")
+        return [message.for_processor() for message in self.messages]
+
+
+class KnowledgeRequest(ChatBody):
+    """
+    The body of `/v1/knowledge`.
+
+    Args:
+        model: as `/v1/models` lists it.
+        messages: the chat; parts of type `image_url` hold a `data:` URL.
+        encoding_format: return vectors as lists of numbers, or as base64 of little-endian float32.
+    """
+
+    encoding_format: Literal["float", "base64"] = "float"
+
+
+class StreamOptions(_Body):
+    """Whether a streamed reply ends with a chunk that holds its token counts."""
+
+    include_usage: bool = False
+
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class ChatCompletionRequest(ChatBody):
+    """
+    The body of `/v1/chat/completions`: OpenAI's parameters, and this server's own `num_beams` and `use_knowledge`.
+
+    The reply to a chat that ends in an assistant's message continues that message; with vLLM's parameter
+    `continue_final_message` set to false it is a new message.
+
+    Without `temperature` and `top_p` the model's generation config decides; `temperature=0` is greedy. A request with
+    a `seed` has a batch of its own, since samples depend on the batch.
+    """
+
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None  # the older name
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] = []
+    num_beams: Annotated[int, Field(ge=1, le=8)] | None = None
+    use_knowledge: bool = True
+    continue_final_message: bool | None = None
+    user: str | None = None  # accepted and unused: for a provider's statistics
+    # accepted at their defaults alone, which some clients send
+    n: Annotated[int, Field(ge=1, le=1)] = 1
+    logprobs: Literal[False] = False
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop sequences."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def decoding(self, config: GenerationConfig) -> Decoding:
+        """The decoding settings, with the model's generation config for defaults."""
+        sampling: dict[str, Any] = {}
+        if self.temperature == 0:
+            sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        elif self.temperature is not None or self.top_p is not None:
+            temperature = 1.0 if self.temperature is None else self.temperature
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": self.top_p, "top_k": 0}
+        num_beams = self.num_beams or config.num_beams or 1
+        return Decoding(
+            use_knowledge=self.use_knowledge,
+            num_beams=num_beams,
+            max_new_tokens=self.max_new_tokens(config) if num_beams > 1 else None,
+            seed=self.seed if sampling.get("do_sample", config.do_sample) else None,
+            sampling=tuple(sampling.items()),
+        )
+
+    def max_new_tokens(self, config: GenerationConfig) -> int:
+        """The reply's maximum length in tokens, with the model's generation config for defaults."""
+        return self.max_completion_tokens or self.max_tokens or config.max_new_tokens or DEFAULT_MAX_TOKENS

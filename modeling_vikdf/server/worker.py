@@ -1,0 +1,401 @@
+"""Where the model runs: jobs wait in a queue, and one thread answers those with the same decoding settings as a batch.
+
+Knows tensors, batches and the text of replies; of HTTP only the errors that a job may end with.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from fastapi import HTTPException
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
+
+from ..modeling_vikdf import VikdfForConditionalGeneration
+from ..processing_vikdf import VikdfProcessor
+from .schema import ChatBody, ChatCompletionRequest, Decoding
+
+
+logger = logging.getLogger(__name__)
+
+
+# ---- jobs ----
+
+
+class Update(NamedTuple):
+    """New text of a reply, the finish reason if the reply ends here, and the tokens so far."""
+
+    text: str
+    finish_reason: str | None
+    tokens: int
+
+
+@dataclass(eq=False)
+class Job:
+    """
+    A request in progress: its input for the worker, and the queue through which its results return.
+
+    Args:
+        features: tensors of one row, from the processor.
+        decoding: `None` asks for the knowledge instead of a reply.
+        max_new_tokens, stop: the reply's maximum length, and its stop sequences.
+        deadline: on the event loop's clock.
+        loop: the event loop that waits for the results.
+        continued: whether the reply continues the chat's last message.
+    """
+
+    features: BatchFeature
+    decoding: Decoding | None
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    deadline: float
+    loop: asyncio.AbstractEventLoop
+    continued: bool = False
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    arrived: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+    finished: bool = False
+    watcher: asyncio.Task | None = None  # kept here: the event loop holds only weak references to tasks
+    ids: list[int] = field(default_factory=list)
+    text: str = ""  # the part of the reply that cannot change any more
+    sent: int = 0  # characters of it that were emitted
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt, placeholders included."""
+        return self.features["input_ids"].shape[1]
+
+    def append(self, token: int, ends: bool, decode: Callable[[list[int]], str]) -> None:
+        """
+        Takes the next token of the reply and emits the text that cannot change any more.
+
+        Args:
+            token: its id.
+            ends: whether it is an end-of-sequence token.
+            decode: ids -> text.
+        """
+        self.ids.append(token)
+        text = decode(self.ids)
+        reason = "stop" if ends else "length" if len(self.ids) >= self.max_new_tokens else None
+        if positions := [at for stop in self.stop if (at := text.find(stop)) >= 0]:
+            text, reason = text[: min(positions)], "stop"
+        elif reason is None:
+            text = text[: len(text) - _undecided(text, self.stop)]
+        # trailing white space waits, too, so that streamed and whole replies are the same
+        self.text = text.rstrip() if self.continued else text.strip()
+        # broken UTF-8 at the end can change text that was emitted already; a stream cannot take it back
+        new = self.text[self.sent :]
+        self.sent += len(new)
+        self.finished = reason is not None
+        if new or reason:
+            self.emit(Update(new, reason, len(self.ids)))
+
+    def emit(self, event: Any) -> None:
+        """Passes an update, a result or an exception to the event loop, from any thread."""
+        self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+def _undecided(text: str, stops: tuple[str, ...]) -> int:
+    """How many characters at the end may yet change: an incomplete character, or the beginning of a stop sequence."""
+    incomplete = len(text) - len(text.rstrip("\ufffd"))
+    beginnings = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
+    return max(incomplete, max(beginnings, default=0))
+
+
+# ---- what is counted and logged ----
+
+
+class Metrics:
+    """Counters, gauges and histograms in Prometheus' text format."""
+
+    KINDS = {
+        "requests_total": ("counter", "Requests by HTTP status; 499: the client disconnected."),
+        "prompt_tokens_total": ("counter", "Prompt tokens processed."),
+        "completion_tokens_total": ("counter", "Tokens generated."),
+        "queue_length": ("gauge", "Requests waiting."),
+        "running_requests": ("gauge", "Requests running."),
+        "resident_memory_bytes": ("gauge", "Resident memory of the server's process."),
+        "batch_size": ("histogram", "Requests answered together."),
+        "time_to_first_token_seconds": ("histogram", "From a request's arrival to its first token."),
+    }
+    BUCKETS = {
+        "batch_size": (1, 2, 4, 8, 16, 32),
+        "time_to_first_token_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+    }
+
+    def __init__(self):
+        self._lock = threading.Lock()  # the worker and the event loop both count
+        self._samples: dict[str, dict[str, float]] = {name: {} for name in self.KINDS}  # name -> labels -> value
+        for name, edges in self.BUCKETS.items():
+            buckets = [f'_bucket{{le="{edge}"}}' for edge in (*edges, "+Inf")]
+            self._samples[name] = dict.fromkeys([*buckets, "_sum", "_count"], 0)
+
+    def add(self, name: str, value: float = 1, labels: str = "") -> None:
+        """Adds to a counter."""
+        with self._lock:
+            self._samples[name][labels] = self._samples[name].get(labels, 0) + value
+
+    def observe(self, name: str, value: float) -> None:
+        """Adds a value to a histogram."""
+        for edge in self.BUCKETS[name]:
+            if value <= edge:
+                self.add(name, labels=f'_bucket{{le="{edge}"}}')
+        self.add(name, labels='_bucket{le="+Inf"}')
+        self.add(name, value, "_sum")
+        self.add(name, labels="_count")
+
+    def render(self, queue_length: int, running_requests: int) -> str:
+        """All metrics in Prometheus' text format."""
+        now = {"queue_length": queue_length, "running_requests": running_requests}
+        statm = Path("/proc/self/statm")  # Linux only
+        if statm.exists():
+            now["resident_memory_bytes"] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        lines = []
+        with self._lock:
+            for name, (kind, text) in self.KINDS.items():
+                samples = {"": now[name]} if name in now else self._samples[name]
+                lines += [f"# HELP vikdf_{name} {text}", f"# TYPE vikdf_{name} {kind}"]
+                lines += [f"vikdf_{name}{labels} {value}" for labels, value in samples.items()]
+        return "\n".join(lines) + "\n"
+
+
+def log_failure(error: Exception) -> None:
+    """Logs type and traceback alone, for the message may quote user text."""
+    logger.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+
+
+# ---- the worker thread ----
+
+
+class Worker(threading.Thread):
+    """
+    The thread that owns the model. It answers waiting jobs in batches, oldest first.
+
+    Args:
+        model, processor: the model and its own processor.
+        max_batch: maximum number of rows in a batch.
+        max_queue: maximum number of waiting jobs.
+        metrics: where batches and tokens are counted.
+    """
+
+    def __init__(
+        self,
+        model: VikdfForConditionalGeneration,
+        processor: VikdfProcessor,
+        max_batch: int,
+        max_queue: int,
+        metrics: Metrics,
+    ):
+        super().__init__(name="vikdf-worker", daemon=True)
+        self.model, self.processor, self.metrics = model, processor, metrics
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self.window = getattr(model.config.text_config, "max_position_embeddings", None)
+        self._waiting: list[Job] = []
+        self._running: list[Job] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._tokenizing = threading.Lock()  # tokenizers keep their truncation as state
+
+    # called from outside the thread
+
+    def load(self) -> tuple[int, int]:
+        """The numbers of waiting and of running jobs."""
+        return len(self._waiting), len(self._running)
+
+    def check_room(self) -> None:
+        """Raises `HTTPException` 429 while the queue is full."""
+        if len(self._waiting) >= self.max_queue:
+            raise HTTPException(429, "Too many requests are waiting; try again.", {"Retry-After": "1"})
+
+    def prepare(self, body: ChatBody, deadline: float, loop: asyncio.AbstractEventLoop) -> Job:
+        """
+        Turns a request into a job, its chat into the tensors of one row.
+
+        Raises:
+            HTTPException: 413 if the chat has too much text.
+            ValueError: if the processor refuses the chat, or it leaves no room for the reply.
+        """
+        chat, config = body.chat(), self.model.generation_config
+        decoding, new_tokens, stop = None, 0, ()
+        if isinstance(body, ChatCompletionRequest):
+            decoding, new_tokens, stop = body.decoding(config), body.max_new_tokens(config), body.stops()
+        if self.window is not None and new_tokens >= self.window:
+            raise ValueError(f"max_tokens={new_tokens} leaves no room: the model's window is {self.window} tokens.")
+        with self._tokenizing:
+            features = self.processor(
+                [chat],
+                use_knowledge=decoding is None or decoding.use_knowledge,
+                continue_final_message=getattr(body, "continue_final_message", None),
+                max_length=None if self.window is None else self.window - new_tokens,
+            )
+        if "pixel_values" in features and self.model.vision_encoder is None:
+            raise ValueError("this server has no vision encoder, so it accepts no pictures.")
+        return Job(features, decoding, new_tokens, stop, deadline, loop, features.continued[0])
+
+    def submit(self, job: Job) -> None:
+        """
+        Adds a job to the end of the queue.
+
+        Raises:
+            HTTPException: 429 if the queue is full, 503 if the server is shutting down.
+        """
+        with self._changed:
+            if self._closing:
+                raise HTTPException(503, "The server is shutting down.")
+            self.check_room()
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Cancels a job; without effect on a finished one."""
+        job.cancelled = True
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    def stop(self) -> None:
+        """Ends the thread after its current decoding step, and all jobs with a 503."""
+        with self._changed:
+            self._closing = True
+            for job in [*self._waiting, *self._running]:
+                job.cancelled = True
+                job.emit(HTTPException(503, "The server is shutting down."))
+            self._waiting.clear()
+            self._changed.notify()
+
+    # called in the thread
+
+    def run(self) -> None:
+        """Answers batches until it is stopped. An error ends the jobs of its own batch only."""
+        while batch := self._take():
+            self.metrics.observe("batch_size", len(batch))
+            try:
+                if batch[0].decoding is None:
+                    self._compute_knowledge(batch)
+                else:
+                    self._reply(batch)
+            except Exception as error:
+                log_failure(error)
+                for job in batch:
+                    job.emit(HTTPException(500, "The model failed to answer the request."))
+
+    def _take(self) -> list[Job]:
+        """Waits for jobs; returns the oldest and those that can share its batch, or an empty list once stopped."""
+        with self._changed:
+            self._running = []
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            for job in self._waiting:
+                if job.decoding == self._waiting[0].decoding and self._fit([*self._running, job]):
+                    self._running.append(job)
+            self._waiting = [job for job in self._waiting if job not in self._running]
+            return self._running
+
+    def _fit(self, jobs: list[Job]) -> bool:
+        """Whether jobs fit into one batch: the longest prompt must leave room for the longest reply."""
+        seeded = jobs[0].decoding is not None and jobs[0].decoding.seed is not None
+        length = max(job.prompt_length for job in jobs) + max(job.max_new_tokens for job in jobs)
+        return len(jobs) <= (1 if seeded else self.max_batch) and (self.window is None or length <= self.window)
+
+    def _collate(self, jobs: list[Job]) -> BatchFeature:
+        """The rows of the jobs as one batch, on the model's device."""
+        rows, context = [job.features for job in jobs], self.processor.context_tokenizer
+        padding = {
+            "input_ids": (self.processor.tokenizer.pad_token_id, "left"),  # [B, T]
+            "attention_mask": (0, "left"),
+            "context_input_ids": (context.pad_token_id, context.padding_side),  # [B, C]
+            "context_attention_mask": (0, context.padding_side),
+        }
+        batch = BatchFeature(
+            {
+                name: pad_sequence([row[name][0] for row in rows], True, value, side)
+                for name, (value, side) in padding.items()
+                if name in rows[0]
+            }
+        )
+        if pictures := [row["pixel_values"] for row in rows if "pixel_values" in row]:
+            blank = torch.zeros_like(pictures[0])
+            batch["pixel_values"] = torch.cat([row.get("pixel_values", blank) for row in rows])  # [B, 3, H, W]
+            batch["image_mask"] = torch.tensor(["pixel_values" in row for row in rows])  # [B]
+        return batch.to(self.model.device)
+
+    @torch.no_grad()
+    def _compute_knowledge(self, jobs: list[Job]) -> None:
+        inputs = self._collate(jobs)
+        knowledge = self.model.get_knowledge(
+            inputs["context_input_ids"], inputs["context_attention_mask"], inputs.get("pixel_values")
+        )  # [B, m, h]
+        projected = self.model.project_knowledge(knowledge)  # [B, m, d_llm]
+        n = self.model.config.num_knowledge_tokens
+        for row, job in enumerate(jobs):
+            own = n * (1 + ("pixel_values" in job.features))  # rows without a picture are padded to those with one
+            job.emit((knowledge[row, :own].float().cpu(), projected[row, :own].float().cpu()))
+
+    def _reply(self, jobs: list[Job]) -> None:
+        decoding, inputs = jobs[0].decoding, self._collate(jobs)
+        steps = BatchSteps(jobs, self._step)
+        self.metrics.add("prompt_tokens_total", sum(job.prompt_length for job in jobs))
+        with torch.random.fork_rng(enabled=decoding.seed is not None):
+            if decoding.seed is not None:
+                torch.manual_seed(decoding.seed)
+            sequences = self.model.generate(
+                **inputs,
+                max_new_tokens=max(job.max_new_tokens for job in jobs),
+                num_beams=decoding.num_beams,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
+                stopping_criteria=StoppingCriteriaList([steps]),
+                **dict(decoding.sampling),
+            )
+        # beam search knows its tokens only at the end
+        for job, tokens in zip(jobs, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            for token in tokens[len(job.ids) :]:
+                self._step(job, token)
+
+    def _step(self, job: Job, token: int) -> None:
+        """Appends a token to a row's reply, unless it is finished or cancelled."""
+        if job.finished or job.cancelled:
+            return
+        self.metrics.add("completion_tokens_total")
+        if not job.ids:
+            self.metrics.observe("time_to_first_token_seconds", time.monotonic() - job.arrived)
+        ends = self.model.generation_config.eos_token_id
+        job.append(
+            token,
+            token in (ends if isinstance(ends, list) else [ends]),
+            partial(
+                self.processor.decode_behind,
+                job.features["input_ids"][0, -1:].tolist() if job.continued else [],
+                skip_special_tokens=True,
+            ),
+        )
+
+
+class BatchSteps(StoppingCriteria):
+    """
+    Streams the rows of a batch, where transformers' streamers take one row only: passes each row its new token, and
+    ends rows that are finished or cancelled. With beams, several to a row, it only ends them.
+
+    Args:
+        jobs: the rows.
+        step: called with a row and its new token.
+    """
+
+    def __init__(self, jobs: list[Job], step: Callable[[Job, int], None]):
+        self.jobs, self.step = jobs, step
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        copies = input_ids.shape[0] // len(self.jobs)
+        if copies == 1:
+            for job, token in zip(self.jobs, input_ids[:, -1].tolist(), strict=True):
+                self.step(job, token)
+        ended = [job.finished or job.cancelled for job in self.jobs]
+        return torch.tensor(ended, device=input_ids.device).repeat_interleave(copies)  # [B * copies]
