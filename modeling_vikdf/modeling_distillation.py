@@ -510,7 +510,7 @@ def cells_to_pixels(cells: torch.Tensor, height: int, width: int, patch: int = 1
     """
     side = math.isqrt(cells.shape[1])
     if side**2 != cells.shape[1]:
-        raise ValueError(f"masked_cells must be a square grid in each row, and {cells.shape[1]} cells are none.")
+        raise ValueError(f"masked_cells: expected a square grid in each row, got {cells.shape[1]} cells.")
     grid = cells.view(-1, 1, side, side).float()
     mask = F.interpolate(grid, size=(height, width), mode="nearest")[:, 0]  # [M, H, W]
     return mask[:, : height // patch * patch, : width // patch * patch]
