@@ -1,5 +1,7 @@
 """What is built: all that the package needs without its checkout, and nothing of an earlier build."""
 
+import ast
+import graphlib
 import shutil
 import subprocess
 import sys
@@ -67,3 +69,26 @@ def test_the_metadata_say_who_what_and_where(checkout):
     for name in ("Author", "Keywords", "Project-URL", "Summary"):
         assert metadata[name], name
     assert {"track", "completion"} <= set(metadata.get_all("Provides-Extra"))
+
+
+def imports_of(path: Path, modules: set[str]) -> set[str]:
+    """The modules of the package that a file imports, at the top or within a function."""
+    package = path.relative_to(ROOT).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
+            base = base if node.level else node.module
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    # the package's own __init__ registers the classes, and is imported before anything in it
+    return found & modules - {"modeling_vikdf"}
+
+
+def test_imports_have_no_circle():
+    paths = [*(ROOT / "modeling_vikdf").rglob("*.py"), ROOT / "vikdf_cli.py"]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths}
+    graph = {name: imports_of(path, {*names.values()}) - {name} for path, name in names.items()}
+    assert sum(map(len, graph.values())) > 50
+    graphlib.TopologicalSorter(graph).prepare()  # raises for a circle
