@@ -593,14 +593,5 @@ def _convert(value: torch.Tensor | list[list[int]], name: str, return_tensors: s
     return value.numpy() if return_tensors == "np" else value
 
 
-__all__ = [
-    "KNOWLEDGE_TOKEN",
-    "MAX_PICTURE_BYTES",
-    "MAX_PIXELS",
-    "PICTURE_FORMATS",
-    "TextTokenizer",
-    "VikdfProcessor",
-    "encode_truncated",
-    "read_file",
-    "read_picture",
-]
+__all__ = ["KNOWLEDGE_TOKEN", "MAX_PICTURE_BYTES", "MAX_PIXELS", "PICTURE_FORMATS", "TextTokenizer", "VikdfProcessor"]
+__all__ += ["encode_truncated", "pad", "read_file", "read_picture"]
