@@ -12,6 +12,7 @@ Example run:
 
 import argparse
 import json
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ KINDS = ("nll", "nll_visual_words")  # in nats a token
 def read_dialogues(path: Path) -> tuple[list[dict], list[str]]:
     """Dialogues up to the replaced turn, which is the reply, and their photographs' names; the first turn is none."""
     dialogues, names = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(StringIO(path.read_text(encoding="utf-8")), start=1):
         row = json.loads(line)
         end = row["replaced_index"]
         if end == 0:

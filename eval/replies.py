@@ -6,6 +6,7 @@ Example run:
 
 import argparse
 import json
+from io import StringIO
 from pathlib import Path
 
 from transformers import pipeline
@@ -28,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
 
     chats = []
-    for line in args.dialogues.read_text(encoding="utf-8").splitlines():
+    for line in StringIO(args.dialogues.read_text(encoding="utf-8")):
         roles = ("user", "assistant")
         chats.append([{"role": roles[i % 2], "content": turn} for i, turn in enumerate(json.loads(line)["turns"])])
     replies = {}

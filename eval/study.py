@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import random
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def run(name: str, seed: int, folder: Path, steps: dict[str, dict], args: argpar
     if "few_shot_share" in step:
         if args.few_shot is None:
             raise ValueError(f"The step {name} learns from dialogues of the task itself; name them with --few-shot.")
-        lines = args.few_shot.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = list(StringIO(args.few_shot.read_text(encoding="utf-8")))
         some = random.Random(seed).sample(lines, round(step["few_shot_share"] * len(lines)))
         data["train"] = str(folder / "few_shot.jsonl")
         Path(data["train"]).write_text("".join(some), encoding="utf-8")

@@ -327,3 +327,11 @@ def test_the_time_of_an_evaluation_in_batches_and_one_at_a_time(backbones, monke
     seconds = report["throughput"]["seconds_a_dialogue"]
     assert report["num_dialogues"] == 3 and min(seconds.values()) > 0
     assert report["throughput"]["times_faster"] == pytest.approx(seconds["one_at_a_time"] / seconds["in_batches"])
+
+
+def test_only_the_ends_of_lines_part_dialogues(tmp_path):
+    path = tmp_path / "dialogues.jsonl"
+    row = {"replaced_index": 1, "turns": ["Look!\u2028A dog.", "He is asleep."], "image": "dog.jpg"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    dialogues, names = load("grounded_replies").read_dialogues(path)
+    assert dialogues[0]["messages"][0]["content"] == "Look!\u2028A dog." and names == ["dog"]
