@@ -251,10 +251,12 @@ def prompt_ending(
 
 
 def last_user(turns: list[dict]) -> int:
+    """The place of the last user turn; -1 if there is none."""
     return max((index for index, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
 
 
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raises a ValueError that names the setting, what is allowed and what came, unless the value is allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
 

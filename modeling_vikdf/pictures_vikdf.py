@@ -162,6 +162,7 @@ def _fetch(url: str) -> bytes:
 
 
 def load_picture(picture: Any, row: int) -> Image.Image:
+    """`read_picture` for a row of a batch, which its errors, all of them ValueErrors, name."""
     try:
         return read_picture(picture)
     except (TypeError, ValueError) as error:

@@ -41,6 +41,7 @@ GROUPED = ("group_by_length", "batch_rebalance")  # the sampling strategies that
 
 
 def refuse_unusable(settings: dict[str, Any], unusable: dict[str, tuple[list, str]]) -> None:
+    """Raises a ValueError for a setting that has none of its usable values, with the reason; see `UNUSABLE`."""
     for name, (usable, reason) in unusable.items():
         if name in settings and settings[name] not in usable:
             expected = " or ".join(map(repr, usable))
