@@ -25,7 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .atomic_saving import check_saved_in
+from .atomic_saving import saved_in
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 
 
@@ -209,7 +209,7 @@ def write_repository(
             _check_backbones(config)
             patterns = [*MODEL_FILES, *TRAINING_FILES]
             source = model if os.path.isdir(model) else snapshot_download(model, allow_patterns=patterns)
-            saved = Path(source, check_saved_in(config.saved_in, "config.json"))
+            saved = Path(source, saved_in(source, "config.json"))
             for path in (path for pattern in MODEL_FILES for path in saved.glob(pattern)):
                 target = folder / path.relative_to(saved)
                 target.parent.mkdir(exist_ok=True)

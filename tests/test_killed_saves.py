@@ -323,5 +323,7 @@ def test_an_unfinished_save_that_was_copied_without_its_hidden_files(llama, old,
     for each in (VikdfForConditionalGeneration, VikdfProcessor):
         with pytest.raises(FileNotFoundError, match=r"copied without hidden files\? Copy it whole"):
             each.from_pretrained(tmp_path / "copy")
+    with pytest.raises(FileNotFoundError, match="copied without hidden files"):
+        export(tmp_path / "copy", tmp_path / "repository")
     pipeline("vikdf-dialogue", model=old, processor=marked_processor(llama, 2)).save_pretrained(tmp_path / "copy")
     assert marks_of(VikdfProcessor.from_pretrained(tmp_path / "copy")) == {2}
