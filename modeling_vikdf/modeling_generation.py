@@ -6,12 +6,14 @@ computed or spliced: that is the model's (`get_knowledge`, `embed_prompt`).
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList, TextGenerationPipeline
 from transformers.utils import logging
 
+from .modeling_candidates import generate_best
 from .modeling_prefix import CACHE, pop_cache
 
 
@@ -72,9 +74,15 @@ class KnowledgeGenerationMixin(GenerationMixin):
         reaches behind a prompt's places of knowledge neither context nor picture need be given again: the LLM reads
         what is cached. They must be, where it ends before.
 
+        With `num_candidates` above 1, an argument or a field of the generation configuration, so many replies are
+        sampled to each prompt, and the `num_return_sequences` best of them returned, by the score whose weights
+        `candidate_weights` are; see modeling_candidates.py. That reads their text, so it needs `processor`, the
+        model's own; a `streamer` gets the chosen reply in one piece. Greedy and beam search have no candidates.
+
         Raises:
             ValueError: for `prefill_chunk_size` (chunks would lose the knowledge); for knowledge with `inputs_embeds`
-                or with an `assistant_model` (it would draft without the knowledge).
+                or with an `assistant_model` (it would draft without the knowledge); for candidates without a
+                processor, fewer than the replies to return, or with what belongs to a single pass.
         """
         if (cache := pop_cache(kwargs)) is not None:
             kwargs[CACHE] = cache
@@ -85,6 +93,10 @@ class KnowledgeGenerationMixin(GenerationMixin):
             )
         if knowledge is None:
             knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)
+        processor, num_candidates = kwargs.pop("processor", None), _pop_candidates(config, kwargs)
+        if num_candidates > 1:
+            prompt, given = kwargs.pop("input_ids", inputs), {"knowledge": knowledge, "generation_config": generation_config}
+            return self._choose(prompt, config, num_candidates, processor, **given, **kwargs)
         if knowledge is not None:
             if kwargs.get("inputs_embeds") is not None:
                 raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
@@ -108,15 +120,44 @@ class KnowledgeGenerationMixin(GenerationMixin):
             )
         return super().generate(inputs, generation_config, **kwargs)
 
+    def _choose(
+        self,
+        prompt: torch.Tensor,
+        config: Any,
+        num_candidates: int,
+        processor: Any,
+        streamer: Any = None,
+        candidate_weights: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What `generate` returns, of the best among candidates."""
+        setting = _settings(config, kwargs)
+        kept, weights = setting("num_return_sequences") or 1, candidate_weights or setting("candidate_weights") or {}
+        if processor is None:
+            raise ValueError(
+                f"The best of num_candidates={num_candidates} replies is chosen by what it says: pass processor=, the "
+                "model's own, or num_candidates=1 for a reply without choice."
+            )
+        if kept > num_candidates:
+            raise ValueError(f"num_return_sequences={kept} are to be chosen from num_candidates={num_candidates}.")
+        if refused := [name for name in ("output_attentions", "output_hidden_states") if setting(name)]:
+            raise ValueError(f"{' and '.join(refused)}: candidates have no place for these; pass num_candidates=1.")
+        ends = [torch.tensor(setting(name)).flatten() for name in ("eos_token_id", "pad_token_id") if setting(name)]
+        ends = torch.cat(ends).to(prompt.device)  # [E]
+        outputs = generate_best(self, processor, prompt, num_candidates, ends, weights=weights, kept=kept, **kwargs)
+        if streamer is not None:
+            streamer.put(prompt.cpu())
+            streamer.put(outputs["sequences"][0, prompt.shape[1] :].cpu())
+            streamer.end()
+        return outputs if setting("return_dict_in_generate") else outputs["sequences"]
+
     def _read_prompt_once(self, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Cache | None:
         """
         The LLM's cache of prompts [B, T] but for their last token, copied for the beams or replies of each row, or
         every copy would read the prompt. `None` where there is one copy, or the caller has plans for the cache.
         """
 
-        def setting(name: str) -> Any:
-            return kwargs.get(name, getattr(config, name, None))
-
+        setting = _settings(config, kwargs)
         copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         planned = (CACHE, "cache_implementation", "output_attentions", "output_hidden_states")
         if copies == 1 or input_ids.shape[1] < 2 or setting("use_cache") is False or any(map(setting, planned)):
@@ -142,6 +183,34 @@ class KnowledgeGenerationMixin(GenerationMixin):
         )
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+def _settings(config: Any, kwargs: dict[str, Any]) -> Callable[[str], Any]:
+    """What `generate` goes by: the argument of a name, or that of the configuration, or `None`."""
+    return lambda name: kwargs.get(name, getattr(config, name, None))
+
+
+def _pop_candidates(config: Any, kwargs: dict[str, Any]) -> int:
+    """
+    How many replies are sampled to choose from, taken out of keyword arguments; 1 where nothing is chosen.
+
+    Raises:
+        ValueError: unless it is a positive number; if it is asked for and the decoding has no candidates.
+    """
+    setting, asked = _settings(config, kwargs), kwargs.pop("num_candidates", None)
+    number = getattr(config, "num_candidates", None) or 1 if asked is None else asked
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"num_candidates must be a whole number from 1, not {number!r}.")
+    searches = not setting("do_sample") or (setting("num_beams") or 1) > 1
+    drafts = setting("assistant_model") is not None or setting("prompt_lookup_num_tokens")
+    if number > 1 and (searches or drafts):
+        if asked is not None:
+            raise ValueError(
+                f"num_candidates={number} replies are sampled, but the decoding is greedy, a beam search or assisted: "
+                "pass do_sample=True, num_beams=1 and no assistant, or num_candidates=1."
+            )
+        return 1
+    return number
 
 
 def _text_generation_calls() -> bool:

@@ -1,0 +1,238 @@
+"""Choosing among replies: several are sampled to a prompt at once, and the one with the best score is given.
+
+    prompt -> n rows sample replies: `LikelihoodRecorder` keeps log P(reply | context, K),
+                                     `EnoughFinished` ends them when some have ended by themselves
+           -> score_replies: + log P(reply) of the LLM that has read no context
+                             + how well what the reply evokes matches what the context evokes
+           -> the best of those that ended by themselves
+
+A likely reply is often one that fits everything ("I'm not sure."). Subtracting its likelihood without the context
+leaves what the two have to do with each other (Li et al. 2016, "A Diversity-Promoting Objective Function for Neural
+Conversation Models", MMI-antiLM). Nothing here is trained.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.utils import ModelOutput
+
+
+# What a score adds up, each times its weight:
+#   likelihood  log P(reply | context, K), a token's mean in nats
+#   alone       log P(reply) of the LLM without context and knowledge, a token's mean in nats
+#   match       cosine of the matching embeddings of reply and context, and of its picture, their mean, if it has one
+TERMS = ("likelihood", "alone", "match")
+CHUNK = 16  # replies that the LLM reads at a time: logits of all would take much memory
+
+
+class LikelihoodRecorder(LogitsProcessor):
+    """Keeps the log-likelihood of every token that is sampled, before temperature and truncation change it."""
+
+    def __init__(self):
+        self.logits, self.steps = None, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Takes the ids [R, T], the last of which the logits before led to, and the next logits [R, vocabulary]."""
+        if self.logits is not None:
+            self._add(input_ids[:, -1])
+        self.logits = scores
+        return scores
+
+    def log_likelihoods(self, written: torch.Tensor) -> torch.Tensor:
+        """Those of the tokens written [R, T], in nats, float32. The last of them no call may have seen."""
+        if len(self.steps) < written.shape[1]:
+            self._add(written[:, -1])
+        return torch.stack(self.steps[: written.shape[1]], dim=1)  # [R, T]
+
+    def _add(self, tokens: torch.Tensor) -> None:
+        logits = self.logits.float()  # [R, vocabulary]
+        self.steps.append(logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1))
+
+
+class EnoughFinished(StoppingCriteria):
+    """
+    Breaks off all rows of a prompt when enough of them have ended by themselves: the longest would make others wait.
+
+    Args:
+        copies: rows of each prompt.
+        enough: how many of them have to end.
+        ends: ids of the tokens that end a reply [E].
+
+    Attributes:
+        finished: which rows have ended by themselves [R].
+        lengths: tokens of each row up to its end, or up to where it was broken off [R].
+    """
+
+    def __init__(self, copies: int, enough: int, ends: torch.Tensor):
+        self.copies, self.enough, self.ends = copies, enough, ends
+        self.finished = self.lengths = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Whether each row is over [R]."""
+        newest = input_ids[:, -1]  # [R]
+        if self.finished is None:
+            self.finished, self.lengths = torch.zeros_like(newest, dtype=torch.bool), torch.zeros_like(newest)
+        runs = ~self._over()
+        self.lengths += runs
+        self.finished |= runs & torch.isin(newest, self.ends)
+        return self._over()
+
+    def _over(self) -> torch.Tensor:
+        enough = self.finished.view(-1, self.copies).sum(1) >= self.enough  # [B]
+        return self.finished | enough.repeat_interleave(self.copies)
+
+
+@torch.no_grad()
+def generate_best(
+    model: Any,
+    processor: Any,
+    prompt: torch.Tensor,
+    num_candidates: int,
+    ends: torch.Tensor,
+    *,
+    weights: Mapping[str, float],
+    kept: int = 1,
+    knowledge: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> ModelOutput:
+    """
+    Samples candidates and keeps the best; half of them are broken off where the other half have ended by themselves.
+
+    Args:
+        model, processor: a `VikdfForConditionalGeneration` and its processor.
+        prompt: ids [B, T].
+        num_candidates: n, sampled to each prompt.
+        ends: ids of the tokens that end a reply, and of padding [E].
+        weights: term -> weight, see `TERMS`.
+        kept: how many of them are returned, the best first.
+        knowledge: of the contexts [B, m, h]; `None` for prompts without.
+        kwargs: for `generate`.
+
+    Returns:
+        What `generate` returns with `return_dict_in_generate`, of the rows that are kept [B * kept].
+
+    Raises:
+        ValueError: for an unknown term of the score.
+    """
+    recorder = LikelihoodRecorder()
+    enough = EnoughFinished(num_candidates, -(-num_candidates // 2), ends)
+    kwargs["logits_processor"] = LogitsProcessorList([recorder, *(kwargs.get("logits_processor") or ())])
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), enough])
+    several = {"num_candidates": 1, "num_return_sequences": num_candidates, "return_dict_in_generate": True}
+    outputs = model.generate(prompt, knowledge=knowledge, **kwargs | several)
+    written = outputs["sequences"][:, prompt.shape[1] :]  # [B * n, T]
+    rows = (len(prompt), num_candidates)
+    mask = (torch.arange(written.shape[1], device=written.device) < enough.lengths[:, None]).long()  # [B * n, T]
+    scores = score_replies(
+        model,
+        processor,
+        written.unflatten(0, rows),
+        mask.unflatten(0, rows),
+        (recorder.log_likelihoods(written) * mask).sum(1).view(rows),
+        weights,
+        knowledge,
+        kwargs.get("image_mask"),
+    )
+    # what was broken off comes behind what ended by itself
+    scores -= ~enough.finished.view(rows) * (scores.max() - scores.min() + 1)
+    best = scores.topk(kept, dim=1).indices  # [B, kept]
+    best = (best + torch.arange(0, len(written), num_candidates, device=best.device)[:, None]).flatten()  # [B * kept]
+    steps = int(enough.lengths[best].max())
+    outputs["sequences"] = outputs["sequences"][best, : prompt.shape[1] + steps]
+    for name in ("scores", "logits"):
+        if outputs.get(name) is not None:
+            outputs[name] = tuple(step[best] for step in outputs[name][:steps])
+    return outputs
+
+
+@torch.no_grad()
+def score_replies(
+    model: Any,
+    processor: Any,
+    replies: torch.Tensor,
+    mask: torch.Tensor,
+    likelihood: torch.Tensor,
+    weights: Mapping[str, float],
+    knowledge: torch.Tensor | None = None,
+    image_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Scores of replies. What has no weight is not computed.
+
+    Args:
+        model, processor: a `VikdfForConditionalGeneration` and its processor.
+        replies: token ids [B, n, T]; mask: 1 up to the end of the turn, that included, [B, n, T].
+        likelihood: log P(reply | context, K) [B, n], in nats.
+        weights: term -> weight, see `TERMS`.
+        knowledge: of the contexts, text before picture [B, m, h]; without it `match` is 0.
+        image_mask: rows that have a picture [B].
+
+    Returns:
+        [B, n], float32.
+
+    Raises:
+        ValueError: for an unknown term.
+    """
+    if unknown := sorted(weights.keys() - {*TERMS}):
+        raise ValueError(f"candidate_weights has unknown terms {unknown}; a score is made of {', '.join(TERMS)}.")
+    tokens = mask.sum(-1)  # [B, n]
+    score = torch.zeros(tokens.shape, device=replies.device)
+    if weight := weights.get("likelihood"):
+        score += weight * likelihood / tokens
+    if weight := weights.get("alone"):
+        score += weight * likelihood_alone(model, processor, replies, mask) / tokens
+    if knowledge is not None and (weight := weights.get("match")):
+        score += weight * match_context(model, processor, replies, knowledge, image_mask)
+    return score
+
+
+def likelihood_alone(model: Any, processor: Any, replies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """log P(reply) [B, n], in nats, of replies [B, n, T] to which nothing was said: behind what asks for a reply."""
+    header = _reply_header(processor).to(replies.device)  # [H]
+    totals = []
+    for ids, real in zip(replies.flatten(0, 1).split(CHUNK), mask.flatten(0, 1).split(CHUNK), strict=True):
+        prompt = header.expand(len(ids), -1)  # [C, H]
+        logits = model.language_model(
+            input_ids=torch.cat([prompt, ids[:, :-1]], dim=1),  # [C, H + T - 1]: the last token is predicted alone
+            attention_mask=torch.cat([torch.ones_like(prompt), real[:, :-1]], dim=1),
+            logits_to_keep=ids.shape[1],
+        ).logits  # [C, T, vocabulary]
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")  # [C * T]
+        totals.append(-(nll.view_as(ids) * real).sum(1))
+    return torch.cat(totals).view(mask.shape[:2])
+
+
+def _reply_header(processor: Any) -> torch.Tensor:
+    """What the chat template writes between the last message and a reply, as ids [H]; at least one."""
+    chats = [[{"role": "user", "content": content}] for content in ("a", "b")]
+    one, other = processor(chats, use_knowledge=False)["input_ids"]  # [T] each
+    alike = int((one == other).flip(0).cumprod(0).sum())
+    return one[-max(alike, 1) :]
+
+
+def match_context(
+    model: Any,
+    processor: Any,
+    replies: torch.Tensor,
+    knowledge: torch.Tensor,
+    image_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How well what replies [B, n, T] evoke matches the knowledge [B, m, h] of contexts, a cosine, [B, n]."""
+    texts = processor.tokenizer.batch_decode(replies.flatten(0, 1), skip_special_tokens=True)
+    # the text encoder has to read something
+    read = processor([[{"role": "user", "content": text.strip() or "..."}] for text in texts]).to(replies.device)
+    evoked = model.get_text_embeddings(read["context_input_ids"], read["context_attention_mask"])  # [B * n, d]
+    evoked = evoked.unflatten(0, replies.shape[:2])  # [B, n, d]
+    n = model.config.num_knowledge_tokens
+    match = (evoked @ model.matching_head.text(knowledge[:, :n])[..., None])[..., 0]  # [B, n]
+    if knowledge.shape[1] > n:
+        shown = (evoked @ model.matching_head.image(knowledge[:, n:])[..., None])[..., 0]
+        has_picture = True if image_mask is None else image_mask[:, None]
+        match = torch.where(torch.as_tensor(has_picture, device=match.device), (match + shown) / 2, match)
+    return match
+
+
+__all__ = ["TERMS", "EnoughFinished", "LikelihoodRecorder", "generate_best", "score_replies"]
