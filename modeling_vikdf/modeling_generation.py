@@ -95,8 +95,10 @@ class KnowledgeGenerationMixin(GenerationMixin):
             knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)
         processor, num_candidates = kwargs.pop("processor", None), _pop_candidates(config, kwargs)
         if num_candidates > 1:
-            prompt, given = kwargs.pop("input_ids", inputs), {"knowledge": knowledge, "generation_config": generation_config}
-            return self._choose(prompt, config, num_candidates, processor, **given, **kwargs)
+            prompt, kwargs["knowledge"] = kwargs.pop("input_ids", inputs), knowledge
+            return self._choose(prompt, generation_config, num_candidates, processor, **kwargs)
+        if kwargs.pop("candidate_weights", None) is not None:
+            raise ValueError("candidate_weights choose among candidates, and there is one: pass num_candidates, too.")
         if knowledge is not None:
             if kwargs.get("inputs_embeds") is not None:
                 raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
@@ -123,7 +125,7 @@ class KnowledgeGenerationMixin(GenerationMixin):
     def _choose(
         self,
         prompt: torch.Tensor,
-        config: Any,
+        generation_config: Any,
         num_candidates: int,
         processor: Any,
         streamer: Any = None,
@@ -131,7 +133,7 @@ class KnowledgeGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """What `generate` returns, of the best among candidates."""
-        setting = _settings(config, kwargs)
+        setting = _settings(generation_config or self.generation_config, kwargs)
         kept, weights = setting("num_return_sequences") or 1, candidate_weights or setting("candidate_weights") or {}
         if processor is None:
             raise ValueError(
@@ -142,9 +144,10 @@ class KnowledgeGenerationMixin(GenerationMixin):
             raise ValueError(f"num_return_sequences={kept} are to be chosen from num_candidates={num_candidates}.")
         if refused := [name for name in ("output_attentions", "output_hidden_states") if setting(name)]:
             raise ValueError(f"{' and '.join(refused)}: candidates have no place for these; pass num_candidates=1.")
-        ends = [torch.tensor(setting(name)).flatten() for name in ("eos_token_id", "pad_token_id") if setting(name)]
-        ends = torch.cat(ends).to(prompt.device)  # [E]
-        outputs = generate_best(self, processor, prompt, num_candidates, ends, weights=weights, kept=kept, **kwargs)
+        ends = [id_ for name in ("eos_token_id", "pad_token_id") if (id_ := setting(name)) is not None]
+        ends = torch.cat([torch.tensor(id_).flatten() for id_ in ends]).to(prompt.device)  # [E]
+        kwargs |= {"weights": weights, "kept": kept, "generation_config": generation_config}
+        outputs = generate_best(self, processor, prompt, num_candidates, ends, **kwargs)
         if streamer is not None:
             streamer.put(prompt.cpu())
             streamer.put(outputs["sequences"][0, prompt.shape[1] :].cpu())

@@ -27,7 +27,7 @@ from .atomic_saving import replace_files
 GENERATION_FIELDS = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
 # what else goes through to `generate`: its own arguments, and some of those that it takes by `**kwargs`
 GENERATE_ARGUMENTS = {*inspect.signature(GenerationMixin.generate).parameters} - {"self", "inputs", "kwargs"}
-GENERATE_ARGUMENTS |= {"cache", "past_key_values", "knowledge", "tokenizer"}
+GENERATE_ARGUMENTS |= {"cache", "past_key_values", "knowledge", "tokenizer", "num_candidates", "candidate_weights"}
 # Arguments of the text-generation pipeline that have no meaning here, and what to do instead.
 REFUSED = {
     "return_tensors": "replies come as text; call model.generate for token ids",
@@ -126,6 +126,8 @@ class VikdfDialoguePipeline(Pipeline):
             use_knowledge: `False` asks the bare LLM.
             return_full_text: whether `generated_text` is the chat with the reply appended, the default for chats, or
                 the reply alone, the default for strings.
+            num_candidates: how many replies are sampled to choose the best from; see the model's `generate`. A stream
+                gets the chosen one in one piece.
             stop_sequence: one or more strings, each of which ends a reply that contains it.
             skip_special_tokens, clean_up_tokenization_spaces: for the tokenizer that decodes the replies.
             generation_config: replaces all generation settings that the pipeline was built with.
@@ -332,7 +334,8 @@ class VikdfDialoguePipeline(Pipeline):
             raise ValueError("output_logits with num_beams: they belong to beams and not to replies; leave out one.")
         if isinstance(streamer := generate_kwargs.get("streamer"), _ReplyStreamer):
             streamer.continued = features.continued[0]
-        outputs = self.model.generate(**features, **{"tokenizer": self.processor.tokenizer, **generate_kwargs})
+        reads = {"tokenizer": self.processor.tokenizer, "processor": self.processor}
+        outputs = self.model.generate(**features, **reads | generate_kwargs)
         if isinstance(outputs, torch.Tensor):
             outputs = {"sequences": outputs}
         found = {"generated": outputs["sequences"][:, features["input_ids"].shape[1] :], **_scores(outputs)}
