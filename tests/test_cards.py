@@ -88,7 +88,7 @@ def report(knowledge: str = "own", metrics: dict = METRICS, **changes) -> dict:
 
 
 def collected(seeds: int = 1) -> dict:
-    """What eval/collect.py writes."""
+    """What eval/study/collect.py writes."""
     difference = {"difference": -0.01234, "confidence_95": [-0.02, -0.0049], "a": 3.5, "b": 3.6, "p_value": 0.01}
     intervals = {"confidence_95": INTERVALS} if seeds == 1 else {}
     arm = {"seeds": seeds, "num_dialogues": 5000, "metrics": METRICS, **intervals}

@@ -36,7 +36,7 @@ from modeling_vikdf.server.app import create_app, encode_prompt_embeddings, prom
 from modeling_vikdf.server.worker import Job  # noqa: E402
 
 
-LOAD_SERVER = runpy.run_path(Path(modeling_vikdf.__file__).parents[1] / "eval" / "load_server.py")
+LOAD_SERVER = runpy.run_path(Path(modeling_vikdf.__file__).parents[1] / "eval" / "speed" / "load_server.py")
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What is your dog doing?"}]
 LONGER = [

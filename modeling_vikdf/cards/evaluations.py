@@ -1,7 +1,7 @@
 """Evaluation reports as a card shows them: tables with intervals, and metadata for the Hub.
 
-Knows the files that `vikdf evaluate`, `retrieve` and `probe`, eval/collect.py and the Trainer write, by their `kind`
-and not by their names. Knows no template.
+Knows the files that `vikdf evaluate`, `retrieve` and `probe`, eval/study/collect.py and the Trainer write, by their
+`kind` and not by their names. Knows no template.
 """
 
 import json
@@ -110,8 +110,9 @@ def _estimates(metrics: dict[str, float | None], intervals: dict[str, list[float
 
 def _read_collected(content: dict[str, Any]) -> Evaluation:
     """
-    Of eval/collect.py: the reference is this model, or its recipe; others count by their paired difference to it. Of a
-    recipe the means over seeds are told, which no single model has, so they are none of this model's own figures.
+    Of eval/study/collect.py: the reference is this model, or its recipe; others count by their paired difference to
+    it. Of a recipe the means over seeds are told, which no single model has, so they are none of this model's own
+    figures.
     """
     reference, arms, differences = content["reference"], {}, {}
     model = content["arms"][reference]

@@ -68,7 +68,7 @@ def render_model_card(folder: str | Path, repo_id: str | None = None, results: I
 
     Args:
         folder: the checkpoint. Reports of `vikdf evaluate`, `retrieve` and `probe` in it, and results that
-            eval/collect.py wrote, become the card's section on evaluation.
+            eval/study/collect.py wrote, become the card's section on evaluation.
         repo_id: its repository on the Hub, now or later; without it the examples name a folder.
         results: further reports, which must be of this model.
 

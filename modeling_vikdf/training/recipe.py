@@ -160,7 +160,6 @@ class PairCollation(Section):
     masked_share: float | None = None
     image_knowledge_share: float | None = None
     other_caption: bool | None = None
-    caption_as_picture: bool | None = None
 
 
 @strict
@@ -171,7 +170,6 @@ class DialogueCollation(Section):
     max_length: int | None = None
     earlier_replies: bool | None = None
     hide_context: float | None = None
-    posterior_share: float | None = None
 
 
 @strict

@@ -6,7 +6,7 @@ of the photograph (`picture`) and of another one (`wrong_picture`), over all wor
 is ahead is what a model could gain that foresees exactly what there is to see. Intervals are over photographs.
 
 Example run:
-    python eval/grounded_replies.py --model outputs/smollm2/tune --data image_grounded_validation.jsonl \
+    python eval/analyses/grounded_replies.py --model outputs/smollm2/tune --data image_grounded_validation.jsonl \
         --pictures "train-*.tar" "validation-*.tar" --visual-words visual_words.txt --output grounded.json
 """
 

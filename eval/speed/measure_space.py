@@ -1,8 +1,8 @@
 """Starts the Space as a process and measures time to the first words, memory and users at once. Prints JSON.
 
 Example run:
-    python eval/measure_space.py
-    VIKDF_MODEL=outputs/my-model python eval/measure_space.py --messages 50
+    python eval/speed/measure_space.py
+    VIKDF_MODEL=outputs/my-model python eval/speed/measure_space.py --messages 50
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 from gradio_client import Client
 
 
-APP = Path(__file__).parents[1] / "spaces_demo" / "app.py"
+APP = Path(__file__).parents[2] / "spaces_demo" / "app.py"
 SENTENCES = (
     "It snowed all night.",
     "I spent the whole day at the beach with my dog, and now there is sand everywhere.",

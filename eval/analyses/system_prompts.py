@@ -1,7 +1,8 @@
 """How well the LLM alone predicts replies under each of several system prompts, so that a comparison takes its best.
 
 Example run, on validation dialogues:
-    python eval/system_prompts.py --prompts configs/system_prompts.txt --data image_chat_validation.jsonl --limit 800
+    python eval/analyses/system_prompts.py --prompts configs/system_prompts.txt --data image_chat_validation.jsonl \
+        --limit 800
 """
 
 import argparse

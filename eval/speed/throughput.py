@@ -1,7 +1,7 @@
 """How long evaluating dialogues takes (likelihood and replies by beam search), in batches and one at a time.
 
 Example run:
-    python eval/throughput.py --data dialogues.jsonl --output eval/results/throughput.json
+    python eval/speed/throughput.py --data dialogues.jsonl --output eval/results/throughput.json
 """
 
 import argparse
@@ -27,7 +27,7 @@ from modeling_vikdf.evaluation.dialogues import (
 from modeling_vikdf.evaluation.reports import versions
 
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 WARM_UP = 2  # dialogues
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="JSONL of dialogues")
     parser.add_argument("--limit", type=int, default=160, help="dialogues (the first)")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "throughput.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "throughput.json")
     args = parser.parse_args()
 
     model, processor = load_model(args.model)

@@ -6,7 +6,8 @@ caption (`wrong_caption`). Intervals are over photographs. `knowledge_similarity
 can read K^T: the mean cosine between the two of a pair, each less its mean over all pairs.
 
 Example run:
-    python eval/caption_perplexity.py --model outputs/smollm2/tune --data "validation-*.tar" --output captions.json
+    python eval/analyses/caption_perplexity.py --model outputs/smollm2/tune --data "validation-*.tar" \
+        --output captions.json
 """
 
 import argparse

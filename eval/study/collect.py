@@ -6,10 +6,10 @@
              the markers is written by hand.
 
 Example run:
-    python eval/collect.py collect --study outputs/study --data image_chat_test flickr8k_unsaid --reference vikdf
-    python eval/collect.py collect --study outputs/study --data image_chat_test --topic queries \
+    python eval/study/collect.py collect --study outputs/study --data image_chat_test flickr8k_unsaid --reference vikdf
+    python eval/study/collect.py collect --study outputs/study --data image_chat_test --topic queries \
         --steps vikdf with_4_queries with_16_queries
-    python eval/collect.py render
+    python eval/study/collect.py render
 """
 
 import argparse
@@ -25,7 +25,7 @@ from modeling_vikdf.evaluation.probes import average_probes, compare_probes
 from modeling_vikdf.evaluation.reports import METRICS, REPORT_VERSION, Metric, compare, kind_of
 
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 UNTRAINED = "language_model"  # how the names of such steps begin
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 HEADLINES = (
@@ -280,7 +280,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def latency_table(result: dict[str, Any]) -> str:
-    """Markdown of what eval/latency.py found: a row for each number of queries, a column for each context."""
+    """Markdown of what eval/speed/latency.py found: a row for each number of queries, a column for each context."""
     ratios = {(each["queries"], each["context_tokens"]): each["ratio"] for each in result["latency"]}
     rows, columns = (sorted({key[axis] for key in ratios}) for axis in (0, 1))
     lines = [
@@ -295,7 +295,7 @@ def latency_table(result: dict[str, Any]) -> str:
 
 
 def throughput_table(result: dict[str, Any]) -> str:
-    """Markdown of what eval/throughput.py found."""
+    """Markdown of what eval/speed/throughput.py found."""
     found = result["throughput"]
     batched, alone = (found["seconds_a_dialogue"][name] for name in ("in_batches", "one_at_a_time"))
     return (

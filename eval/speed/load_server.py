@@ -2,7 +2,7 @@
 
 Example run:
     vikdf serve --model MODEL --port 8000 &
-    python eval/load_server.py --url http://127.0.0.1:8000 --requests 64 --malformed 10000
+    python eval/speed/load_server.py --url http://127.0.0.1:8000 --requests 64 --malformed 10000
 """
 
 import argparse

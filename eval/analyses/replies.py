@@ -1,7 +1,7 @@
 """What the arms of a study reply to the same ten beginnings, all of them and nothing picked: eval/results/replies.md.
 
 Example run:
-    python eval/replies.py --study outputs/study --steps vikdf caption_only soft_prompt
+    python eval/analyses/replies.py --study outputs/study --steps vikdf caption_only soft_prompt
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", nargs="+", required=True, help="arms; the first one's LLM also replies alone")
     parser.add_argument("--dialogues", type=Path, default=HERE / "replies.jsonl")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "replies.md")
+    parser.add_argument("--output", type=Path, default=HERE.parent / "results" / "replies.md")
     args = parser.parse_args()
 
     chats = []

@@ -1,7 +1,8 @@
 """What the IQ-Former is measured against: a plain two-layer head on the same frozen states, loss and negatives.
 
 Example run:
-    python eval/baselines.py --train CACHE --validation CACHE --output plain_head.json --steps 300 600 --seeds 0 1 2
+    python eval/analyses/baselines.py --train CACHE --validation CACHE --output plain_head.json \
+        --steps 300 600 --seeds 0 1 2
 """
 
 import argparse
