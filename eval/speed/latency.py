@@ -1,4 +1,4 @@
-"""What knowledge adds to the time of a reply, against the length of the context and the number of queries.
+"""What knowledge adds to the time of a reply, by the length of the context and the number of queries.
 
 Example run:
     python eval/speed/latency.py --output eval/results/latency.json
@@ -24,7 +24,7 @@ SENTENCE = "We walked along the beach and watched the boats come in. "  # 13 tok
 
 
 def main() -> None:
-    """Writes, for each number of queries and tokens of context, the seconds of a reply and the ratio to the LLM's."""
+    """Writes the seconds of a reply and their ratio to the LLM's, for each number of queries and length of context."""
     parser = argparse.ArgumentParser(description="Time replies with knowledge against the LLM alone.")
     parser.add_argument("--recipe", type=Path, default=ROOT / "configs" / "smollm2" / "distill.yaml")
     parser.add_argument("--queries", type=int, nargs="+", default=[4, 8, 16, 32, 64])
@@ -38,7 +38,7 @@ def main() -> None:
     points = []
     bar = tqdm(total=len(args.queries) * len(args.sentences), desc="latency", unit="point")
     for queries in args.queries:
-        # what the weights are does not matter for the time
+        # untrained: the time does not depend on the weights
         model, processor = new_model(**recipe | {"num_knowledge_tokens": queries})
         model.eval()
         for sentences in args.sentences:
@@ -50,11 +50,11 @@ def main() -> None:
                 ),
             }
             seconds: dict[str, list[float]] = {name: [] for name in arms}
-            for turn in range(args.repeats + 1):
+            for repeat in range(args.repeats + 1):
                 for name, call in arms.items():
                     start = time.perf_counter()
                     call()
-                    if turn:  # the first is to warm up
+                    if repeat:  # the first warms up
                         seconds[name].append(time.perf_counter() - start)
             ratios = [ours / alone for ours, alone in zip(*seconds.values(), strict=True)]
             points.append(

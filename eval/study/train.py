@@ -88,9 +88,9 @@ def run(name: str, seed: int, folder: Path, steps: dict[str, dict], args: argpar
         if args.few_shot is None:
             raise ValueError(f"The step {name} learns from dialogues of the task itself; name them with --few-shot.")
         lines = list(StringIO(args.few_shot.read_text(encoding="utf-8")))
-        some = random.Random(seed).sample(lines, round(step["few_shot_share"] * len(lines)))
+        sample = random.Random(seed).sample(lines, round(step["few_shot_share"] * len(lines)))
         data["train"] = str(folder / "few_shot.jsonl")
-        Path(data["train"]).write_text("".join(some), encoding="utf-8")
+        Path(data["train"]).write_text("".join(sample), encoding="utf-8")
     if "objectives" in recipe:
         data |= {"pairs" if stage == "tune" else "train": args.pairs, "feature_cache": args.features}
     # arms are compared after equally many steps, by the evaluation below
