@@ -44,7 +44,7 @@ def run_stage(stage: str, recipe: dict[str, Any], collators: Collators | None = 
             "tune" they are what is learnt from captioned pictures (`data.pairs`) beside the replies, whose own weight
             is 1 unless they name it.
         recipe: a mapping with the sections in `SECTIONS`; see configs/.
-        collators: classes in place of `PreTrainingCollator` ("pairs") and `DialogueCollator` ("dialogues"), of which
+        collators: classes in place of `PreTrainingCollator` ("pairs") and `DialogueCollator` ("dialogues"), from which
             they inherit. `recipe.yaml` names them.
 
     Returns:
