@@ -31,6 +31,7 @@ from .modeling_objectives import (
     cells_to_pixels,
     count_labels,
     count_masked_pixels,
+    keep_scored,
     to_patches,
 )
 from .modeling_vikdf import VikdfForConditionalGeneration
@@ -245,7 +246,7 @@ def text_to_knowledge_heads(config: VikdfConfig) -> dict[str, nn.Module]:
 
 # ---- the table ----
 
-INTO_THE_LLM = ("language_projection.", "knowledge_gate")
+INTO_THE_LLM = ("language_projection", "knowledge_gate")
 
 # Default weights are in `OBJECTIVES` (configuration_vikdf.py). In this order the losses are computed and summed.
 OBJECTIVE_TABLE = {
@@ -253,7 +254,7 @@ OBJECTIVE_TABLE = {
         stage="distill",
         loss=text_image_matching,
         needs=("text_embeddings", "image_embeddings"),
-        trains=("matching_head.",),
+        trains=("matching_head",),
     ),
     "text_text_matching": Objective(
         loss=text_text_matching,
@@ -353,6 +354,8 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         super().__init__(config)
         for objective in active_objectives(config).values():
             for name, head in objective.heads(config).items():
+                if hasattr(self, name):
+                    raise ValueError(f"The model has a part {name!r} already: call the objective's head otherwise.")
                 setattr(self, name, head)
                 self._keep_in_fp32_modules_strict.add(name)
         self.post_init()
@@ -501,13 +504,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         states = states[:, states.shape[1] - grid[0] * grid[1] :]  # [M, patches, d]: without class and register states
         mask = to_patches(cells_to_pixels(masked_cells, height, width, patch)[:, None], patch)  # [M, patches, patch^2]
         pixels = to_patches(pixel_values[..., : grid[0] * patch, : grid[1] * patch], patch)  # [M, patches, 3 patch^2]
-        # the patches with something to score, and at least one: what runs in a step must not depend on chance
-        scored = mask.any(-1)  # [M, patches]
-        most = max(int(scored.sum(1).max()), 1)
-        chosen = scored.int().argsort(dim=1, descending=True)[:, :most, None]  # [M, k, 1]
-        states, mask, pixels = (
-            patches.gather(1, chosen.expand(-1, -1, patches.shape[-1])) for patches in (states, mask, pixels)
-        )
+        mask, states, pixels = keep_scored(mask, states, pixels)  # [M, k, ...]
         predicted = self.pixel_decoder(self.masked_image_block(states, text_knowledge[:rows]))  # [M, k, 3 * patch^2]
         predicted, pixels = (patches.unflatten(-1, (3, -1)).transpose(1, 2) for patches in (predicted, pixels))
         return masked_image_loss(predicted, pixels, mask, count)  # of [M, 3, k, patch^2]

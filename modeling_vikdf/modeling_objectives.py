@@ -31,6 +31,9 @@ SOURCES = {
     "partner_embeddings": "partner_input_ids",
 }
 
+# What a dialogue model trains beside the IQ-Former: each of these is reached by some objectives alone.
+SHARED = ("matching_head", "language_projection", "knowledge_gate", "knowledge_base")
+
 
 def count_pairs(inputs: dict[str, Any], config: VikdfConfig) -> torch.Tensor:
     """The number of captioned pictures in a batch."""
@@ -51,15 +54,15 @@ def no_heads(config: VikdfConfig) -> dict[str, nn.Module | nn.Parameter]:
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """
-    One objective: all that the package has to know of it, but for its name and default weight.
+    One objective: all that the package must know of it but its name and default weight (`OBJECTIVES`).
 
     loss: (model, batch, count) -> scalar. The batch has as attributes the inputs of `VikdfForPreTraining.forward`,
         `None` where there are none, and of the names in `SOURCES` those that are needed; count is what the whole batch
         scores, `None` if this is the whole. A part's loss is a sum divided by the count.
-    needs: inputs, or names in `SOURCES`, without which it cannot be computed. The collator makes those that it knows.
+    needs: inputs, or names in `SOURCES`, without which it cannot be computed. `PreTrainingCollator` makes those that
+        it knows; what `forward` has no parameter for is handed on by its name.
     stage: the stage whose recipes have it, with its default weight, unless they name objectives.
-    trains: prefixes of the parameters that it reaches among `SHARED`; the IQ-Former and its own heads go without
-        saying.
+    trains: prefixes of the parameters of `SHARED` that it reaches; the IQ-Former and its own heads always train.
     heads: configuration -> name -> its own parameters, in float32. A dialogue model that loads the checkpoint leaves
         out what is called `..._block`, `..._decoder`, `..._predictor` or `..._shift`.
     count: (inputs, configuration) -> how much a batch scores; by default its pairs.
@@ -75,6 +78,13 @@ class Objective:
     count: Callable[[dict[str, Any], VikdfConfig], torch.Tensor] = count_pairs
     predicts_tokens: bool = False
     masked: bool = False
+
+    def __post_init__(self):
+        if others := [prefix for prefix in self.trains if not prefix.startswith(SHARED)]:
+            raise ValueError(
+                f"trains={others}: expected what begins with one of {list(SHARED)}. The IQ-Former and an objective's "
+                "own heads always train, and the frozen backbones never."
+            )
 
     @property
     def inputs(self) -> set[str]:
@@ -94,10 +104,6 @@ class Objective:
                 f"The objective {name!r} has a positive weight in config.loss_weights but the batch lacks "
                 f"{', '.join(missing)}. Add the inputs (or cached states in their place), or set the weight to 0."
             )
-
-
-# What of a dialogue model's own parameters, beside the IQ-Former's, only some objectives reach.
-SHARED = ("matching_head.", "language_projection.", "knowledge_gate", "knowledge_base")
 
 
 @dataclass
@@ -241,6 +247,15 @@ def to_patches(pictures: torch.Tensor, patch: int) -> torch.Tensor:
     return F.pixel_unshuffle(pictures, patch).flatten(2).transpose(1, 2)
 
 
+def keep_scored(mask: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+    """Of patches [M, patches, ...] in each picture the k with something to score, if it has so many, [M, k, ...]."""
+    scored = mask.any(-1)  # [M, patches]
+    # at least one: what runs in a step must not depend on chance
+    most = max(int(scored.sum(1).max()), 1)
+    chosen = scored.int().argsort(dim=1, descending=True)[:, :most, None]  # [M, k, 1]
+    return [patches.gather(1, chosen.expand(-1, -1, patches.shape[-1])) for patches in (mask, *others)]
+
+
 def count_masked_pixels(inputs: dict[str, Any], config: VikdfConfig) -> torch.Tensor:
     """The number of pixels to score."""
     height, width = inputs["pixel_values"].shape[-2:]
@@ -258,5 +273,6 @@ __all__ = [
     "count_labels",
     "count_masked_pixels",
     "count_pairs",
+    "keep_scored",
     "to_patches",
 ]

@@ -122,7 +122,7 @@ class PreTrainingCollator(_Collator):
         self.other_caption, self.caption_as_picture = other_caption, caption_as_picture
         tokenizer = processor.context_tokenizer
         self.mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
-        if "masked_input_ids" in needs_of(config) and self.mask_id is None:
+        if needs_of(config) & {"masked_input_ids", "masked_labels"} and self.mask_id is None:
             raise ValueError("masked_text needs a mask or unknown token, and the context tokenizer has neither.")
         # text -> knowledge needs the knowledge after the text, wherever dialogues put it
         self.draw_processor = copy.copy(processor)
@@ -142,7 +142,7 @@ class PreTrainingCollator(_Collator):
             examples, rngs, masked = self._masked_first(examples, rngs)
         chosen = [rng.randrange(len(example["captions"])) for rng, example in zip(rngs, examples, strict=True)]
         batch = self._captions("context", examples, chosen)
-        if any("partner_input_ids" in objective.inputs for objective in active.values()):
+        if any(need.startswith("partner_") for need in needs):
             second_captions = [
                 _pick_other(i, len(example["captions"]), rng)
                 for example, i, rng in zip(examples, chosen, rngs, strict=True)
@@ -154,13 +154,13 @@ class PreTrainingCollator(_Collator):
         # where no row takes part the first one does, with nothing to score: which modules run in a step must not
         # depend on chance, because processes that hold a model in shards wait for one another
         rows, any_masked = rngs[: max(masked, 1)], masked > 0
-        if "masked_cells" in needs:
+        if needs & {"masked_cells", "hidden_cells"}:
             batch |= self._masked_cells(rows, batch["pixel_values"].shape[-1], any_masked)
-        if "masked_input_ids" in needs:
+        if needs & {"masked_input_ids", "masked_labels"}:
             batch |= self._masked_tokens(rows, batch, any_masked)
-        if "input_ids" in needs:
+        if needs & {"input_ids", "attention_mask", "position_ids", "labels"}:
             batch |= self._caption_prompts(examples, chosen, rngs)
-        if "draw_input_ids" in needs:
+        if any(need.startswith("draw_") for need in needs):
             batch |= self._draw_prompts(examples, chosen, rngs)
         if self.uses_image_knowledge:
             batch["use_image_knowledge"] = torch.tensor([rng.random() < self.image_knowledge_share for rng in rngs])
