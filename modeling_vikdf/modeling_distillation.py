@@ -404,7 +404,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         **others: Any,
     ) -> VikdfPreTrainingOutput:
         """
-        Weighs the objectives. Of the following a batch holds what those of positive weight need.
+        Computes the objectives of positive weight and adds them up; a batch holds the inputs that these need.
 
         Args:
             context_input_ids: captions for the text encoder [B, T].

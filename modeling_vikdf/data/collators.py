@@ -130,6 +130,8 @@ class PreTrainingCollator(_Collator):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
+        Makes a batch of examples; what it holds depends on what the objectives need.
+
         Args:
             examples: `{"key", "captions"}` with `"image"` (PIL), or with the cached `"vision_states"` [S, d],
                 `"context_states"` (one [T, d] for each caption) and `"context_input_ids"`; masked image modelling
@@ -218,7 +220,7 @@ class PreTrainingCollator(_Collator):
         if needed:
             if "image" not in needed[0]:
                 raise ValueError(
-                    f"{' and '.join(reading)} needs the pictures themselves, and the examples only have the encoder's "
+                    f"{' and '.join(reading) or 'an objective'} needs the pictures themselves, and the examples only have the encoder's "
                     "states: give FeatureDataset the images."
                 )
             batch["pixel_values"] = self.processor.pixel_values(example["image"] for example in needed)

@@ -270,8 +270,10 @@ class VikdfTrainer(CheckpointingTrainer):
     @torch.no_grad()
     def _add_negatives(self, batches: list[dict[str, Any]]) -> None:
         """
-        Gives every micro-batch the matching embeddings of all others, of this process and the rest: so it contrasts
-        with the whole batch while holding the activations of its own rows alone (Gao et al. 2021, GradCache).
+        Gives every micro-batch the matching embeddings of all others, of this process and the rest.
+
+        So it contrasts with the whole batch while holding the activations of its own rows alone (Gao et al. 2021,
+        GradCache).
         """
         self.model_wrapped.train()  # as in the step itself, also in the first one and after an evaluation
         kinds = ("context_input_ids", "context_attention_mask", "context_states", "pixel_values", "vision_states")
@@ -294,8 +296,10 @@ class VikdfTrainer(CheckpointingTrainer):
     @contextlib.contextmanager
     def _dropout(self, seed: int) -> Iterator[None]:
         """
-        Within, dropout is drawn from the seed, which is a function of the micro-batch's place in the run: so it is the
-        same in both passes over a micro-batch, and after resuming, whatever else draws random numbers.
+        Draws dropout from the seed inside the context.
+
+        The seed is a function of the micro-batch's place in the run. So dropout is the same in both passes over a
+        micro-batch, and after resuming, whatever else draws random numbers.
         """
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -368,7 +372,7 @@ class VikdfTrainer(CheckpointingTrainer):
 
     @contextlib.contextmanager
     def _evaluation_collator(self) -> Iterator[None]:
-        """Within, the collator is as in epoch 0: the same masks, captions and prompts each time."""
+        """Makes the collator that of epoch 0 inside the context: the same masks, captions and prompts each time."""
         training_collator = self.data_collator
         if hasattr(training_collator, "for_evaluation"):
             self.data_collator = training_collator.for_evaluation()
@@ -404,9 +408,11 @@ class VikdfTrainer(CheckpointingTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """
-        `eval_loss` and, of each objective, `eval_loss_<name>`: means over all that is scored (tokens, pixels, pairs),
-        however the data was cut into batches. Only matching depends on the batch size, which sets its negatives. A
-        masked objective has none where nothing was masked.
+        Adds `eval_loss` and, of each objective, `eval_loss_<name>`.
+
+        These are means over all that is scored (tokens, pixels, pairs), however the data was cut into batches. Only
+        matching depends on the batch size, which sets its negatives. A masked objective has none where nothing was
+        masked.
         """
         self.eval_sums, self.eval_counts, self.unlabelled = defaultdict(float), defaultdict(float), False
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -440,10 +446,12 @@ class VikdfTrainer(CheckpointingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
-        The loss of one evaluation batch, and unless `prediction_loss_only` its predictions: logits [B, k, vocabulary]
-        and label ids [B, k] of the columns from the one that predicts the batch's first label to that of its last.
-        As of every causal LM, the logits of column t predict label t + 1, and -100 is no label. Trainer pads k on the
-        right with -100. Without labels there is no loss, and the logits are those of all columns.
+        The loss of one evaluation batch, and its predictions unless `prediction_loss_only`.
+
+        These are logits [B, k, vocabulary] and label ids [B, k] of the columns from the one that predicts the batch's
+        first label to that of its last. As of every causal LM, the logits of column t predict label t + 1, and -100
+        is no label. Trainer pads k on the right with -100. Without labels there is no loss, and the logits are those
+        of all columns.
         """
         inputs = self._prepare_inputs(inputs)
         predicts, labels = not (prediction_loss_only or self.is_pretraining), inputs.get("labels")
@@ -507,9 +515,11 @@ class VikdfTrainer(CheckpointingTrainer):
 
 class EndlessStream(torch.utils.data.IterableDataset):
     """
-    A stream that begins again, reshuffled, where it ends. So a step is never short of a batch, processes whose shares
-    differ never wait for one another, and a run that resumes in the third epoch skips to the third epoch. Each example
-    has its epoch, which the collator's random choices depend on.
+    A stream that begins again, reshuffled, where it ends.
+
+    So a step is never short of a batch, processes whose shares differ never wait for one another, and a run that
+    resumes in the third epoch skips to the third epoch. Each example has its epoch, on which the collator's random
+    choices depend.
     """
 
     def __init__(self, dataset: Any, rank: int = 0, world_size: int = 1):
