@@ -220,8 +220,8 @@ class PreTrainingCollator(_Collator):
         if needed:
             if "image" not in needed[0]:
                 raise ValueError(
-                    f"{' and '.join(reading) or 'an objective'} needs the pictures themselves, and the examples only have the encoder's "
-                    "states: give FeatureDataset the images."
+                    f"{' and '.join(reading) or 'an objective'} needs the pictures themselves, and the examples only "
+                    "have the encoder's states: give FeatureDataset the images."
                 )
             batch["pixel_values"] = self.processor.pixel_values(example["image"] for example in needed)
         return batch
