@@ -50,6 +50,7 @@ SHIPPED = (
     "modeling_distillation",
     "modeling_generation",
     "modeling_iqformer",
+    "modeling_objectives",
     "modeling_prefix",
     "modeling_pretrained",
     "modeling_saving",

@@ -22,6 +22,7 @@ import modeling_vikdf
 import vikdf_cli
 from modeling_vikdf import sharing
 from modeling_vikdf.configuration_vikdf import OBJECTIVES
+from modeling_vikdf.modeling_distillation import OBJECTIVE_TABLE
 from modeling_vikdf.training.recipe_files import recipes
 
 
@@ -118,10 +119,11 @@ def workspace(backbones, tmp_path, monkeypatch) -> Path:
     (tmp_path / "eval").symlink_to(ROOT / "eval")
     monkeypatch.setattr(modeling_vikdf, "DEFAULT_CHECKPOINT", tmp_path / "my-vikdf")
     monkeypatch.chdir(tmp_path)
-    known = dict(OBJECTIVES)
+    tables = [(table, dict(table)) for table in (OBJECTIVES, OBJECTIVE_TABLE)]
     yield tmp_path
-    OBJECTIVES.clear()
-    OBJECTIVES.update(known)
+    for table, before in tables:  # without what a page added
+        table.clear()
+        table.update(before)
 
 
 @pytest.mark.parametrize("page", with_code("python"), ids=name)

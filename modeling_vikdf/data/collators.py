@@ -16,6 +16,7 @@ import torch
 from transformers.utils import logging
 
 from ..configuration_vikdf import VikdfConfig
+from ..modeling_distillation import active_objectives, needs_of
 from ..modeling_prefix import align_at_knowledge
 from ..processing_vikdf import VikdfProcessor, pad
 from .features import tokenize_captions
@@ -110,14 +111,15 @@ class PreTrainingCollator(_Collator):
         for name, share in (("masked_share", masked_share), ("image_knowledge_share", image_knowledge_share)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {share}.")
-        if not masked_share and (config.loss_weights["masked_image"] or config.loss_weights["masked_text"]):
-            raise ValueError("masked_share=0 turns masked_image and masked_text off: set their weights to 0 instead.")
+        masked = [name for name, objective in active_objectives(config).items() if objective.masked]
+        if masked and not masked_share:
+            raise ValueError(f"masked_share=0 turns {' and '.join(masked)} off: set their weights to 0 instead.")
         self.processor, self.config, self.seed = processor, config, seed
         self.masked_share, self.image_knowledge_share = masked_share, image_knowledge_share
         self.other_caption = other_caption
         tokenizer = processor.context_tokenizer
         self.mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
-        if config.loss_weights["masked_text"] and self.mask_id is None:
+        if needs_of(config) & {"masked_input_ids", "masked_labels"} and self.mask_id is None:
             raise ValueError("masked_text needs a mask or unknown token, and the context tokenizer has neither.")
         # text -> knowledge needs the knowledge after the text, wherever dialogues put it
         self.draw_processor = copy.copy(processor)
@@ -132,14 +134,14 @@ class PreTrainingCollator(_Collator):
                 `"context_states"` (one [T, d] for each caption) and `"context_input_ids"`; masked image modelling
                 needs the image in either case (PIL, or the content of its file).
         """
-        weights = self.config.loss_weights
+        active, needs = active_objectives(self.config), needs_of(self.config)
         rngs = [_make_rng(self.seed, example.get("epoch", self.epoch), example["key"]) for example in examples]
         masked = 0
-        if weights["masked_image"] or weights["masked_text"]:
+        if any(objective.masked for objective in active.values()):
             examples, rngs, masked = self._masked_first(examples, rngs)
         chosen = [rng.randrange(len(example["captions"])) for rng, example in zip(rngs, examples, strict=True)]
         batch = self._captions("context", examples, chosen)
-        if weights["text_text_matching"]:
+        if any(need.startswith("partner_") for need in needs):
             second_captions = [
                 _pick_other(i, len(example["captions"]), rng)
                 for example, i, rng in zip(examples, chosen, rngs, strict=True)
@@ -150,13 +152,13 @@ class PreTrainingCollator(_Collator):
         # where no row takes part the first one does, with nothing to score: which modules run in a step must not
         # depend on chance, because processes that hold a model in shards wait for one another
         rows, any_masked = rngs[: max(masked, 1)], masked > 0
-        if weights["masked_image"]:
+        if needs & {"masked_cells", "hidden_cells"}:
             batch |= self._masked_cells(rows, batch["pixel_values"].shape[-1], any_masked)
-        if weights["masked_text"]:
+        if needs & {"masked_input_ids", "masked_labels"}:
             batch |= self._masked_tokens(rows, batch, any_masked)
-        if weights["knowledge_to_text"]:
+        if needs & {"input_ids", "attention_mask", "position_ids", "labels"}:
             batch |= self._caption_prompts(examples, chosen, rngs)
-        if weights["text_to_knowledge"]:
+        if any(need.startswith("draw_") for need in needs):
             batch |= self._draw_prompts(examples, chosen, rngs)
         if self.uses_image_knowledge:
             batch["use_image_knowledge"] = torch.tensor([rng.random() < self.image_knowledge_share for rng in rngs])
@@ -178,15 +180,13 @@ class PreTrainingCollator(_Collator):
     @property
     def uses_pictures(self) -> bool:
         """Whether pictures become knowledge, or are masked."""
-        weights = self.config.loss_weights
-        pictured = weights["text_image_matching"] or weights["masked_image"] or weights["masked_text"]
-        return bool(pictured or self.uses_image_knowledge)
+        active = active_objectives(self.config).values()
+        return any("pixel_values" in objective.inputs for objective in active) or self.uses_image_knowledge
 
     @property
     def uses_image_knowledge(self) -> bool:
         """Whether the LLM gets knowledge of the picture in some rows."""
-        weights = self.config.loss_weights
-        return bool(self.image_knowledge_share and (weights["knowledge_to_text"] or weights["text_to_knowledge"]))
+        return bool(self.image_knowledge_share and "llm_knowledge" in needs_of(self.config))
 
     def _masked_first(self, examples: list[dict], rngs: list[random.Random]) -> tuple[list, list, int]:
         """The rows that take part in the masked objectives before the others, and their number."""
@@ -209,20 +209,21 @@ class PreTrainingCollator(_Collator):
         return batch
 
     def _pictures(self, examples: list[dict], masked: int) -> dict[str, torch.Tensor]:
-        weights = self.config.loss_weights
+        active = active_objectives(self.config)
         batch, needed = {}, []
-        if weights["text_image_matching"] or weights["masked_text"] or self.uses_image_knowledge:
+        if needs_of(self.config) & {"image_knowledge", "image_embeddings"} or self.uses_image_knowledge:
             if "vision_states" in examples[0]:
                 batch["vision_states"] = torch.stack([example["vision_states"] for example in examples])  # [B, S, d]
             else:
                 needed = examples
-        if weights["masked_image"] and not needed:
-            needed = examples[: max(masked, 1)]
+        reading = [name for name, objective in active.items() if "pixel_values" in objective.needs]
+        if reading and not needed:
+            needed = examples[: max(masked, 1)] if all(active[name].masked for name in reading) else examples
         if needed:
             if "image" not in needed[0]:
                 raise ValueError(
-                    "masked_image needs the pictures themselves, and the examples only have the encoder's states: "
-                    "give FeatureDataset the images."
+                    f"{' and '.join(reading) or 'an objective'} needs the pictures themselves, and the examples only "
+                    "have the encoder's states: give FeatureDataset the images."
                 )
             batch["pixel_values"] = self.processor.pixel_values(example["image"] for example in needed)
         return batch

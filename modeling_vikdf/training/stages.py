@@ -20,11 +20,11 @@ from ..data.dialogues import load_dialogues
 from ..data.features import FeatureDataset, cache_features
 from ..data.pairs import load_image_text_pairs
 from ..data.sources import SkipReport
-from ..modeling_distillation import VikdfForPreTraining
+from ..modeling_distillation import VikdfForPreTraining, needs_of
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
 from .arguments import VikdfTrainingArguments
-from .recipe import SECTIONS, STAGE_OBJECTIVES, DialogueCollation, PairCollation, Section, check_recipe
+from .recipe import SECTIONS, DialogueCollation, PairCollation, Section, check_recipe, default_objectives
 from .trainer import VikdfTrainer
 
 
@@ -89,7 +89,7 @@ def run_stage(stage: str, recipe: dict[str, Any], collators: Collators | None = 
 
 def _loss_weights(stage: str, objectives: dict[str, Any]) -> dict[str, float] | None:
     """Every objective's weight, 0 for what is not learnt; `None` where text dialogues alone are."""
-    objectives = objectives or STAGE_OBJECTIVES[stage]
+    objectives = objectives or default_objectives(stage)
     if stage == "tune" and objectives:  # dialogues, and captioned pictures beside them
         objectives = {"reply": 1.0, **objectives}
     return {name: float(objectives.get(name, 0.0)) for name in OBJECTIVES} if objectives else None
@@ -216,7 +216,7 @@ def _load_pairs(
         for part in (model.context_encoder, model.vision_encoder, model.iqformer):
             part.to(args.device)  # the Trainer moves the model later
         images = None
-        if model.config.loss_weights["masked_image"]:  # masked pictures are encoded anew: their files stay in memory
+        if "pixel_values" in needs_of(model.config):  # masked pictures are encoded anew: their files stay in memory
             pairs = list(pairs)
             images = {pair["key"]: pair["image"] for pair in pairs}
         cache_features(model, processor, pairs, folder, pool_grid=data.get("pool_grid"), report=report)
