@@ -161,8 +161,9 @@ async def measure(client: httpx.AsyncClient, model: str, clients: int, requests:
 
 async def memory(client: httpx.AsyncClient) -> int | None:
     """Bytes that the server's process holds, where it knows."""
-    found = re.search(r"^vikdf_resident_memory_bytes (\d+)$", (await client.get("/metrics")).text, re.MULTILINE)
-    return int(found[1]) if found else None
+    page = (await client.get("/metrics")).text
+    memory = re.search(r"^vikdf_resident_memory_bytes (\S+)$", page, re.MULTILINE)  # in float notation
+    return int(float(memory[1])) if memory else None
 
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:

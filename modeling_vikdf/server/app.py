@@ -36,7 +36,8 @@ from typing import Any
 import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -113,7 +114,7 @@ class RequestGuard:
             if not started:
                 await error_response(500, "Internal error.")(scope, receive, counted_send)
         finally:
-            self.metrics.add("requests_total", labels=f'{{status="{status}"}}')
+            self.metrics.requests.labels(status=status).inc()
             # the route's path, not the request's, which may hold anything
             path = scope["route"].path if "route" in scope else "-"
             logger.info("%s %s %d %.3f s", scope["method"], path, status, time.monotonic() - start)
@@ -296,7 +297,7 @@ class Api:
 
     async def metrics_page(self) -> Response:
         """The metrics in Prometheus' text format."""
-        return PlainTextResponse(self.metrics.render(*self.worker.load()), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 async def refuse(request: Request, error: StarletteHTTPException) -> Response:
