@@ -282,6 +282,11 @@ def test_the_usage_of_a_stream(client):
     assert last["choices"] == [] and last["usage"] == answer(client)["usage"]
 
 
+def test_no_proxy_holds_a_stream_back(client):
+    headers = client.post(CHAT, json=body(stream=True)).headers
+    assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
+
+
 def test_text_comes_when_it_can_not_change_any_more():
     told = []
     job = Job(None, None, 100, ("END", "ENOUGH"), 0.0, None)

@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 * 2**20
 CLIENT_LEFT = 499  # never sent: for the log and the metrics only
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is nginx's
 
 
 # ---- before a request is read ----
@@ -257,7 +258,7 @@ class Api:
         }
         if body.stream:
             events = server_sent_events(first, updates, job, head, body.stream_options.include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED)
         last = [first, *[update async for update in updates]][-1]
         message = {"role": "assistant", "content": job.text}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last.finish_reason}
