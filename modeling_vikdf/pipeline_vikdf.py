@@ -1,4 +1,7 @@
-"""`pipeline("vikdf-dialogue")`: a chat in, a reply out. Everything it does is processor -> generate -> decode."""
+"""`pipeline("vikdf-dialogue")`: a chat in, a reply out. Everything it does is processor -> generate -> decode.
+
+`prompt_embeddings` stops in front of `generate`: what the LLM reads, for one that runs elsewhere.
+"""
 
 import inspect
 import threading
@@ -14,6 +17,8 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     Pipeline,
+    PreTrainedModel,
+    ProcessorMixin,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -412,6 +417,37 @@ class VikdfDialoguePipeline(Pipeline):
         return self.model.push_to_hub(repo_id, processor=self.processor, **kwargs)
 
 
+@torch.no_grad()
+def prompt_embeddings(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    messages: list[dict[str, Any]],
+    max_length: int | None = None,
+) -> torch.Tensor:
+    """
+    A chat as the LLM reads it: the embeddings of its whole prompt, with the chat template applied and the knowledge in
+    place. Any runtime of the same LLM that takes `inputs_embeds` can generate from them. It should suppress
+    `processor.knowledge_token_id`, as this package does, if the LLM could generate that token.
+
+    Args:
+        model: a [`VikdfForConditionalGeneration`].
+        processor: its processor.
+        messages: the chat, as the processor takes it.
+        max_length: the longest prompt in tokens; the oldest turns of a longer one are left out.
+
+    Returns:
+        [T, d_llm], in the LLM's own precision.
+
+    Raises:
+        TypeError, ValueError: if the processor refuses the chat.
+    """
+    inputs = processor([messages], max_length=max_length).to(model.device)
+    knowledge = model.get_knowledge(
+        inputs["context_input_ids"], inputs["context_attention_mask"], inputs.get("pixel_values")
+    )  # [1, m, h]
+    return model.embed_prompt(inputs["input_ids"], knowledge)[0]
+
+
 def _item(entry: Any, image: Any = None, place: int | None = None, raises: bool = True) -> dict[str, Any]:
     """
     What goes through the steps of the pipeline.
@@ -514,4 +550,4 @@ class _Stop(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-__all__ = ["VikdfDialoguePipeline", "VikdfInputsError"]
+__all__ = ["VikdfDialoguePipeline", "VikdfInputsError", "prompt_embeddings"]

@@ -34,7 +34,8 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from modeling_vikdf.server.app import create_app, encode_prompt_embeddings, prompt_embeddings  # noqa: E402
+from modeling_vikdf.pipeline_vikdf import prompt_embeddings  # noqa: E402
+from modeling_vikdf.server.app import create_app, encode_prompt_embeddings  # noqa: E402
 from modeling_vikdf.server.worker import Job  # noqa: E402
 
 
@@ -937,6 +938,10 @@ def test_prompt_embeddings_with_a_picture(parts):
         for colour in ("red", "blue")
     )
     assert red.shape == blue.shape and not torch.equal(red, blue)
+
+
+def test_prompt_embeddings_are_importable_from_where_they_were():
+    assert modeling_vikdf.server.prompt_embeddings is modeling_vikdf.server.app.prompt_embeddings is prompt_embeddings
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -43,6 +43,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
 from ..building import load_model
+from ..pipeline_vikdf import prompt_embeddings as prompt_embeddings  # was here up to 0.1: for one more release
 from .schema import ChatBody, ChatCompletionRequest, KnowledgeRequest, error_response
 from .worker import Job, Metrics, Update, Worker, log_failure
 
@@ -407,34 +408,6 @@ def serve(
 
 
 # ---- prompt embeddings for a language model that runs elsewhere ----
-
-
-@torch.no_grad()
-def prompt_embeddings(
-    model: VikdfForConditionalGeneration,
-    processor: VikdfProcessor,
-    messages: list[dict[str, Any]],
-    max_length: int | None = None,
-) -> torch.Tensor:
-    """
-    A chat as the LLM reads it: the embeddings of its whole prompt, with the chat template applied and the knowledge in
-    place. Any runtime of the same LLM that takes `inputs_embeds` can generate from them. It should suppress
-    `processor.knowledge_token_id`, as this package does, if the LLM could generate that token.
-
-    Args:
-        messages, max_length: as for the processor.
-
-    Returns:
-        [T, d_llm], in the LLM's own precision.
-
-    Raises:
-        TypeError, ValueError: see the processor.
-    """
-    inputs = processor([messages], max_length=max_length).to(model.device)
-    knowledge = model.get_knowledge(
-        inputs["context_input_ids"], inputs["context_attention_mask"], inputs.get("pixel_values")
-    )  # [1, m, h]
-    return model.embed_prompt(inputs["input_ids"], knowledge)[0]
 
 
 def encode_prompt_embeddings(embeddings: torch.Tensor) -> str:
