@@ -22,6 +22,7 @@ logger = logging.get_logger(__name__)
 
 # All that the Auto classes read of a repository, and nothing that unpickles.
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
+WHAT_IS_A_MODEL = "Name the folder of a model, or its repository on the Hub, ORG/NAME."
 
 
 class PackagedBackbone(NamedTuple):
@@ -216,6 +217,21 @@ def may_be_on_hub(name: str) -> bool:
     return all((organisation, rest, "/" not in rest, name[:1] not in ".~", not os.path.isdir(organisation)))
 
 
+def require_backbone(name_or_path: str) -> None:
+    """
+    Refuses a mistyped folder before any Hub is asked for it. A name without a slash may be that of a repository.
+
+    Raises:
+        BackboneNotFoundError: if what was meant to be here is in none of the places on this machine.
+    """
+    if "/" not in name_or_path or may_be_on_hub(name_or_path):
+        return
+    try:
+        locate_backbone(name_or_path, local_files_only=True)
+    except BackboneNotFoundError as error:
+        raise BackboneNotFoundError(f"There is no folder {name_or_path!r}. {WHAT_IS_A_MODEL}") from error
+
+
 def require_model(source: str | os.PathLike) -> None:
     """
     Raises:
@@ -227,7 +243,7 @@ def require_model(source: str | os.PathLike) -> None:
         return
     missing = f"There is no folder {source!r}"
     if not may_be_on_hub(source):
-        raise FileNotFoundError(f"{missing}. Name the folder of a model, or its repository on the Hub, ORG/NAME.")
+        raise FileNotFoundError(f"{missing}. {WHAT_IS_A_MODEL}")
     try:
         cached_file(source, CONFIG_NAME)
     except OSError as error:
