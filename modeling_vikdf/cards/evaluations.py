@@ -30,8 +30,9 @@ SAME_EVALUATION = ("data", "data_sha256", "limit", "all_references", "system_pro
 
 class Estimate(NamedTuple):
     """
-    A value, its 95 % interval, if it has one, and how many decimals to show, if the metric is one of `METRICS`. What
-    else the Trainer measures is shown with as many as its size asks for.
+    A value and its 95 % interval, if it has one.
+
+    A metric of `METRICS` has `fixed_decimals`; for what else the Trainer measures they depend on the value's size.
     """
 
     value: float
@@ -56,8 +57,15 @@ class Estimate(NamedTuple):
 @dataclass
 class Evaluation:
     """
-    Results on one data set: arm -> metric -> estimate, and other model -> metric -> the subject minus that model, with
-    the meaning of such differences. The subject is this model, or its recipe over several training seeds.
+    Results on one data set, as a card shows them.
+
+    Args:
+        data: name of the data set.
+        size: how many examples it has, in words.
+        arms: arm of knowledge -> metric -> estimate.
+        differences: another model -> metric -> the subject minus that model.
+        meaning: what is compared, and what the sign of a difference says.
+        subject: "this model", or "this recipe" for means over several training seeds.
     """
 
     data: str
@@ -79,13 +87,19 @@ class Evaluation:
 # ---- reports ----
 
 
-def read_evaluations(found: list[Path], named: list[Path]) -> list[Evaluation]:
+def read_evaluations(candidates: list[Path], reports: list[Path]) -> list[Evaluation]:
     """
-    The evaluations in the files that were found, of which others are passed over, and in those that were named, which
-    must be reports. Reports of `vikdf evaluate` that differ in the arm of knowledge alone are one evaluation.
+    The evaluations that files hold; reports of `vikdf evaluate` that differ only in the arm of knowledge are one.
+
+    Args:
+        candidates: JSON files that may be reports; others are passed over.
+        reports: files that must be reports.
+
+    Raises:
+        ValueError: if one of `reports` is none, a file is no JSON, or reports are of different weights.
     """
     evaluations, arms, weights = [], {}, {}
-    for path in dict.fromkeys([*found, *named]):
+    for path in dict.fromkeys([*candidates, *reports]):
         content = read_json(path)
         kind = kind_of(content, path)
         if kind == "dialogues":
@@ -102,7 +116,7 @@ def read_evaluations(found: list[Path], named: list[Path]) -> list[Evaluation]:
             evaluations.append(_read_retrieval(path, content))
         elif kind == "probe":
             evaluations.append(_read_probe(path, content))
-        elif path in named:
+        elif path in reports:
             raise ValueError(f"{path} is no report of an evaluation.")
     if len(set(weights.values())) > 1:
         raise ValueError(
@@ -126,8 +140,10 @@ def estimate(metric: str, value: float, interval: list[float] | None = None) -> 
 
 def _read_collected(content: dict[str, Any]) -> Evaluation:
     """
-    Of eval/collect.py: the reference is this model, or its recipe; others count by their paired difference to it. Of a
-    recipe the means over seeds are told, which no single model has, so they are none of this model's own figures.
+    The evaluation in a result of eval/collect.py, whose reference is this model, or its recipe over several seeds.
+
+    Other models are shown by their paired difference to the reference. Means over seeds belong to no single model, so
+    they do not count as this model's own figures.
     """
     reference, arms, differences = content["reference"], {}, {}
     model = content["arms"][reference]

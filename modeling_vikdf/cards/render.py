@@ -229,13 +229,15 @@ def render_dataset_card(folder: str | Path, repo_id: str | None = None, sources:
 
 def render_eval_results(report: str | Path, metric: str, dataset_id: str, task_id: str) -> str:
     """
-    A file of `.eval_results/`, with which a figure appears on the leaderboard of a benchmark. The Hub takes only data
-    sets that are registered as benchmarks there, so whoever evaluated on one says which it is.
+    A file of `.eval_results/`, with which a figure appears on the leaderboard of a benchmark.
+
+    The Hub accepts only data sets that are registered there as benchmarks, so the caller names the benchmark.
 
     Args:
         report: JSON that `vikdf evaluate` wrote.
         metric: which of its metrics the benchmark ranks by.
-        dataset_id, task_id: the benchmark's repository, and the task as its `eval.yaml` calls it.
+        dataset_id: the benchmark's repository.
+        task_id: the task, as the benchmark's `eval.yaml` calls it.
 
     Raises:
         OSError: if the report cannot be read.

@@ -60,8 +60,10 @@ UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the sec
 
 class RequestGuard:
     """
-    The outermost ASGI middleware: refuses wrong keys and bodies that are too large or too slow, turns unexpected
-    errors into a 500, counts and logs every response.
+    The outermost ASGI middleware.
+
+    It refuses wrong keys and bodies that are too large or too slow, turns unexpected errors into a 500, and counts and
+    logs every response.
 
     Args:
         app: the application behind it.
@@ -75,6 +77,7 @@ class RequestGuard:
         self.expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Guards an HTTP request; passes everything else on."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         start, status, started, finished = time.monotonic(), 500, False, False
@@ -131,8 +134,10 @@ class RequestGuard:
 
 async def stream_updates(job: Job, worker: Worker) -> AsyncIterator[Update]:
     """
-    The updates of a reply, up to the one with a finish reason. A reply that is not finished by its deadline is cut
-    there, with the finish reason "length"; closing the iterator cancels the job.
+    The updates of a reply, up to the one with a finish reason.
+
+    A reply that is not finished by its deadline is cut there, with the finish reason "length". Closing the iterator
+    cancels the job.
 
     Raises:
         HTTPException: 504 if no token arrives before the deadline, or the error that the job ended with.
@@ -334,8 +339,8 @@ def create_app(
     The server as an ASGI application, which can be started once.
 
     Args:
-        model, processor: the model to serve, and its processor. Pictures are accepted if the model's vision encoder is
-            attached.
+        model: the model to serve; pictures are accepted if its vision encoder is attached.
+        processor: its processor.
         name: the model's name in requests and responses.
         api_key: bearer token that clients must send, except for `/health` and `/metrics`; `None` for none.
         max_batch: maximum number of replies generated together.
@@ -382,8 +387,10 @@ def serve(
 
     Args:
         source: folder or Hub id of a VIKDF model, also the name to serve it by; `None`: the packaged one, as "vikdf".
-        host, port: address to listen on.
-        api_key, limits: see `create_app`.
+        host: address to listen on.
+        port: port to listen on.
+        api_key: see `create_app`.
+        **limits: see `create_app`.
 
     Raises:
         OSError, ValueError: if the model cannot be loaded, or a setting is out of range.
@@ -412,8 +419,9 @@ def serve(
 
 def encode_prompt_embeddings(embeddings: torch.Tensor) -> str:
     """
-    Prompt embeddings [T, d_llm] as `vllm serve --enable-prompt-embeds` takes them: the `prompt_embeds` of a completion
-    request, base64 of what `torch.save` writes.
+    Prompt embeddings [T, d_llm] as the `prompt_embeds` of a request to `vllm serve --enable-prompt-embeds`.
+
+    They are base64 of what `torch.save` writes.
 
     vLLM warns that embeddings of a wrong shape may crash its engine: enable them for trusted clients only.
     `torch.save` writes a pickle: read one from an untrusted source with `torch.load(..., weights_only=True)` only.

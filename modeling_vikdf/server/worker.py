@@ -364,8 +364,10 @@ class Worker(threading.Thread):
 
 class BatchSteps(StoppingCriteria):
     """
-    Streams the rows of a batch, where transformers' streamers take one row only: passes each row its new token, and
-    ends rows that are finished or cancelled. With beams, several to a row, it only ends them.
+    Streams the rows of a batch, where transformers' streamers take one row only.
+
+    It passes each row its new token, and ends rows that are finished or cancelled. With beams, several to a row, it
+    only ends them.
 
     Args:
         jobs: the rows.
@@ -376,6 +378,7 @@ class BatchSteps(StoppingCriteria):
         self.jobs, self.step = jobs, step
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Which rows end, bool [B * copies], after the step that wrote the last of `input_ids` [B * copies, T]."""
         copies = input_ids.shape[0] // len(self.jobs)
         if copies == 1:
             for job, token in zip(self.jobs, input_ids[:, -1].tolist(), strict=True):
