@@ -160,10 +160,10 @@ async def measure(client: httpx.AsyncClient, model: str, clients: int, requests:
 
 
 async def memory(client: httpx.AsyncClient) -> int | None:
-    """The resident memory of the server's process in bytes, if it reports that."""
-    metrics = (await client.get("/metrics")).text
-    match = re.search(r"^vikdf_resident_memory_bytes (\d+)$", metrics, re.MULTILINE)
-    return int(match[1]) if match else None
+    """Bytes that the server's process holds, where it knows."""
+    page = (await client.get("/metrics")).text
+    memory = re.search(r"^vikdf_resident_memory_bytes (\S+)$", page, re.MULTILINE)  # in float notation
+    return int(float(memory[1])) if memory else None
 
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:

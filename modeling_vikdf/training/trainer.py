@@ -29,7 +29,7 @@ from ..data.collators import DialogueCollator, PreTrainingCollator
 from ..modeling_distillation import OBJECTIVE_TABLE, VikdfForPreTraining, active_objectives
 from ..modeling_objectives import SHARED, count_labels
 from .arguments import GROUPED, UNUSABLE_IN_PRETRAINING, VikdfTrainingArguments, canonical_name, refuse_unusable
-from .checkpoints import CheckpointingTrainer, last_checkpoint, unwrap_peft
+from .checkpoints import CheckpointingTrainer, align_special_tokens, last_checkpoint, unwrap_peft
 
 
 class VikdfTrainer(CheckpointingTrainer):
@@ -83,6 +83,7 @@ class VikdfTrainer(CheckpointingTrainer):
         """Refuses what cannot be used with this model, and freezes what it does not train."""
         self.is_pretraining = isinstance(unwrap_peft(model), VikdfForPreTraining)
         self._check_settings(unwrap_peft(model).config)
+        align_special_tokens(unwrap_peft(model), self.others.get("processing_class"))
         if unwrap_peft(model) is model:  # else PEFT says what trains and what is saved
             freeze_unused(model, pictures=getattr(self.data_collator, "uses_pictures", True))
         for name, parameter in model.named_parameters():
