@@ -94,8 +94,8 @@ docs: $(VENV)/.docs-installed
 
 # Trains and evaluates the arms of the study: make study STUDY_ARGS='--pairs ... --dialogues ... --steps vikdf soft_prompt'
 study: setup
-	$(VENV)/bin/python eval/study.py --config configs/study.yaml $(STUDY_ARGS)
+	$(VENV)/bin/python eval/study/train.py --config configs/study.yaml $(STUDY_ARGS)
 
 # Renders the tables and plots of eval/results/ anew.
 results: setup
-	$(VENV)/bin/python eval/collect.py render
+	$(VENV)/bin/python eval/study/collect.py render

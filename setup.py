@@ -59,7 +59,7 @@ setup(
         "track": ["trackio"],
         "eval": ["evaluate>=0.4.6", "datasets>=4", "nltk>=3.6", "matplotlib"],
         "demo": ["gradio>=6", "datasets>=4"],
-        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.23"],
         "completion": ["argcomplete>=3"],  # of the command line, by the tab key
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "playwright"],

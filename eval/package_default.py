@@ -1,4 +1,4 @@
-"""Makes a trained model the packaged default: what was trained, its processor, how it was trained, and its card.
+"""Makes a trained model the packaged default: the trained weights, the processor, the recipe, and the card.
 
 Example run:
     python eval/package_default.py outputs/study/seed0/vikdf --results eval/results/image_chat_validation.json
@@ -16,20 +16,21 @@ from modeling_vikdf.cards.render import FIGURE, render_model_card
 
 
 def main() -> None:
-    """Replaces modeling_vikdf/default_checkpoint."""
+    """Replaces modeling_vikdf/default_checkpoint by the trained model."""
     parser = argparse.ArgumentParser(description="Make a trained model the packaged default.")
     parser.add_argument("model", type=Path, help="folder of the trained model")
     parser.add_argument("--results", type=Path, nargs="*", default=[], help="reports for the card")
     args = parser.parse_args()
 
-    model, processor = (each.from_pretrained(args.model) for each in (VikdfForConditionalGeneration, VikdfProcessor))
+    model = VikdfForConditionalGeneration.from_pretrained(args.model)
+    processor = VikdfProcessor.from_pretrained(args.model)
     model.generation_config = short_greedy_replies(model.generation_config)  # how it speaks is not learnt
     for path in DEFAULT_CHECKPOINT.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     model.save_pretrained(DEFAULT_CHECKPOINT)
-    # in half precision the package is half as large; loading makes float32 of it again
+    # half precision halves the package; loading converts to float32 again
     weights = DEFAULT_CHECKPOINT / "model.safetensors"
-    save_file({name: each.half() for name, each in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    save_file({name: weight.half() for name, weight in load_file(weights).items()}, weights, metadata={"format": "pt"})
     processor.save_pretrained(DEFAULT_CHECKPOINT)
     for name in ("recipe.yaml", "trainer_state.json"):
         shutil.copy(args.model / name, DEFAULT_CHECKPOINT)

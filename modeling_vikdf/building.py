@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # from the top it may want torchvision
 
-from .backbones import locate_backbone, require_model
+from .backbones import locate_backbone, require_backbone, require_model
 from .modeling_vikdf import VikdfForConditionalGeneration
 from .processing_vikdf import VikdfProcessor
 
@@ -48,6 +48,9 @@ def new_model(
         BackboneNotFoundError: if a backbone cannot be found.
         ValueError: if the parts do not fit together.
     """
+    for name in (language_model, context_encoder, vision_encoder, model_settings.get("bert")):
+        if name is not None:
+            require_backbone(name)
     llm, context = locate_backbone(language_model), locate_backbone(context_encoder)
     image_processor = None
     if vision_encoder is not None:

@@ -1,16 +1,17 @@
 """Training VIKDF on image-text pairs: the three objectives of knowledge distillation and the two of BVIF.
 
-The objectives are functions of tensors (first half of the file); `VikdfForPreTraining` only computes the tensors and
-weighs the results. So any subset with any weights is a configuration: the five jointly as the authors' code trains
-them, or distillation first and integration second as the paper presents them.
+Reads from top to bottom: the paper's equations as functions of tensors; what each objective takes from the model and
+the batch; `OBJECTIVE_TABLE`, with one entry for each; `VikdfForPreTraining`, which weighs their losses. What else must
+know about an objective (collator, trainer, recipes) reads it off the table. So any subset with any weights is a
+configuration: the five jointly as the authors' code trains them, or distillation first and integration second as the
+paper presents them.
 
 Every objective is a sum over what it scores (pairs, pixels, tokens, components) divided by a count, over a batch the
 mean. A trainer that splits a batch over micro-batches or processes passes the whole batch's counts, and the parts add
 up to the mean over the whole.
 """
 
-import math
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,13 +20,27 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_vikdf import VikdfConfig
+from .configuration_vikdf import OBJECTIVES, VikdfConfig
+from .modeling_objectives import (
+    SOURCES,
+    Count,
+    Objective,
+    VikdfPreTrainingOutput,
+    VikdfReconstructionBlock,
+    add_shared,
+    cells_to_pixels,
+    count_labels,
+    count_masked_pixels,
+    keep_scored,
+    to_patches,
+)
 from .modeling_vikdf import VikdfForConditionalGeneration
 
 
-TOKENS = ("masked_text", "knowledge_to_text", "reply")  # the objectives that predict tokens
-BVIF = ("knowledge_to_text", "text_to_knowledge")  # the objectives that take a pair's knowledge through the LLM
-MATCHING = {"text_image_matching": "image", "text_text_matching": "partner"}  # and what each matches texts with
+LLM_STATES = ("output_hidden_states", "output_attentions")  # what may be asked for of the LLM that reads captions
+
+
+# ---- the equations ----
 
 
 def matching_loss(
@@ -37,16 +52,18 @@ def matching_loss(
     parts: int = 1,
 ) -> torch.Tensor:
     """
-    Symmetric InfoNCE over a whole batch (paper, "Text-Image Matching"; Radford et al. 2021, CLIP, figure 3), of texts
-    and images, or of texts and other texts about the same images.
+    Symmetric InfoNCE over a whole batch, of texts and images, or of texts and other texts about the same images.
 
-    Of a batch that is computed in `parts` (micro-batches, processes), each part passes the embeddings of all others
-    without gradient. The values that the parts return add up to the loss of the whole batch, and so do the gradients.
+    Paper, "Text-Image Matching"; Radford et al. 2021, CLIP, figure 3. Of a batch that is computed in `parts`
+    (micro-batches, processes), each part passes the embeddings of all others without gradient. The values that the
+    parts return add up to the loss of the whole batch, and so do the gradients.
 
     Args:
-        text, image: unit vectors of the part's pairs [B, d].
+        text: unit vectors of the texts of the part's pairs [B, d].
+        image: those of their images, or of the other texts, [B, d].
         logit_scale: logarithm of the inverse temperature, scalar.
-        other_text, other_image: unit vectors of the other parts' pairs [R, d].
+        other_text: unit vectors of the other parts' texts [R, d].
+        other_image: those of the other parts' images [R, d].
         parts: in how many parts the batch is computed.
 
     Returns:
@@ -67,13 +84,14 @@ def matching_loss(
 
 
 def masked_image_loss(
-    predicted: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor, count: torch.Tensor | float | None = None
+    predicted: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor, count: Count = None
 ) -> torch.Tensor:
     """
     Mean absolute error on masked pixels (paper, "Text-Assisted Masked Image Modelling"; Xie et al. 2022, SimMIM).
 
     Args:
-        predicted, pixels: [B, 3, H, W].
+        predicted: [B, 3, H, W].
+        pixels: [B, 3, H, W].
         mask: 1 for the pixels to score, [B, H, W].
         count: number of scored pixels in the whole batch; default those of `mask`.
 
@@ -85,7 +103,7 @@ def masked_image_loss(
 
 
 def masked_text_loss(
-    logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | float | None = None, smoothing: float = 0.0
+    logits: torch.Tensor, targets: torch.Tensor, count: Count = None, smoothing: float = 0.0
 ) -> torch.Tensor:
     """
     Cross-entropy of the chosen tokens (paper, "Image-Assisted Masked Text Modelling"; Devlin et al. 2019, BERT).
@@ -103,15 +121,15 @@ def masked_text_loss(
     return loss / _count(torch.tensor(len(targets), device=logits.device), count)
 
 
-def text_to_knowledge_loss(
-    predicted: torch.Tensor, knowledge: torch.Tensor, count: torch.Tensor | float | None = None
-) -> torch.Tensor:
+def text_to_knowledge_loss(predicted: torch.Tensor, knowledge: torch.Tensor, count: Count = None) -> torch.Tensor:
     """
-    Negative log-likelihood of knowledge under a Gaussian of unit variance, up to constants: the mean squared error
-    (paper, "Bidirectional Variational Information Fusion"; Barber & Agakov 2003 for the bound).
+    Negative log-likelihood of knowledge under a Gaussian of unit variance: up to constants the mean squared error.
+
+    Paper, "Bidirectional Variational Information Fusion"; Barber & Agakov 2003 for the bound.
 
     Args:
-        predicted, knowledge: [B, n, h].
+        predicted: [B, n, h].
+        knowledge: [B, n, h].
         count: number of rows in the whole batch; default B.
 
     Returns:
@@ -122,103 +140,224 @@ def text_to_knowledge_loss(
     return error / (_count(rows, count) * predicted[0].numel())
 
 
-def _count(own: torch.Tensor, whole: torch.Tensor | float | None) -> torch.Tensor:
+def _count(own: torch.Tensor, whole: Count) -> torch.Tensor:
     """The divisor: the whole batch's count if known, and never 0."""
     return torch.clamp(torch.as_tensor(own if whole is None else whole, device=own.device), min=1)
 
 
-class VikdfReconstructionBlock(nn.Module):
+# ---- the objectives: what each takes from the model and the batch ----
+
+
+def text_image_matching(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
+    """Texts find their pictures, and pictures their texts, among all pairs of the batch."""
+    pairs, others = (batch.text_embeddings, batch.image_embeddings), (batch.other_text, batch.other_image)
+    return matching_loss(*pairs, model.matching_head.logit_scale, *others, batch.parts)
+
+
+def text_text_matching(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
+    """Captions find another caption of their picture; not in the paper."""
+    pairs, others = (batch.text_embeddings, batch.partner_embeddings), (batch.other_text, batch.other_partner)
+    return matching_loss(*pairs, model.matching_head.logit_scale, *others, batch.parts)
+
+
+def masked_image(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
+    """The first M pictures are completed with the help of K^T."""
+    cells, pictures = batch.masked_cells, batch.pixel_values[: len(batch.masked_cells)]
+    return model.masked_image_modelling(pictures, cells, batch.hidden_cells, batch.text_knowledge, count)
+
+
+def masked_text(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
+    """The first M captions are completed with the help of K^I."""
+    ids, mask, labels = batch.masked_input_ids, batch.context_attention_mask, batch.masked_labels
+    return model.masked_text_modelling(ids, mask, labels, batch.image_knowledge, count, batch.smoothing)
+
+
+def knowledge_to_text(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
+    """The LLM, asked for a caption, finds it likely (paper, BVIF, knowledge -> text; see `reply_loss`)."""
+    states = {name: getattr(batch, name) for name in LLM_STATES if getattr(batch, name) is not None}
+    batch.llm_output = VikdfForConditionalGeneration.forward(
+        model,
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        knowledge=batch.llm_knowledge,
+        base=model.caption_base(),
+        labels=batch.labels,
+        num_items_in_batch=count,
+        smoothing=batch.smoothing,
+        return_dict=True,
+        **states,  # what is not asked for is as the LLM's own configuration says
+    )
+    return batch.llm_output.loss
+
+
+def text_to_knowledge(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
+    """The LLM, having read a caption, predicts its knowledge (paper, BVIF, text -> knowledge)."""
+    mask, positions = batch.draw_attention_mask, batch.draw_position_ids
+    return model.text_to_knowledge(batch.draw_input_ids, mask, batch.llm_knowledge, positions, count)
+
+
+def reply(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
+    """Replies of text dialogues, as `VikdfForConditionalGeneration` learns them."""
+    settings = {"num_items_in_batch": count, "smoothing": batch.smoothing, "return_dict": True}
+    return VikdfForConditionalGeneration.forward(model, **batch.dialogues, **settings).loss
+
+
+# ---- their heads ----
+
+
+def masked_image_heads(config: VikdfConfig) -> dict[str, nn.Module]:
+    """The block that asks K^T, and the decoder of each patch's state to its pixels."""
+    if config.vision_config is None:
+        raise ValueError("masked_image needs a vision encoder, and config.vision_config is None.")
+    width, h = config.iqformer_config.encoder_hidden_size, config.iqformer_config.hidden_size
+    pixels = 3 * config.vision_config.patch_size**2
+    return {
+        "masked_image_block": VikdfReconstructionBlock(width, h).float(),
+        "pixel_decoder": nn.Linear(width, pixels, dtype=torch.float32),
+    }
+
+
+def masked_text_heads(config: VikdfConfig) -> dict[str, nn.Module]:
+    """The block that asks K^I, and the decoder of each token's state to the text encoder's vocabulary."""
+    width, h = config.iqformer_config.encoder_hidden_size, config.iqformer_config.hidden_size
+    return {
+        "masked_text_block": VikdfReconstructionBlock(width, h).float(),
+        "token_decoder": nn.Linear(width, config.context_config.vocab_size, dtype=torch.float32),
+    }
+
+
+def knowledge_to_text_heads(config: VikdfConfig) -> dict[str, nn.Parameter]:
     """
-    The one-block transformer through which a masked modality asks the other one's knowledge: cross-attention, then a
-    feed-forward, each with its residual and a LayerNorm behind it. There is no attention among the queries.
+    A shift of the base vectors in prompts of captions.
+
+    What makes the LLM write captions is of no use in a dialogue. Learnt beside the base vectors, which then are the
+    replies' alone, it stays behind with the other heads. Frozen, it leaves the base to both.
     """
-
-    def __init__(self, width: int, knowledge_width: int, dropout: float = 0.1):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(
-            width, num_heads=4, dropout=dropout, kdim=knowledge_width, vdim=knowledge_width, batch_first=True
-        )
-        self.norm1 = nn.LayerNorm(width)
-        self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
-        self.norm2 = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, states: torch.Tensor, knowledge: torch.Tensor) -> torch.Tensor:
-        """States [B, S, width] that ask knowledge [B, n, h] -> [B, S, width]."""
-        asked, _ = self.attention(states, knowledge, knowledge, need_weights=False)
-        states = self.norm1(states + self.dropout(asked))
-        return self.norm2(states + self.dropout(self.ffn(states)))
+    size = (config.num_knowledge_tokens, config.text_config.hidden_size)
+    return {"caption_shift": nn.Parameter(torch.zeros(size, dtype=torch.float32))}
 
 
-@dataclass
-class VikdfPreTrainingOutput(ModelOutput):
+def text_to_knowledge_heads(config: VikdfConfig) -> dict[str, nn.Module]:
+    """The predictor of a knowledge vector from the LLM's state before it."""
+    d_llm, h = config.text_config.hidden_size, config.iqformer_config.hidden_size
+    return {"knowledge_predictor": nn.Linear(d_llm, h, dtype=torch.float32)}
+
+
+# ---- the table ----
+
+INTO_THE_LLM = ("language_projection", "knowledge_gate")
+
+# Default weights are in `OBJECTIVES` (configuration_vikdf.py). In this order the losses are computed and summed.
+OBJECTIVE_TABLE = {
+    "text_image_matching": Objective(
+        stage="distill",
+        loss=text_image_matching,
+        needs=("text_embeddings", "image_embeddings"),
+        trains=("matching_head",),
+    ),
+    "text_text_matching": Objective(
+        loss=text_text_matching,
+        needs=("text_embeddings", "partner_embeddings"),
+        trains=("matching_head.text_projection", "matching_head.projection", "matching_head.logit_scale"),
+    ),
+    "masked_image": Objective(
+        stage="distill",
+        loss=masked_image,
+        needs=("text_knowledge", "pixel_values", "masked_cells"),
+        heads=masked_image_heads,
+        count=count_masked_pixels,
+        masked=True,
+    ),
+    "masked_text": Objective(
+        stage="distill",
+        loss=masked_text,
+        needs=("image_knowledge", "masked_input_ids", "masked_labels"),
+        heads=masked_text_heads,
+        count=lambda inputs, config: (inputs["masked_labels"] != -100).sum(),
+        predicts_tokens=True,
+        masked=True,
+    ),
+    "knowledge_to_text": Objective(
+        stage="integrate",
+        loss=knowledge_to_text,
+        needs=("llm_knowledge", "input_ids", "labels"),
+        trains=INTO_THE_LLM,
+        heads=knowledge_to_text_heads,
+        count=count_labels,
+        predicts_tokens=True,
+    ),
+    "text_to_knowledge": Objective(
+        stage="integrate",
+        loss=text_to_knowledge,
+        needs=("llm_knowledge", "draw_input_ids"),
+        trains=INTO_THE_LLM,
+        heads=text_to_knowledge_heads,
+    ),
+    "reply": Objective(
+        loss=reply,
+        needs=("dialogues",),
+        trains=(*INTO_THE_LLM, "knowledge_base"),
+        count=lambda inputs, config: count_labels(inputs["dialogues"], config),
+        predicts_tokens=True,
+    ),
+}
+
+
+def add_objective(name: str, objective: Objective, weight: float = 0.0) -> None:
     """
-    loss: weighted sum of the objectives, scalar.
-    losses: name of each objective -> its own value, unweighted and without gradient.
-    text_knowledge, image_knowledge: K^T, K^I [B, n, h].
-    text_embeddings, image_embeddings, partner_embeddings: what matching compares, unit vectors [B, d].
-    context_states, vision_states, partner_states: what the frozen encoders say [B, T, d], [B, S, d], [B, U, d]; with
-        `embed_only` alone.
-    hidden_states, attentions: of the LLM that reads the captions (knowledge -> text), if asked for, as in
-        `VikdfForConditionalGeneration`.
+    Makes an objective known: from now on configurations, models, collators, trainers and recipes take its name.
 
-    What the objectives do not need is not computed and `None`.
+    Args:
+        name: of the objective.
+        objective: what it is.
+        weight: its weight in configurations that name no weights.
+
+    Raises:
+        ValueError: if there is an objective of this name.
     """
+    if name in OBJECTIVES:
+        raise ValueError(f"There is an objective {name!r} already; choose another name than {list(OBJECTIVES)}.")
+    OBJECTIVE_TABLE[name], OBJECTIVES[name] = objective, weight
 
-    loss: torch.Tensor | None = None
-    losses: dict[str, torch.Tensor] | None = None
-    text_knowledge: torch.Tensor | None = None
-    image_knowledge: torch.Tensor | None = None
-    text_embeddings: torch.Tensor | None = None
-    image_embeddings: torch.Tensor | None = None
-    partner_embeddings: torch.Tensor | None = None
-    context_states: torch.Tensor | None = None
-    vision_states: torch.Tensor | None = None
-    partner_states: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+
+def active_objectives(config: VikdfConfig) -> dict[str, Objective]:
+    """The objectives that have a weight in `config.loss_weights`, in the order of the table; ValueError for others."""
+    weighed = {name for name, weight in config.loss_weights.items() if weight}
+    if unknown := sorted(weighed - OBJECTIVE_TABLE.keys()):
+        raise ValueError(f"config.loss_weights gives {unknown} a weight, but no entry of OBJECTIVE_TABLE computes it.")
+    return {name: objective for name, objective in OBJECTIVE_TABLE.items() if name in weighed}
+
+
+def needs_of(config: VikdfConfig) -> set[str]:
+    """What the active objectives need, some of it from `SOURCES`."""
+    return {need for objective in active_objectives(config).values() for need in objective.needs}
+
+
+# ---- the model ----
 
 
 class VikdfForPreTraining(VikdfForConditionalGeneration):
     """
-    A dialogue model with the heads of the objectives. Objectives of weight 0 in `config.loss_weights` are not computed
-    and need no inputs. `VikdfForConditionalGeneration` loads its checkpoints and leaves the heads out.
+    A dialogue model with the heads of the objectives that have a weight in `config.loss_weights`.
+
+    Objectives of weight 0 are not computed and need no inputs. `VikdfForConditionalGeneration` loads its checkpoints
+    and leaves the heads out.
     """
 
     main_input_name = "context_input_ids"
-    _keep_in_fp32_modules_strict = [
-        *VikdfForConditionalGeneration._keep_in_fp32_modules_strict,
-        "masked_image_block",
-        "masked_text_block",
-        "pixel_decoder",
-        "token_decoder",
-        "knowledge_predictor",
-        "caption_shift",
-    ]
-
     # a checkpoint that was trained with other objectives has other heads: new ones start fresh, old ones are left
     _keys_to_ignore_on_load_missing = VikdfForConditionalGeneration._keys_to_ignore_on_load_unexpected
     accepts_loss_kwargs = True  # for Trainer: losses are divided by counts over all accumulated batches
 
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
-        width, h = config.iqformer_config.encoder_hidden_size, config.iqformer_config.hidden_size
-        if config.loss_weights["masked_image"]:
-            if config.vision_config is None:
-                raise ValueError("masked_image needs a vision encoder, and config.vision_config is None.")
-            patch = config.vision_config.patch_size
-            self.masked_image_block = VikdfReconstructionBlock(width, h).float()
-            self.pixel_decoder = nn.Linear(width, 3 * patch**2, dtype=torch.float32)  # each patch state to its pixels
-        if config.loss_weights["masked_text"]:
-            self.masked_text_block = VikdfReconstructionBlock(width, h).float()
-            self.token_decoder = nn.Linear(width, config.context_config.vocab_size, dtype=torch.float32)
-        if config.loss_weights["text_to_knowledge"]:
-            self.knowledge_predictor = nn.Linear(config.text_config.hidden_size, h, dtype=torch.float32)
-        if config.loss_weights["knowledge_to_text"]:
-            # What makes the LLM write captions is of no use in a dialogue. Learnt beside the base vectors, which then
-            # are the replies' alone, it stays behind with the other heads. Frozen, it leaves the base to both.
-            size = (config.num_knowledge_tokens, config.text_config.hidden_size)
-            self.caption_shift = nn.Parameter(torch.zeros(size, dtype=torch.float32))
+        for objective in active_objectives(config).values():
+            for name, head in objective.heads(config).items():
+                if hasattr(self, name):
+                    raise ValueError(f"The model has a part {name!r} already: call the objective's head otherwise.")
+                setattr(self, name, head)
+                self._keep_in_fp32_modules_strict.add(name)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -262,121 +401,75 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         dialogues: dict[str, torch.Tensor] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        **others: Any,
     ) -> VikdfPreTrainingOutput:
         """
+        Computes the objectives of positive weight and adds them up; a batch holds the inputs that these need.
+
         Args:
-            context_input_ids, context_attention_mask: captions for the text encoder [B, T]; `context_states`
-                [B, T, d] are their cached states.
-            pixel_values: pictures [B, 3, H, W]; `vision_states` [B, S, d] are their cached states, and then only the
-                pictures of the first M rows are needed, for masked modelling.
-            masked_cells: cells of a square grid over the picture to score [M, cells] (bool); hidden_cells: those of
-                them to hide from the encoder. M <= B: the first M rows take part.
-            masked_input_ids: captions with tokens replaced [M, T]; masked_labels: the true ids, -100 elsewhere.
-            input_ids, attention_mask, labels: prompts with placeholders, the captions behind (knowledge -> text).
-            draw_input_ids, draw_attention_mask, draw_position_ids: captions with placeholders behind them (text ->
-                knowledge).
+            context_input_ids: captions for the text encoder [B, T].
+            context_attention_mask: 1 for tokens, 0 for padding, [B, T].
+            pixel_values: pictures [B, 3, H, W]; beside `vision_states` those of the first M rows.
+            context_states: the text encoder's states of the captions, if they are cached, [B, T, d].
+            vision_states: the vision encoder's states of the pictures, if they are cached, [B, S, d].
+            masked_cells: cells of a square grid over the first M <= B pictures to score [M, cells] (bool).
+            hidden_cells: those of them to hide from the encoder [M, cells] (bool); default all.
+            masked_input_ids: the first M captions with tokens replaced [M, T].
+            masked_labels: the true ids, -100 elsewhere, [M, T].
+            input_ids: prompts with placeholders, the captions behind (knowledge -> text) [B, U].
+            attention_mask: 1 for tokens, 0 for padding, [B, U].
+            position_ids: of the prompts [B, U]; default, as the LLM counts.
+            labels: the ids of the captions, -100 elsewhere, [B, U].
+            draw_input_ids: captions with placeholders behind them (text -> knowledge) [B, V].
+            draw_attention_mask: 1 for tokens, 0 for padding, [B, V].
+            draw_position_ids: [B, V]; default, as the LLM counts.
             use_image_knowledge: rows in which BVIF's knowledge is the picture's [B] (bool); default: the text's.
-            partner_input_ids, partner_attention_mask: another caption of each picture [B, U] (text-text matching);
-                `partner_states` [B, U, d] are their cached states.
-            other_text, other_image, other_partner, parts: what other parts of the batch embedded, and how many parts
-                there are; see `matching_loss`.
+            partner_input_ids: another caption of each picture (text-text matching) [B, W].
+            partner_attention_mask: 1 for tokens, 0 for padding, [B, W].
+            partner_states: the text encoder's states of these captions, if they are cached, [B, W, d].
+            other_text: what other parts of the batch embedded, see `matching_loss`, [R, d].
+            other_image: the same of their pictures.
+            other_partner: the same of their pictures' other captions.
+            parts: in how many parts the batch is computed.
             counts: objective -> count over the whole batch; see the loss functions.
-            smoothing: label smoothing of the objectives that predict tokens (masked_text, knowledge_to_text, reply).
+            smoothing: label smoothing of the objectives that predict tokens.
             embed_only: whether to stop at the matching embeddings.
             dialogues: text dialogues with labels, as inputs of `VikdfForConditionalGeneration.forward` (reply).
-            output_hidden_states, output_attentions: whether to return those of the LLM that reads the captions.
+            output_hidden_states: whether to return those of the LLM that reads the captions.
+            output_attentions: whether to return those of the LLM that reads the captions.
+            others: inputs that an objective from outside the package needs.
 
         Raises:
-            ValueError: if an objective of positive weight lacks an input, or none has a positive weight; if states are
-                asked for that no objective computes.
+            TypeError: for an input that is none of these, and that no objective needs.
+            ValueError: if an objective lacks an input, or none has a weight; if states are asked for that no objective
+                computes.
         """
-        weights = {name: weight for name, weight in self.config.loss_weights.items() if weight}
-        states = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        states = {name: asked for name, asked in states.items() if asked is not None}  # else the LLM's own settings
-        if any(states.values()) and (embed_only or "knowledge_to_text" not in weights):
-            raise ValueError(
-                f"{' and '.join(name for name, asked in states.items() if asked)}=True asks for what the LLM computes "
-                "when it reads captions, but the objective knowledge_to_text is not computed here."
-            )
-        if not weights and not embed_only:
-            raise ValueError("No objective has a positive weight in config.loss_weights.")
-        counts = counts or {}
-        sides = [MATCHING[name] for name in weights if name in MATCHING]  # what texts are matched with
-        fusing = bool({*weights} & {*BVIF})
-        text = image = partner = None
-        if sides or fusing or "masked_image" in weights:
-            context_states, text = self._read(context_input_ids, context_attention_mask, context_states)
-        if "partner" in sides:
-            partner_states, partner = self._read(partner_input_ids, partner_attention_mask, partner_states)
-        if "image" in sides or (fusing and use_image_knowledge is not None) or "masked_text" in weights:
-            if vision_states is None and pixel_values is not None:
-                vision_states = self.encode_images(pixel_values)  # [B, S, d]
-            if vision_states is not None:
-                image = self.iqformer.image_knowledge(vision_states)  # K^I [B, n, h]
+        batch = SimpleNamespace(**{name: value for name, value in locals().items() if name != "self"})
+        return self._weigh_objectives(batch)
 
-        losses, embeddings, read = {}, {}, ModelOutput()
-        if "image" in sides:
-            _require("text_image_matching", context_input_ids=text, pixel_values=image)
-            embeddings["image_embeddings"] = self.matching_head.image(image)
-        if "partner" in sides:
-            _require("text_text_matching", context_input_ids=text, partner_input_ids=partner)
-            embeddings["partner_embeddings"] = self.matching_head.text(partner)
-        if sides:
-            embeddings["text_embeddings"] = self.matching_head.text(text)
-        if embed_only:
-            return VikdfPreTrainingOutput(
-                **embeddings, context_states=context_states, vision_states=vision_states, partner_states=partner_states
-            )
-        others = {"image": other_image, "partner": other_partner}
-        for name, side in MATCHING.items():
-            if name in weights:
-                pair = embeddings["text_embeddings"], embeddings[f"{side}_embeddings"]
-                losses[name] = matching_loss(*pair, self.matching_head.logit_scale, other_text, others[side], parts)
-        if "masked_image" in weights:
-            _require("masked_image", context_input_ids=text, pixel_values=pixel_values, masked_cells=masked_cells)
-            losses["masked_image"] = self.masked_image_modelling(
-                pixel_values[: len(masked_cells)], masked_cells, hidden_cells, text, counts.get("masked_image")
-            )
-        if "masked_text" in weights:
-            _require("masked_text", pixel_values=image, masked_input_ids=masked_input_ids, masked_labels=masked_labels)
-            losses["masked_text"] = self.masked_text_modelling(
-                masked_input_ids, context_attention_mask, masked_labels, image, counts.get("masked_text"), smoothing
-            )
-        if fusing:
-            knowledge = self._choose_knowledge(text, image, use_image_knowledge)
-        if "knowledge_to_text" in weights:
-            _require("knowledge_to_text", input_ids=input_ids, labels=labels)
-            read = super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                knowledge=knowledge,
-                base=self._caption_base(),
-                labels=labels,
-                num_items_in_batch=counts.get("knowledge_to_text"),
-                smoothing=smoothing,
-                return_dict=True,
-                **states,
-            )
-            losses["knowledge_to_text"] = read.loss
-        if "text_to_knowledge" in weights:
-            _require("text_to_knowledge", draw_input_ids=draw_input_ids)
-            losses["text_to_knowledge"] = self.text_to_knowledge(
-                draw_input_ids, draw_attention_mask, knowledge, draw_position_ids, counts.get("text_to_knowledge")
-            )
-        if "reply" in weights:
-            _require("reply", dialogues=dialogues)
-            given = {"num_items_in_batch": counts.get("reply"), "smoothing": smoothing, "return_dict": True}
-            losses["reply"] = super().forward(**dialogues, **given).loss
-        loss = sum(weights[name] * value for name, value in losses.items())
+    def _weigh_objectives(self, batch: SimpleNamespace) -> VikdfPreTrainingOutput:
+        """The active objectives of the table, and the sum of their losses by weight: L = sum of weight * loss."""
+        active, needs = active_objectives(self.config), needs_of(self.config)
+        _refuse_unusable(batch, active)
+        vars(batch).update(batch.others, llm_output=ModelOutput())
+        add_shared(self, batch, needs)
+        for name, objective in active.items():
+            if objective.contrasts or not batch.embed_only:
+                objective.require_inputs(name, batch)
+        embeddings = {name: getattr(batch, name) for name in SOURCES if name.endswith("_embeddings")}
+        if batch.embed_only:
+            states = {name: getattr(batch, name) for name in ("context_states", "vision_states", "partner_states")}
+            return VikdfPreTrainingOutput(**embeddings, **states)
+        counts = batch.counts or {}
+        losses = {name: objective.loss(self, batch, counts.get(name)) for name, objective in active.items()}
         return VikdfPreTrainingOutput(
-            loss=loss,
-            losses={name: value.detach() for name, value in losses.items()},
-            text_knowledge=text,
-            image_knowledge=image,
+            loss=sum(self.config.loss_weights[name] * loss for name, loss in losses.items()),
+            losses={name: loss.detach() for name, loss in losses.items()},
+            text_knowledge=batch.text_knowledge,
+            image_knowledge=batch.image_knowledge,
             **embeddings,
-            hidden_states=read.get("hidden_states"),
-            attentions=read.get("attentions"),
+            hidden_states=batch.llm_output.get("hidden_states"),
+            attentions=batch.llm_output.get("attentions"),
         )
 
     @classmethod
@@ -388,36 +481,10 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         """Refused: replies come from the dialogue model, which loads the same checkpoint."""
         raise NotImplementedError("Load the checkpoint with VikdfForConditionalGeneration to generate replies.")
 
-    def _read(
-        self, input_ids: torch.Tensor | None, mask: torch.Tensor | None, states: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """States [B, T, d] of texts, those given or the frozen encoder's, and their K^T [B, n, h], or twice `None`."""
-        if states is None and input_ids is not None:
-            states = self.encode_context(input_ids, mask)
-        return states, None if states is None else self.iqformer.text_knowledge(states, mask)
-
-    def _caption_base(self) -> torch.Tensor:
+    def caption_base(self) -> torch.Tensor:
         """Base vectors [n, d_llm] of captions."""
         alone = self.caption_shift.requires_grad
         return (self.knowledge_base.detach() if alone else self.knowledge_base) + self.caption_shift
-
-    def _choose_knowledge(
-        self, text: torch.Tensor | None, image: torch.Tensor | None, use_image: torch.Tensor | None
-    ) -> torch.Tensor:
-        """BVIF's K [B, n, h]: the text's, the picture's, or either by row."""
-        if use_image is None:
-            _require(" and ".join(name for name in BVIF if self.config.loss_weights[name]), context_input_ids=text)
-            return text
-        if text is None and use_image.all():
-            text = image
-        if image is None and not use_image.any():
-            image = text
-        if text is None or image is None:
-            raise ValueError(
-                "use_image_knowledge asks for the knowledge of texts in some rows and of pictures in others, but the "
-                f"batch lacks {'context_input_ids' if text is None else 'pixel_values'}."
-            )
-        return torch.where(use_image[:, None, None], image, text)
 
     def masked_image_modelling(
         self,
@@ -425,7 +492,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         masked_cells: torch.Tensor,
         hidden_cells: torch.Tensor | None,
         text_knowledge: torch.Tensor,
-        count: torch.Tensor | float | None = None,
+        count: Count = None,
     ) -> torch.Tensor:
         """Hidden cells are zeroed, the states of patches to score ask K^T, pixels come from these states alone."""
         rows, _, height, width = pixel_values.shape
@@ -435,17 +502,11 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         patch = self.config.vision_config.patch_size
         grid = (height // patch, width // patch)
         states = states[:, states.shape[1] - grid[0] * grid[1] :]  # [M, patches, d]: without class and register states
-        mask = _patches(cells_to_pixels(masked_cells, height, width, patch)[:, None], patch)  # [M, patches, patch^2]
-        pixels = _patches(pixel_values[..., : grid[0] * patch, : grid[1] * patch], patch)  # [M, patches, 3 * patch^2]
-        # the patches with something to score, and at least one: what runs in a step must not depend on chance
-        scored = mask.any(-1)  # [M, patches]
-        most = max(int(scored.sum(1).max()), 1)
-        chosen = scored.int().argsort(dim=1, descending=True)[:, :most, None]  # [M, k, 1]
-        states, mask, pixels = (
-            each.gather(1, chosen.expand(-1, -1, each.shape[-1])) for each in (states, mask, pixels)
-        )
+        mask = to_patches(cells_to_pixels(masked_cells, height, width, patch)[:, None], patch)  # [M, patches, patch^2]
+        pixels = to_patches(pixel_values[..., : grid[0] * patch, : grid[1] * patch], patch)  # [M, patches, 3 patch^2]
+        mask, states, pixels = keep_scored(mask, states, pixels)  # [M, k, ...]
         predicted = self.pixel_decoder(self.masked_image_block(states, text_knowledge[:rows]))  # [M, k, 3 * patch^2]
-        predicted, pixels = (each.unflatten(-1, (3, -1)).transpose(1, 2) for each in (predicted, pixels))
+        predicted, pixels = (patches.unflatten(-1, (3, -1)).transpose(1, 2) for patches in (predicted, pixels))
         return masked_image_loss(predicted, pixels, mask, count)  # of [M, 3, k, patch^2]
 
     def masked_text_modelling(
@@ -454,7 +515,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor,
         image_knowledge: torch.Tensor,
-        count: torch.Tensor | float | None = None,
+        count: Count = None,
         smoothing: float = 0.0,
     ) -> torch.Tensor:
         """The encoder reads the caption with tokens replaced; the chosen ones' states ask K^I for the true ids."""
@@ -472,7 +533,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         attention_mask: torch.Tensor | None,
         knowledge: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        count: torch.Tensor | float | None = None,
+        count: Count = None,
     ) -> torch.Tensor:
         """
         The LLM's last hidden state before knowledge vector i predicts vector i, with the vectors before it as input.
@@ -480,9 +541,11 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         Args:
             input_ids: captions with n placeholders behind them, padded so that each row ends in its last placeholder
                 [B, T].
-            attention_mask: [B, T]; position_ids [B, T]: default, as the LLM counts.
+            attention_mask: 1 for tokens, 0 for padding, [B, T].
             knowledge: [B, n, h]; as the target it is detached unless the configuration says otherwise, or knowledge
                 would become easy to predict instead of predictable.
+            position_ids: [B, T]; default, as the LLM counts.
+            count: number of rows in the whole batch; default B.
         """
         n = self.config.num_knowledge_tokens
         if not (input_ids[:, -n:] == self.config.knowledge_token_id).all():
@@ -503,40 +566,33 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         return text_to_knowledge_loss(predicted, target, count)
 
 
-def cells_to_pixels(cells: torch.Tensor, height: int, width: int, patch: int = 1) -> torch.Tensor:
-    """
-    A square grid of cells [M, cells] over pictures of H x W pixels as a pixel mask of 0 and 1, [M, H', W']: H' and W'
-    without what remains behind the last whole patch, which encoders do not see.
-    """
-    side = math.isqrt(cells.shape[1])
-    if side**2 != cells.shape[1]:
-        raise ValueError(f"masked_cells: expected a square grid in each row, got {cells.shape[1]} cells.")
-    grid = cells.view(-1, 1, side, side).float()
-    mask = F.interpolate(grid, size=(height, width), mode="nearest")[:, 0]  # [M, H, W]
-    return mask[:, : height // patch * patch, : width // patch * patch]
-
-
-def _patches(pictures: torch.Tensor, patch: int) -> torch.Tensor:
-    """Pictures [M, C, H, W] -> their patches [M, patches, C * patch^2]."""
-    return F.pixel_unshuffle(pictures, patch).flatten(2).transpose(1, 2)
-
-
-def _require(objective: str, **inputs: Any) -> None:
-    missing = [name for name, value in inputs.items() if value is None]
-    if missing:
+def _refuse_unusable(batch: SimpleNamespace, active: dict[str, Objective]) -> None:
+    """Refuses a batch without objectives, and what is asked for or given to none of them."""
+    asked = [name for name in LLM_STATES if getattr(batch, name)]
+    if asked and (batch.embed_only or "knowledge_to_text" not in active):
         raise ValueError(
-            f"The objective {objective!r} has a positive weight in config.loss_weights but the batch lacks "
-            f"{', '.join(missing)}. Add the inputs (or cached states in their place), or set the weight to 0."
+            f"{' and '.join(asked)}=True asks for what the LLM computes when it reads captions, but the objective "
+            "knowledge_to_text is not computed here."
         )
+    if not active and not batch.embed_only:
+        raise ValueError("No objective has a positive weight in config.loss_weights.")
+    known = {need for objective in OBJECTIVE_TABLE.values() for need in objective.needs} - SOURCES.keys()
+    if unknown := sorted(batch.others.keys() - known):
+        raise TypeError(f"forward() got the inputs {unknown}, which no objective of OBJECTIVE_TABLE needs.")
 
 
 __all__ = [
+    "OBJECTIVE_TABLE",
+    "Objective",
     "VikdfForPreTraining",
     "VikdfPreTrainingOutput",
     "VikdfReconstructionBlock",
+    "active_objectives",
+    "add_objective",
     "cells_to_pixels",
     "masked_image_loss",
     "masked_text_loss",
     "matching_loss",
+    "needs_of",
     "text_to_knowledge_loss",
 ]

@@ -81,11 +81,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
     linear projection; with the gate at 0 the knowledge is silent. Without placeholders the model is its LLM.
     """
 
-    # a pre-training checkpoint also holds the heads of its objectives
-    _keys_to_ignore_on_load_unexpected = [
-        r"^(masked_\w+_block|pixel_decoder|token_decoder|knowledge_predictor)\.",
-        r"^caption_shift$",
-    ]
+    # a pre-training checkpoint also holds the heads of its objectives, which are called like this
+    _keys_to_ignore_on_load_unexpected = [r"^\w+_(block|decoder|predictor)\.", r"^\w+_shift$"]
 
     def __init__(self, config: VikdfConfig):
         super().__init__(config)

@@ -1,4 +1,7 @@
-"""`pipeline("vikdf-dialogue")`: a chat in, a reply out. Everything it does is processor -> generate -> decode."""
+"""`pipeline("vikdf-dialogue")`: a chat in, a reply out. Everything it does is processor -> generate -> decode.
+
+`prompt_embeddings` stops in front of `generate`: what the LLM reads, for one that runs elsewhere.
+"""
 
 import inspect
 import threading
@@ -14,6 +17,8 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     Pipeline,
+    PreTrainedModel,
+    ProcessorMixin,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -113,10 +118,12 @@ class VikdfDialoguePipeline(Pipeline):
         self._constructor_settings = _with_length({name: self._forward_params.pop(name) for name in names})
         for entry in getattr(self.model.config, "custom_pipelines", {}).values():
             # transformers has put classes in place of their names, which could not be saved
-            entry["pt"] = [getattr(each, "__name__", each) for each in entry["pt"]]
+            entry["pt"] = [getattr(auto_class, "__name__", auto_class) for auto_class in entry["pt"]]
 
     def __call__(self, inputs: Any, images: Any = None, **kwargs: Any) -> list | Iterable[list]:
         """
+        Replies to one input or to several.
+
         Args:
             inputs: a string (one user turn), a chat (list of messages with `role` and `content`) or a row
                 `{"messages": ...}` with either; or several of them, in a list, column or array, or in a dataset,
@@ -133,7 +140,7 @@ class VikdfDialoguePipeline(Pipeline):
             generation_config: replaces all generation settings that the pipeline was built with.
             continue_final_message: whether the reply continues the last message, and is appended to it; by default it
                 does if that is the assistant's. `False` adds a message behind it.
-            kwargs: `streamer`, `generate_kwargs`, and everything that `generate` takes.
+            **kwargs: `streamer`, `generate_kwargs`, and everything that `generate` takes.
 
         Returns:
             As the text-generation pipeline: `[{"generated_text": ...}]` for one input; a list of such for a list,
@@ -162,7 +169,7 @@ class VikdfDialoguePipeline(Pipeline):
         first = list(islice(stream, 1))
         if first and _is_message(first[0]):
             return self([*first, *stream], **kwargs)
-        items = (_item(each, place=place) for place, each in enumerate(chain(first, stream)))
+        items = (_item(entry, place=place) for place, entry in enumerate(chain(first, stream)))
         return super().__call__(items, **kwargs)
 
     def _reply_to_list(self, inputs: Sequence, images: Any, **kwargs: Any) -> list:
@@ -176,11 +183,12 @@ class VikdfDialoguePipeline(Pipeline):
                 f"{len(inputs)} inputs need a list of {len(inputs)} images (None for no picture), got {count}."
             )
         pairs = zip(inputs, images, strict=True)
-        items = [_item(each, image, place, raises=False) for place, (each, image) in enumerate(pairs)]
+        items = [_item(entry, image, place, raises=False) for place, (entry, image) in enumerate(pairs)]
         outputs = super().__call__(items, **kwargs)
         errors = {place: output for place, output in enumerate(outputs) if isinstance(output, Exception)}
         if errors:
-            raise VikdfInputsError(errors, [None if place in errors else each for place, each in enumerate(outputs)])
+            replies = [None if place in errors else output for place, output in enumerate(outputs)]
+            raise VikdfInputsError(errors, replies)
         return outputs
 
     def stream(self, chat: str | list[dict], images: Any = None, **kwargs: Any) -> Iterator[str]:
@@ -188,7 +196,9 @@ class VikdfDialoguePipeline(Pipeline):
         Yields the reply to one chat piece by piece; closing the iterator stops the generation.
 
         Args:
-            chat, images, kwargs: as for a call with a single input.
+            chat: a string or a list of messages, as for a call with a single input.
+            images: its picture, if it has one.
+            **kwargs: settings, as for a call.
 
         Raises:
             ValueError: for several inputs.
@@ -324,8 +334,11 @@ class VikdfDialoguePipeline(Pipeline):
         self, features: BatchFeature, rows: int, generate_kwargs: dict[str, Any]
     ) -> list[dict[str, torch.Tensor]]:
         """
-        For each row the token ids of its replies, `generated` [replies, T_new], and scores [replies, ...]; if they
-        continue the last message, its last token, `behind` [1].
+        Generates the replies to a batch.
+
+        Returns:
+            For each row the token ids of its replies, `generated` [replies, T_new], and the scores that were asked
+            for [replies, ...]; if the replies continue the last message, also its last token, `behind` [1].
         """
         for name in ("output_attentions", "output_hidden_states"):
             if self._setting(name, generate_kwargs):
@@ -338,13 +351,13 @@ class VikdfDialoguePipeline(Pipeline):
         outputs = self.model.generate(**features, **reads | generate_kwargs)
         if isinstance(outputs, torch.Tensor):
             outputs = {"sequences": outputs}
-        found = {"generated": outputs["sequences"][:, features["input_ids"].shape[1] :], **_scores(outputs)}
-        replies = [value.unflatten(0, (rows, -1)).cpu() for value in found.values()]  # [B, replies, ...] each
-        found = [dict(zip(found, values, strict=True)) for values in zip(*replies, strict=True)]
-        for row, ids, continued in zip(found, features["input_ids"].cpu(), features.continued, strict=True):
+        fields = {"generated": outputs["sequences"][:, features["input_ids"].shape[1] :], **_scores(outputs)}
+        by_row = [value.unflatten(0, (rows, -1)).cpu() for value in fields.values()]  # [B, replies, ...] of each field
+        replies = [dict(zip(fields, values, strict=True)) for values in zip(*by_row, strict=True)]
+        for row, ids, continued in zip(replies, features["input_ids"].cpu(), features.continued, strict=True):
             if continued:
                 row["behind"] = ids[-1:]
-        return found
+        return replies
 
     def postprocess(
         self, outputs: dict[str, Any], return_full_text: bool | None = None, **decode_kwargs: Any
@@ -394,8 +407,9 @@ class VikdfDialoguePipeline(Pipeline):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """
-        Writes model and processor into one folder that `pipeline("vikdf-dialogue", model=folder)` loads. Both are
-        replaced together or not at all, wherever the process is killed; see atomic_saving.py.
+        Writes model and processor into one folder that `pipeline("vikdf-dialogue", model=folder)` loads.
+
+        Both are replaced together or not at all, wherever the process is killed; see atomic_saving.py.
         """
         with replace_files(save_directory, "config.json") as folder:
             self.model.save_pretrained(folder, **kwargs)
@@ -406,13 +420,46 @@ class VikdfDialoguePipeline(Pipeline):
         Commits model and processor to a repository of the Hub, in one step.
 
         Args:
-            repo_id, kwargs: as for the model's `push_to_hub`.
+            repo_id: "org/name", or a name in the namespace of the token's owner.
+            **kwargs: as for the model's `push_to_hub`.
 
         Raises:
             OSError: if the Hub refuses or breaks off; the repository is then as it was.
             ValueError: if the model would not load elsewhere.
         """
         return self.model.push_to_hub(repo_id, processor=self.processor, **kwargs)
+
+
+@torch.no_grad()
+def prompt_embeddings(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    messages: list[dict[str, Any]],
+    max_length: int | None = None,
+) -> torch.Tensor:
+    """
+    A chat as the LLM reads it: the embeddings of its prompt, with the knowledge in place.
+
+    Any runtime of the same LLM that takes `inputs_embeds` can generate from them. It should suppress
+    `processor.knowledge_token_id`, as this package does, if the LLM could generate that token.
+
+    Args:
+        model: a [`VikdfForConditionalGeneration`].
+        processor: its processor.
+        messages: the chat, as the processor takes it.
+        max_length: the longest prompt in tokens; the oldest turns of a longer one are left out.
+
+    Returns:
+        [T, d_llm], in the LLM's own precision.
+
+    Raises:
+        TypeError, ValueError: if the processor refuses the chat.
+    """
+    inputs = processor([messages], max_length=max_length).to(model.device)
+    knowledge = model.get_knowledge(
+        inputs["context_input_ids"], inputs["context_attention_mask"], inputs.get("pixel_values")
+    )  # [1, m, h]
+    return model.embed_prompt(inputs["input_ids"], knowledge)[0]
 
 
 def _item(entry: Any, image: Any = None, place: int | None = None, raises: bool = True) -> dict[str, Any]:
@@ -517,4 +564,4 @@ class _Stop(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-__all__ = ["VikdfDialoguePipeline", "VikdfInputsError"]
+__all__ = ["VikdfDialoguePipeline", "VikdfInputsError", "prompt_embeddings"]

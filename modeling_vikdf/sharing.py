@@ -50,6 +50,7 @@ SHIPPED = (
     "modeling_distillation",
     "modeling_generation",
     "modeling_iqformer",
+    "modeling_objectives",
     "modeling_prefix",
     "modeling_pretrained",
     "modeling_saving",
@@ -60,8 +61,10 @@ SHIPPED = (
     "sharing",
     "text_vikdf",
 )
-# Who loads one of the classes gets the code of all, to push it again: transformers copies what a file of a repository
-# imports, and finds that by lines like these in the file's text. As imports they would be a circle.
+# Whoever loads one of the classes gets the code of all, and can save or push it again. transformers copies what a file
+# imports, when it loads the file (`get_cached_module_file`) and when it saves an object (`custom_object_save`). It has
+# no hook for further files, but reads the imports from the file's text: so these lines suffice. As statements they
+# would be a circle, for what they name imports this file.
 _COPIED_ALONG = """
     from .modeling_distillation import VikdfForPreTraining
     from .pipeline_vikdf import VikdfDialoguePipeline
@@ -95,11 +98,15 @@ def push_to_hub(
 
     Args:
         repo_id: "org/name", or a name in the namespace of the token's owner; created if it does not exist.
-        model, processor, include_backbones, results: see `write_repository`.
+        model: see `write_repository`.
+        processor: see `write_repository`.
+        include_backbones: whether the weights of the frozen backbones are pushed, too.
+        results: reports of `vikdf evaluate`, `retrieve` or `probe`, for the card and to go with it.
         private: whether a new repository is private; default what the organisation says.
         token: a token with write access; default the one that `hf auth login` stored.
         revision: branch to commit to, created if it does not exist; default `main`.
         create_pr: whether to open a pull request instead of committing.
+        commit_message: of the commit, or the title of the pull request.
 
     Raises:
         OSError: if something cannot be read, or the Hub refuses or breaks off.
@@ -157,8 +164,10 @@ def export(
     Writes the folder that `push_to_hub` would commit. It appears complete or not at all.
 
     Args:
-        model, include_backbones, results: see `write_repository`.
+        model: the folder or repository in which model and processor were saved.
         output: a folder that does not exist, or is empty.
+        include_backbones: whether the weights of the frozen backbones are written, too.
+        results: reports of `vikdf evaluate`, `retrieve` or `probe`, for the card and to go with it.
 
     Raises:
         OSError, ValueError: as `push_to_hub`; also if `output` holds something.
@@ -234,10 +243,10 @@ def _check_backbones(config: VikdfConfig) -> None:
         name = source["repo_id"]
         try:
             validate_repo_id(name)
-            found_here = os.path.isdir(name)
+            is_local = os.path.isdir(name)
         except HFValidationError:
-            found_here = True
-        if found_here:
+            is_local = True
+        if is_local:
             raise ValueError(
                 f"The {role} is {name!r}, a folder of this machine, which others do not have. Push it to the Hub and "
                 f"name its repository in config.backbones[{role!r}]['repo_id'], or share the backbones with the model "

@@ -5,7 +5,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -88,3 +90,14 @@ def build_from(backbones: Path, llm: str, towers: str, model_class=VikdfForCondi
         **{"iqformer_config": iqformer, "project_inputs": towers == "separate", **kwargs},
     )
     return speak_up(model), processor
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of eval/, `study/train` or so, as a module. It imports what lies beside it, as when it is run."""
+    path = Path(__file__).parents[1] / "eval" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        spec.loader.exec_module(module)
+    return module

@@ -88,7 +88,7 @@ def report(knowledge: str = "own", metrics: dict = METRICS, **changes) -> dict:
 
 
 def collected(seeds: int = 1) -> dict:
-    """What eval/collect.py writes."""
+    """What eval/study/collect.py writes."""
     difference = {"difference": -0.01234, "confidence_95": [-0.02, -0.0049], "a": 3.5, "b": 3.6, "p_value": 0.01}
     intervals = {"confidence_95": INTERVALS} if seeds == 1 else {}
     arm = {"seeds": seeds, "num_dialogues": 5000, "metrics": METRICS, **intervals}
@@ -350,6 +350,30 @@ def test_retrieval_and_probes_are_shown_as_well(tmp_path):
     ]
 
 
+def test_a_metric_has_its_decimals_whatever_its_size(tmp_path):
+    folder = checkpoint(tmp_path)
+    metrics = {"perplexity": 9.8765, "nll": 12.3456, "hits_at_1": 0.41234}
+    intervals = {"perplexity": [8.7654, 10.9876], "nll": [11.1111, 13.3333]}
+    write(folder / "own.json", report(metrics=metrics, confidence_95=intervals))
+    recall = {"text_to_image": {"recall_at_1": 7.25}, "image_to_text": {"recall_at_1": 17.25}}
+    ends = {direction: {"recall_at_1": [5.0, 19.5]} for direction in recall}
+    sizes = {"num_pictures": 1000, "num_captions": 5000}
+    write(folder / "retrieval.json", recall | sizes | {"confidence_95": ends})
+    study = collected(1)
+    study["arms"] = {"vikdf": {"seeds": 1, "num_items": 9, "metrics": {"kl (raw), hard": 10.98765}}}
+    write(folder / "study.json", study)
+    card = render_model_card(folder)
+    assert [row[1] for table in tables(section(card, "Evaluation")) for row in table[1:]] == [
+        "9.88 [8.77, 10.99]",
+        "12.346 [11.111, 13.333]",
+        "0.412",
+        "7.25 [5.00, 19.50]",
+        "17.25 [5.00, 19.50]",
+        "10.988",
+    ]
+    assert [result.metric_value for result in ModelCard(card).data.eval_results] == [9.88, 12.346, 0.412]
+
+
 def test_reports_that_do_not_go_together(tmp_path):
     folder = checkpoint(tmp_path)
     write(folder / "own.json", report())
@@ -467,7 +491,7 @@ def test_eval_results(tmp_path):
     path = write(tmp_path / "report.json", report())
     (entry,) = parse_eval_result_entries(yaml.safe_load(render_eval_results(path, "hits_at_1", "org/bench", "task")))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("org/bench", "task", METRICS["hits_at_1"])
-    assert entry.notes == "Hits@1, 2000 dialogues, 95 % interval [0.39, 0.4333]"
+    assert entry.notes == "Hits@1, 2000 dialogues, 95 % interval [0.390, 0.433]"
     with pytest.raises(ValueError, match="rouge_l"):
         render_eval_results(path, "rouge_l", "org/bench", "task")
     with pytest.raises(ValueError, match="Repo id"):

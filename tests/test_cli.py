@@ -6,12 +6,14 @@ import os
 import pty
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import build_from
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN
@@ -302,6 +304,44 @@ def test_a_mistyped_model_does_not_exist_and_no_hub_is_asked(command, capsys, tm
 def test_a_model_that_may_be_on_the_hub_is_told_in_a_line(capsys):
     message = fails(capsys, "chat", "--model", "org/nowhere-to-be-found", "--message", "a")
     assert "no folder 'org/nowhere-to-be-found' here" in message and "Hub" in message and "\n" not in message
+
+
+BACKBONES = {"language_model": "llama", "context_encoder": "bert", "vision_encoder": "dinov2"}
+
+
+@pytest.mark.parametrize("name", ["outputs/tnue", "./tnue", "../tnue", "~/tnue", "a/b/tnue", "/nowhere/tnue"])
+@pytest.mark.parametrize(
+    "command, role", [*product(["new", "distill"], BACKBONES), ("distill", "bert")], ids=lambda word: word
+)
+def test_a_mistyped_backbone_does_not_exist_and_no_hub_is_asked(
+    command, name, role, backbones, capsys, tmp_path, monkeypatch
+):
+    def ask(*args, local_files_only, **kwargs):
+        assert local_files_only, "the Hub was asked"
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr("modeling_vikdf.backbones.snapshot_download", ask)
+    monkeypatch.setattr("modeling_vikdf.backbones.is_offline_mode", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    Path("outputs").mkdir()
+    names = {key: str(backbones / folder) for key, folder in BACKBONES.items()} | {role: name}
+    Path("recipe.yaml").write_text(json.dumps({"model": names, "data": {"train": "a.tar"}}))
+    if command == "distill":
+        message = fails(capsys, command, "--config", "recipe.yaml", "output_dir=run")
+    else:
+        options = (word for key, value in names.items() for word in (f"--{key.replace('_', '-')}", value))
+        message = fails(capsys, command, *options, "--output", "model")
+    assert message.startswith(f"vikdf: There is no folder {name!r}.") and "\n" not in message
+
+
+def test_a_backbone_that_is_on_this_machine_is_not_mistyped(backbones, capsys, tmp_path, monkeypatch):
+    """Its organisation may be the name of a folder here that has nothing to do with it."""
+    monkeypatch.chdir(tmp_path)
+    Path("org").mkdir()
+    monkeypatch.setenv("VIKDF_BACKBONES", str(backbones))
+    run(capsys, *new(Path("org"), Path("model")))
+    config = json.loads(Path("model/config.json").read_text())
+    assert config["backbones"]["language_model"]["repo_id"] == "org/llama"
 
 
 # ---- convert ----

@@ -321,25 +321,6 @@ def test_captions_that_no_prompt_can_hold():
     assert captions[0] in prompts[0] and prompts[1].count(captions[1]) == prompts[2].count(captions[1]) + 1, "as text"
 
 
-def test_a_caption_in_the_place_of_a_picture():
-    """The control without pictures: states of another caption than the chosen one, as many as a picture has."""
-    states = [torch.full((length, 8), float(i)) for i, length in enumerate((4, 6, 11))]
-    for each in states:
-        each[0] += 0.5  # the first state stays first
-    example = {"key": "0", "captions": ["a", "b", "c"], "context_states": states, "vision_states": torch.zeros(5, 8)}
-    example["context_input_ids"] = [torch.tensor([1, 10 + i, 2]) for i in range(3)]
-    without_pictures = collator({"text_image_matching": 1.0}, caption_as_picture=True)
-    pairings = set()
-    for key in "abcdefghij":
-        batch = without_pictures([{**example, "key": key}])
-        chosen, other = int(batch["context_input_ids"][0, 1]) - 10, int(batch["vision_states"][0, 1, 0])
-        assert batch["vision_states"].shape == (1, 5, 8) and batch["vision_states"][0, 0, 0] == other + 0.5
-        pairings.add((chosen, other))
-    assert len(pairings) > 3 and all(chosen != other for chosen, other in pairings)
-    with pytest.raises(ValueError, match="a feature cache and at least two captions"):
-        without_pictures([{key: value for key, value in example.items() if key != "context_states"}])
-
-
 # ---- dialogues beside pictures ----
 
 
@@ -374,19 +355,6 @@ def test_what_is_hidden_changes_with_the_epoch_and_is_nothing_in_an_evaluation()
     assert lengths(collator.for_evaluation()(examples)) == lengths(whole)
     with pytest.raises(ValueError, match="hide_context must be between 0 and 1, got 2"):
         DialogueCollator(processor(), hide_context=2)
-
-
-def test_the_posterior_reads_the_reply_and_the_llm_does_not_read_it_twice():
-    reader, examples = processor(), dialogues(6)
-    prior, posterior = (DialogueCollator(reader, posterior_share=share)(examples) for share in (0.0, 1.0))
-    for key in ("input_ids", "attention_mask", "labels", "position_ids"):
-        assert torch.equal(prior[key], posterior[key])
-    for row, example in enumerate(examples):
-        words = "\n".join(message["content"] for message in example["messages"])
-        ids = posterior["context_input_ids"][row][posterior["context_attention_mask"][row].bool()]
-        assert ids.tolist() == reader.context_tokenizer(words)["input_ids"]
-    evaluated = DialogueCollator(reader, posterior_share=1.0).for_evaluation()(examples)
-    assert torch.equal(evaluated["context_input_ids"], prior["context_input_ids"])
 
 
 def test_dialogues_beside_pictures():

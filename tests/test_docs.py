@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -14,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import build_from
+from conftest import build_from, load_script
 from tiny_tokenizers import CHATML_WITH_GENERATION
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -23,6 +22,7 @@ import modeling_vikdf
 import vikdf_cli
 from modeling_vikdf import sharing
 from modeling_vikdf.configuration_vikdf import OBJECTIVES
+from modeling_vikdf.modeling_distillation import OBJECTIVE_TABLE
 from modeling_vikdf.training.recipe_files import recipes
 
 
@@ -119,10 +119,11 @@ def workspace(backbones, tmp_path, monkeypatch) -> Path:
     (tmp_path / "eval").symlink_to(ROOT / "eval")
     monkeypatch.setattr(modeling_vikdf, "DEFAULT_CHECKPOINT", tmp_path / "my-vikdf")
     monkeypatch.chdir(tmp_path)
-    known = dict(OBJECTIVES)
+    tables = [(table, dict(table)) for table in (OBJECTIVES, OBJECTIVE_TABLE)]
     yield tmp_path
-    OBJECTIVES.clear()
-    OBJECTIVES.update(known)
+    for table, before in tables:  # without what a page added
+        table.clear()
+        table.update(before)
 
 
 @pytest.mark.parametrize("page", with_code("python"), ids=name)
@@ -241,8 +242,7 @@ def test_the_map_has_every_file_and_says_what_ships():
 
 def test_what_make_results_writes_is_what_there_is(tmp_path, monkeypatch):
     """The plots aside, which take matplotlib's very version."""
-    spec = importlib.util.spec_from_file_location("collect", ROOT / "eval" / "collect.py")
-    spec.loader.exec_module(collect := importlib.util.module_from_spec(spec))
+    collect = load_script("study/collect")
     shutil.copytree(ROOT / "eval" / "results", tmp_path / "eval" / "results")
     pages = ["README.md", "eval/RESULTS.md", "eval/results/tables.md"]
     for page in pages:

@@ -74,16 +74,16 @@ def test_the_metadata_say_who_what_and_where(checkout):
 def imports_of(path: Path, modules: set[str]) -> set[str]:
     """The modules of the package that a file imports, at the top or within a function."""
     package = path.relative_to(ROOT).parts[:-1]
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
             base = base if node.level else node.module
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+            imported |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
     # the package's own __init__ registers the classes, and is imported before anything in it
-    return found & modules - {"modeling_vikdf"}
+    return imported & modules - {"modeling_vikdf"}
 
 
 def test_imports_have_no_circle():
@@ -92,3 +92,16 @@ def test_imports_have_no_circle():
     graph = {name: imports_of(path, {*names.values()}) - {name} for path, name in names.items()}
     assert sum(map(len, graph.values())) > 50
     graphlib.TopologicalSorter(graph).prepare()  # raises for a circle
+
+
+SOURCES = sorted((ROOT / "modeling_vikdf").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_functions_can_be_read_at_a_glance(path):
+    """At most 600 lines a file, and 80 a function, its docstring among them."""
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 600
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, functions)]
+    assert not {node.name: node.end_lineno - node.lineno + 1 for node in nodes if node.end_lineno - node.lineno >= 80}

@@ -1,5 +1,6 @@
 """`vikdf serve`: the answers are the pipeline's, alone or in batches; nothing that is sent breaks it or is logged."""
 
+import asyncio
 import base64
 import io
 import json
@@ -7,6 +8,7 @@ import logging
 import re
 import runpy
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +34,12 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from modeling_vikdf.server.app import create_app, encode_prompt_embeddings, prompt_embeddings  # noqa: E402
+from modeling_vikdf.pipeline_vikdf import prompt_embeddings  # noqa: E402
+from modeling_vikdf.server.app import create_app, encode_prompt_embeddings  # noqa: E402
 from modeling_vikdf.server.worker import Job  # noqa: E402
 
 
-LOAD_SERVER = runpy.run_path(Path(modeling_vikdf.__file__).parents[1] / "eval" / "load_server.py")
+LOAD_SERVER = runpy.run_path(Path(modeling_vikdf.__file__).parents[1] / "eval" / "speed" / "load_server.py")
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What is your dog doing?"}]
 LONGER = [
@@ -280,6 +283,11 @@ def test_the_usage_of_a_stream(client):
     assert last["choices"] == [] and last["usage"] == answer(client)["usage"]
 
 
+def test_no_proxy_holds_a_stream_back(client):
+    headers = client.post(CHAT, json=body(stream=True)).headers
+    assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
+
+
 def test_text_comes_when_it_can_not_change_any_more():
     told = []
     job = Job(None, None, 100, ("END", "ENOUGH"), 0.0, None)
@@ -319,7 +327,7 @@ def test_what_waits_is_answered_together_as_if_alone(parts, pipe):
             assert one.json()["choices"] == other.json()["choices"] and one.json()["usage"] == other.json()["usage"]
     assert figures["vikdf_batch_size_count"] == 8 + 1 + 2 + 1
     assert figures["vikdf_batch_size_sum"] == 8 + 1 + 8 + 1
-    assert figures['vikdf_batch_size_bucket{le="2"}'] == 10
+    assert figures['vikdf_batch_size_bucket{le="2.0"}'] == 10
 
 
 def test_only_what_agrees_shares_a_batch(parts):
@@ -355,7 +363,7 @@ def test_rows_that_do_not_fit_into_the_window_together_are_not_put_together(part
             wait_until(lambda: metrics(client)["vikdf_queue_length"] == 2)
             go.set()
             assert [each.result()["usage"]["completion_tokens"] for each in waiting] == [8, 8, tokens]
-        assert metrics(client)['vikdf_batch_size_bucket{le="1"}'] == 4
+        assert metrics(client)['vikdf_batch_size_bucket{le="1.0"}'] == 4
 
 
 def test_many_clients_at_once(parts):
@@ -801,6 +809,51 @@ def test_metrics_add_up(parts):
         assert re.fullmatch(r'# (HELP|TYPE) \w+ .+|\w+(\{\w+="[^"]+"\})? [0-9.e+-]+', line), line
 
 
+def test_a_prometheus_server_reads_the_metrics(parts):
+    parser = pytest.importorskip("prometheus_client.parser")
+    with serving(parts) as client:
+        assert client.post(CHAT, json=body(max_tokens=1)).status_code == 200
+        response = client.get("/metrics")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = {family.name: family for family in parser.text_string_to_metric_families(response.text)}
+    kinds = {name: family.type for name, family in families.items() if not name.endswith("_created")}
+    memory = {"vikdf_resident_memory_bytes": "gauge"} if sys.platform == "linux" else {}
+    assert kinds == memory | {
+        "vikdf_requests": "counter",
+        "vikdf_prompt_tokens": "counter",
+        "vikdf_completion_tokens": "counter",
+        "vikdf_queue_length": "gauge",
+        "vikdf_running_requests": "gauge",
+        "vikdf_batch_size": "histogram",
+        "vikdf_time_to_first_token_seconds": "histogram",
+    }
+    labels = {name: {label for sample in families[name].samples for label in sample.labels} for name in kinds}
+    assert labels.pop("vikdf_requests") == {"status"}
+    assert {name for name, used in labels.items() if used == {"le"}} == {
+        "vikdf_batch_size",
+        "vikdf_time_to_first_token_seconds",
+    }
+    edges = {sample.labels.get("le") for sample in families["vikdf_batch_size"].samples} - {None}
+    assert sorted(map(float, edges)) == [1, 2, 4, 8, 16, 32, float("inf")]
+
+
+def test_servers_in_one_process_are_counted_apart(parts):
+    with serving(parts) as one, serving(parts) as other:
+        answer(one, max_tokens=3)
+        assert metrics(one)["vikdf_completion_tokens_total"] == 3
+        assert metrics(other)["vikdf_completion_tokens_total"] == 0
+
+
+def test_the_load_script_reads_the_servers_memory(parts):
+    async def memory_of(url):
+        async with httpx.AsyncClient(base_url=url) as client:
+            return await LOAD_SERVER["memory"](client)
+
+    with listening(parts) as url:
+        memory = asyncio.run(memory_of(url))
+    assert memory > 2**20 if sys.platform == "linux" else memory is None
+
+
 def test_health_and_models(client):
     assert CHAT in client.get("/openapi.json").json()["paths"]
     assert client.get("/health").json() == {"status": "ok"}
@@ -885,6 +938,10 @@ def test_prompt_embeddings_with_a_picture(parts):
         for colour in ("red", "blue")
     )
     assert red.shape == blue.shape and not torch.equal(red, blue)
+
+
+def test_prompt_embeddings_are_importable_from_where_they_were():
+    assert modeling_vikdf.server.prompt_embeddings is modeling_vikdf.server.app.prompt_embeddings is prompt_embeddings
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

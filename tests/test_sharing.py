@@ -83,6 +83,7 @@ CODE = {
         "modeling_distillation",
         "modeling_generation",
         "modeling_iqformer",
+        "modeling_objectives",
         "modeling_prefix",
         "modeling_pretrained",
         "modeling_saving",

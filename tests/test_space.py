@@ -34,7 +34,7 @@ from spaces_demo import app  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]
-MEASURE = runpy.run_path(ROOT / "eval" / "measure_space.py")
+MEASURE = runpy.run_path(ROOT / "eval" / "speed" / "measure_space.py")
 QUESTION, OTHER = "What is your dog doing?", "It is snowing outside."
 PLAIN = False, 8, 0, 1  # the controls: compare, length, temperature, beams
 

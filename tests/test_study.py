@@ -1,17 +1,16 @@
-"""eval/study.py: what is trained and evaluated; eval/collect.py: means over seeds, differences, tables, plots."""
+"""eval/study: what is trained and evaluated; means over seeds, differences, tables, plots."""
 
-import importlib.util
 import json
 import random
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import build_from
+from conftest import build_from, load_script
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import CHATML_WITH_GENERATION
@@ -23,16 +22,9 @@ from modeling_vikdf.evaluation.reports import kind_of
 ROOT = Path(__file__).parents[1]
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def collector(monkeypatch, tmp_path):
-    module = load("collect")
+    module = load_script("study/collect")
     results = tmp_path / "eval" / "results"
     results.mkdir(parents=True)
     monkeypatch.setattr(module, "RESULTS", results)
@@ -65,12 +57,12 @@ def test_steps_of_the_study_fit_their_recipes():
     ],
 )
 def test_tokenised_text_is_written_as_people_write(text, written):
-    assert load("prepare_data").as_written(text) == written
+    assert load_script("prepare_data").as_written(text) == written
 
 
 @given(st.text(alphabet="ai' .,;:!?%)($5Zé\n", max_size=40))
 def test_writing_changes_spaces_and_case_alone(text):
-    as_written = load("prepare_data").as_written
+    as_written = load_script("prepare_data").as_written
     written = as_written(text)
     assert "".join(written.split()).lower() == "".join(text.split()).lower()
     assert as_written(written) == written
@@ -79,11 +71,11 @@ def test_writing_changes_spaces_and_case_alone(text):
 def test_visual_words_are_listed_alike_in_every_run():
     """Most frequent first; equally frequent ones not as Python happens to hash them, which differs by run."""
     captions = ["A zebra, a lion, a yak, a gnu and an otter."] * 20 + ["the lion, THE LION!"] + ["a heron"] * 19
-    assert load("prepare_data").visual_words(captions) == ["lion", "gnu", "otter", "yak", "zebra"]
+    assert load_script("prepare_data").visual_words(captions) == ["lion", "gnu", "otter", "yak", "zebra"]
 
 
 def test_dialogues_are_drawn_by_length_and_ending_of_replies():
-    prepare = load("prepare_data")
+    prepare = load_script("prepare_data")
     texts = ["A dog.", "A dog!", 'A "dog."', "A dog?", "a dog", "a dog :)", "A dog...", "(A dog!)", "a dog,", ""]
     assert [prepare.ending(text) for text in texts] == [".", "!", ".", "?", "", "", ".", "!", "", ""]
     marks = [*".!?!"] * 100 + [""] * 50  # of "." there are too few for more than 200 in all
@@ -106,21 +98,21 @@ def test_dialogues_are_drawn_by_length_and_ending_of_replies():
 )
 def test_dialogues_that_cannot_be_drawn_are_said(replies, complaint):
     with pytest.raises(ValueError, match=complaint):
-        load("prepare_data").draw_alike([["What is it?", "A dog."]] * 9, replies, random.Random(0))
+        load_script("prepare_data").draw_alike([["What is it?", "A dog."]] * 9, replies, random.Random(0))
 
 
 def test_a_study_trains_each_step_once_and_reports_what_was_asked(monkeypatch, tmp_path):
-    study, stages, reports = load("study"), [], []
+    study, stages, reports = load_script("study/train"), [], []
 
     def evaluate_file(folder, file, output, settings):
         reports.append((output.relative_to(tmp_path).as_posix(), settings.limit, settings.generation))
         output.write_text("{}")
         return {"metrics": {}}
 
-    monkeypatch.setattr(study, "run_stage", lambda stage, recipe: stages.append((stage, SimpleNamespace(**recipe))))
+    monkeypatch.setattr(study, "run_stage", lambda stage, recipe, _: stages.append((stage, SimpleNamespace(**recipe))))
     monkeypatch.setattr(study, "evaluate_file", evaluate_file)
     command = [
-        *("study.py", "--config", ROOT / "configs" / "study.yaml", "--output", tmp_path, "--pairs", "p.tar"),
+        *("train.py", "--config", ROOT / "configs" / "study.yaml", "--output", tmp_path, "--pairs", "p.tar"),
         *("--dialogues", "d.jsonl", "--steps", "vikdf", "soft_prompt", "--seeds", 3, "--evaluate", "x/chat.jsonl"),
     ]
     for further in (["--limit", 8], ["--limit", 4, "--whole", "--knowledge", "own"], ["--limit", 8]):
@@ -145,7 +137,7 @@ def test_a_study_trains_each_step_once_and_reports_what_was_asked(monkeypatch, t
 
 def test_a_step_shrinks_the_knowledge_of_its_parent(backbones, tmp_path):
     """By the mean of what the contexts of the training dialogues evoke."""
-    study, parent = load("study"), tmp_path / "seed0" / "vikdf"
+    study, parent = load_script("study/train"), tmp_path / "seed0" / "vikdf"
     model, processor = build_from(backbones, "qwen", "separate")
     processor.chat_template = CHATML_WITH_GENERATION
     nn.init.normal_(model.knowledge_gate)
@@ -286,7 +278,7 @@ def test_what_is_rendered(collector, monkeypatch, tmp_path):
 
 
 def test_a_turn_that_a_photograph_replaced_is_the_reply_to_the_turns_before_it(tmp_path):
-    grounded = load("grounded_replies")
+    grounded = load_script("analyses/grounded_replies")
     rows = [
         {"turns": ["a", "b", "c", "d", "e"], "replaced_index": 3, "image": "dog.jpg"},
         {"turns": ["a", "b", "c"], "replaced_index": 0, "image": "cat.jpg"},
@@ -304,7 +296,7 @@ def test_a_turn_that_a_photograph_replaced_is_the_reply_to_the_turns_before_it(t
 
 
 def test_the_time_of_an_evaluation_in_batches_and_one_at_a_time(backbones, monkeypatch, tmp_path):
-    throughput = load("throughput")
+    throughput = load_script("speed/throughput")
     model, reader = build_from(backbones, "qwen", "separate")
     reader.chat_template = CHATML_WITH_GENERATION
     for part in (model, reader):
@@ -333,5 +325,5 @@ def test_only_the_ends_of_lines_part_dialogues(tmp_path):
     path = tmp_path / "dialogues.jsonl"
     row = {"replaced_index": 1, "turns": ["Look!\u2028A dog.", "He is asleep."], "image": "dog.jpg"}
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    dialogues, names = load("grounded_replies").read_dialogues(path)
+    dialogues, names = load_script("analyses/grounded_replies").read_dialogues(path)
     assert dialogues[0]["messages"][0]["content"] == "Look!\u2028A dog." and names == ["dog"]

@@ -24,10 +24,17 @@ from tiny_training import (
 )
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import GenerationConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
-from modeling_vikdf import VikdfForConditionalGeneration, modeling_distillation, modeling_vikdf
+from modeling_vikdf import (
+    VikdfConfig,
+    VikdfForConditionalGeneration,
+    VikdfForPreTraining,
+    VikdfProcessor,
+    modeling_distillation,
+    modeling_vikdf,
+)
 from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
 from modeling_vikdf.modeling_prefix import CACHE
 from modeling_vikdf.training import arguments as training_arguments
@@ -599,6 +606,52 @@ def test_a_model_of_model_init_trains_as_one_that_is_passed(tmp_path):
         trainer.train()
         runs.append(logged_losses(trainer))
     assert runs[0] == runs[1]
+
+
+def saved_token_ids(model: nn.Module, reader: VikdfProcessor, folder: Path) -> list[dict]:
+    """What the LLM's configuration and the generation's call the special tokens, after a step of training."""
+    is_pretraining = isinstance(model, VikdfForPreTraining)
+    trainer = VikdfTrainer(
+        model=model,
+        args=arguments(folder, max_steps=1, log_level="warning"),
+        train_dataset=pairs(4) if is_pretraining else dialogues(4),
+        data_collator=PreTrainingCollator(reader, model.config) if is_pretraining else DialogueCollator(reader),
+        processing_class=reader,
+    )
+    trainer.train()
+    trainer.save_model()
+    configs = VikdfConfig.from_pretrained(folder).text_config, GenerationConfig.from_pretrained(folder)
+    return [{name: getattr(config, name) for name in SPECIAL_TOKENS} for config in configs]
+
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+MAKERS = {"dialogues": dialogue_model, "pretraining": functools.partial(pretraining_model, ALL)}
+
+
+@pytest.mark.parametrize("make_model", MAKERS.values(), ids=MAKERS)
+def test_special_tokens_become_the_tokenizers_in_silence(make_model, tmp_path, caplog):
+    reader = processor("llama")
+    bos, eos, pad = (getattr(reader.tokenizer, name) for name in SPECIAL_TOKENS)
+    model = make_model(llm="llama", knowledge_token_id=reader.knowledge_token_id)
+    model.config.text_config.update({"pad_token_id": None, "eos_token_id": [7, eos]})
+    model.generation_config = GenerationConfig(eos_token_id=[7, 9], bos_token_id=bos)
+    of_llm, of_generation = saved_token_ids(model, reader, tmp_path)
+    assert not [message for message in caplog.messages if "PAD/BOS/EOS" in message]
+    assert of_llm == {"bos_token_id": bos, "eos_token_id": [7, eos], "pad_token_id": pad}
+    # what ended a reply still ends it
+    assert of_generation == {"bos_token_id": bos, "eos_token_id": [eos, 7, 9], "pad_token_id": pad}
+
+
+def test_special_tokens_that_agree_stay_as_they_are(tmp_path, caplog):
+    reader = processor("llama")
+    tokens = {name: getattr(reader.tokenizer, name) for name in SPECIAL_TOKENS}
+    model = dialogue_model(llm="llama", knowledge_token_id=reader.knowledge_token_id)
+    model.config.text_config.update(tokens)
+    model.generation_config = GenerationConfig(**tokens)
+    of_llm, of_generation = saved_token_ids(model, reader, tmp_path)
+    assert not [message for message in caplog.messages if "PAD/BOS/EOS" in message]
+    as_list = {"eos_token_id": [tokens["eos_token_id"]]}  # transformers 5.17's Trainer writes one as a list
+    assert of_llm == tokens and of_generation in (tokens, tokens | as_list)
 
 
 def test_neither_model_nor_model_init(tmp_path):

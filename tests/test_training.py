@@ -17,6 +17,7 @@ import distributed_training
 import pytest
 import torch
 import yaml
+from conftest import load_script
 from distributed_training import KINDS, RUNS
 from safetensors.torch import load_file
 from tiny_training import (
@@ -996,6 +997,8 @@ def test_lora_is_trained_saved_and_resumed(tmp_path):
         ("distill", {"training": {"resume_from_checkpoint": "x"}}, "Unknown keys.*'resume_from_checkpoint'"),
         ("distill", {"collator": {"max_length": 9}}, r"Unknown keys \['max_length'\].*'distill' knows.*masked_share"),
         ("tune", {"collator": {"masked_share": 1}}, r"Unknown keys \['masked_share'\].*'tune' knows.*max_length"),
+        ("distill", {"collator": {"caption_as_picture": True}}, r"Unknown keys \['caption_as_picture'\]"),
+        ("tune", {"collator": {"posterior_share": 0.3}}, r"Unknown keys \['posterior_share'\] in section 'collator'"),
         ("tune", {"objectives": {"masked_text": 1.0}}, "name both what is to be learnt"),
         ("distill", {"data": None}, "set data.train"),
         ("distill", {"data": ["a.tar"]}, "'data' must hold settings"),
@@ -1096,17 +1099,16 @@ def test_the_way_into_the_llm_is_trained_where_replies_are_the_only_objective_th
 def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     """Every step trains, after its parents, from a recipe that its stage understands, and once."""
     import argparse
-    import importlib.util
 
     root = Path(__file__).parents[1]
-    spec = importlib.util.spec_from_file_location("study", root / "eval" / "study.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    study = load_script("study/train")
     steps = yaml.safe_load((root / "configs" / "study.yaml").read_text())["steps"]
-    ran = []
+    ran, controlled = [], {}
 
-    def check(stage, recipe):
+    def check(stage, recipe, collators):
         checked = check_recipe(stage, recipe)
+        if collators:
+            controlled[recipe["training"]["output_dir"]] = {data: each.__name__ for data, each in collators.items()}
         parent = checked.model.checkpoint
         assert parent is None or parent in ran
         ran.append(recipe["training"]["output_dir"])
@@ -1150,6 +1152,7 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     assert list(map(len, drawn)) == [2, 4, 16] and drawn[0] < drawn[2] == set(few.read_text().splitlines())
     folders = {name: tmp_path / "seed0" / name for name in steps}
     assert sorted(ran) == sorted(str(folder) for name, folder in folders.items() if "recipe" in steps[name])
+    assert controlled == {str(folders[name]): step["collators"] for name, step in steps.items() if "collators" in step}
     assert Trained.shrunk == [(["d.jsonl"], step["shrink"]) for step in steps.values() if "shrink" in step]
     prompts = [(folders[f"language_model{each}"] / "prompt").read_text() for each in ("", "_best_prompt")]
     assert prompts[0] == "as packaged" and prompts[1] in (root / "configs" / "system_prompts.txt").read_text()
@@ -1205,6 +1208,54 @@ def test_dialogues_that_are_too_long_are_skipped_and_told(stages, tmp_path):
     run_stage("tune", recipe)
     told = (tmp_path / "out" / "skipped.txt").read_text()
     assert re.search(r"1 x unusable dialogue: d:1 \(the system message, the newest turn", told)
+
+
+def test_a_stage_trains_with_collators_of_ones_own(stages, tmp_path):
+    """Beside the model is written which; and a checkpoint whose recipe has settings that are gone is trained on."""
+    parent = shutil.copytree(stages / "integrate", tmp_path / "parent", ignore=shutil.ignore_patterns("checkpoint-*"))
+    history = list(yaml.safe_load_all((parent / "recipe.yaml").read_text()))
+    history[-1]["collator"] = {"caption_as_picture": True}
+    (parent / "recipe.yaml").write_text(yaml.safe_dump_all(history))
+    shard, lines = str(stages / "pairs.tar"), str(stages / "dialogues.jsonl")
+    recipe = {
+        "model": {"checkpoint": str(parent)},
+        "objectives": {"knowledge_to_text": 0.5},
+        "data": {"train": lines, "pairs": shard},
+        "collator": {"max_length": 300, "other_caption": True},
+        "training": training_section(tmp_path / "out", max_steps=1),
+    }
+    seen = []
+
+    class WatchedPictures(PreTrainingCollator):
+        def choose_pictures(self, examples, chosen, rngs):
+            seen.append(("pictures", self.other_caption, len(examples), len(chosen), len(rngs)))
+            return examples
+
+    class NewestTurns(DialogueCollator):
+        def choose_contexts(self, chats, rngs):
+            seen.append(("contexts", self.max_length, len(chats), len(rngs)))
+            return [chat[-2:] for chat in chats]
+
+    run_stage("tune", recipe, {"pairs": WatchedPictures, "dialogues": NewestTurns})
+    assert seen == [("pictures", True, 4, 4, 4), ("contexts", 300, 4, 4)]
+    records = list(yaml.safe_load_all((tmp_path / "out" / "recipe.yaml").read_text()))
+    assert records[:-1] == history
+    assert records[-1]["collators"] == {"pairs": "WatchedPictures", "dialogues": "NewestTurns"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "objectives", "data"),
+    [("distill", {}, "dialogues"), ("tune", {}, "pairs"), ("tune", {"knowledge_to_text": 1.0}, "pictures")],
+)
+def test_a_collator_of_data_that_no_stage_reads_is_refused(stage, objectives, data, tmp_path):
+    recipe = {
+        "model": {"checkpoint": str(tmp_path / "nowhere")},
+        "objectives": objectives,
+        "data": {"train": "x", **({"pairs": "y"} if objectives else {})},
+        "training": training_section(tmp_path),
+    }
+    with pytest.raises(ValueError, match=rf"collators of \['{data}'\], but '{stage}' .* reads"):
+        run_stage(stage, recipe, {data: PreTrainingCollator})
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without an accelerator")

@@ -1,4 +1,4 @@
-"""The Space of this metric. Example run: python app.py"""
+"""The Space of this metric. Example run: `python app.py`."""
 
 from pathlib import Path
 

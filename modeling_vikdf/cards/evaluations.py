@@ -1,7 +1,7 @@
 """Evaluation reports as a card shows them: tables with intervals, and metadata for the Hub.
 
-Knows the files that `vikdf evaluate`, `retrieve` and `probe`, eval/collect.py and the Trainer write, by their `kind`
-and not by their names. Knows no template.
+Knows the files that `vikdf evaluate`, `retrieve` and `probe`, eval/study/collect.py and the Trainer write, by their
+`kind` and not by their names. Knows no template.
 """
 
 import json
@@ -29,25 +29,43 @@ SAME_EVALUATION = ("data", "data_sha256", "limit", "all_references", "system_pro
 
 
 class Estimate(NamedTuple):
-    """A value and its 95 % interval, if it has one."""
+    """
+    A value and its 95 % interval, if it has one.
+
+    A metric of `METRICS` has `fixed_decimals`; for what else the Trainer measures they depend on the value's size.
+    """
 
     value: float
     interval: list[float] | None = None
+    fixed_decimals: int | None = None
 
     @property
-    def places(self) -> int:
-        return 2 if abs(self.value) >= 10 else 3
+    def decimals(self) -> int:
+        """How many decimals are shown."""
+        if self.fixed_decimals is None:
+            return 2 if abs(self.value) >= 10 else 3
+        return self.fixed_decimals
 
     def __str__(self) -> str:
-        text = f"{self.value:.{self.places}f}"
-        return text + (" [{:.{p}f}, {:.{p}f}]".format(*self.interval, p=self.places) if self.interval else "")
+        return f"{self.value:.{self.decimals}f} {self.brackets()}".rstrip()
+
+    def brackets(self) -> str:
+        """The interval in square brackets; empty without one."""
+        return "[{:.{n}f}, {:.{n}f}]".format(*self.interval, n=self.decimals) if self.interval else ""
 
 
 @dataclass
 class Evaluation:
     """
-    Results on one data set: arm -> metric -> estimate, and other model -> metric -> the subject minus that model, with
-    the meaning of such differences. The subject is this model, or its recipe over several training seeds.
+    Results on one data set, as a card shows them.
+
+    Args:
+        data: name of the data set.
+        size: how many examples it has, in words.
+        arms: arm of knowledge -> metric -> estimate.
+        differences: another model -> metric -> the subject minus that model.
+        meaning: what is compared, and what the sign of a difference says.
+        subject: "this model", or "this recipe" for means over several training seeds.
     """
 
     data: str
@@ -69,13 +87,19 @@ class Evaluation:
 # ---- reports ----
 
 
-def read_evaluations(found: list[Path], named: list[Path]) -> list[Evaluation]:
+def read_evaluations(candidates: list[Path], reports: list[Path]) -> list[Evaluation]:
     """
-    The evaluations in the files that were found, of which others are passed over, and in those that were named, which
-    must be reports. Reports of `vikdf evaluate` that differ in the arm of knowledge alone are one evaluation.
+    The evaluations that files hold; reports of `vikdf evaluate` that differ only in the arm of knowledge are one.
+
+    Args:
+        candidates: JSON files that may be reports; others are passed over.
+        reports: files that must be reports.
+
+    Raises:
+        ValueError: if one of `reports` is none, a file is no JSON, or reports are of different weights.
     """
     evaluations, arms, weights = [], {}, {}
-    for path in dict.fromkeys([*found, *named]):
+    for path in dict.fromkeys([*candidates, *reports]):
         content = read_json(path)
         kind = kind_of(content, path)
         if kind == "dialogues":
@@ -92,26 +116,34 @@ def read_evaluations(found: list[Path], named: list[Path]) -> list[Evaluation]:
             evaluations.append(_read_retrieval(path, content))
         elif kind == "probe":
             evaluations.append(_read_probe(path, content))
-        elif path in named:
+        elif path in reports:
             raise ValueError(f"{path} is no report of an evaluation.")
     if len(set(weights.values())) > 1:
         raise ValueError(
             f"The reports {', '.join(path.name for path in weights)} are of different weights; keep those of this "
             "model only."
         )
-    for each in evaluations:
-        each.arms = {arm: each.arms[arm] for arm in (RECIPE, *ARMS.values()) if arm in each.arms}
+    for evaluation in evaluations:
+        evaluation.arms = {arm: evaluation.arms[arm] for arm in (RECIPE, *ARMS.values()) if arm in evaluation.arms}
     return evaluations
 
 
 def _estimates(metrics: dict[str, float | None], intervals: dict[str, list[float]]) -> dict[str, Estimate]:
-    return {key: Estimate(value, intervals.get(key)) for key, value in metrics.items() if value is not None}
+    return {key: estimate(key, value, intervals.get(key)) for key, value in metrics.items() if value is not None}
+
+
+def estimate(metric: str, value: float, interval: list[float] | None = None) -> Estimate:
+    """A metric's value with the decimals of `METRICS`; a study names those of probes like "hits at 1 random (raw)"."""
+    known = METRICS.get(metric.split(" (")[0].replace(" ", "_"))
+    return Estimate(value, interval, None if known is None else known.decimals)
 
 
 def _read_collected(content: dict[str, Any]) -> Evaluation:
     """
-    Of eval/collect.py: the reference is this model, or its recipe; others count by their paired difference to it. Of a
-    recipe the means over seeds are told, which no single model has, so they are none of this model's own figures.
+    The evaluation in a result of eval/study/collect.py, whose reference is this model, or its recipe over several seeds.
+
+    Other models are shown by their paired difference to the reference. Means over seeds belong to no single model, so
+    they do not count as this model's own figures.
     """
     reference, arms, differences = content["reference"], {}, {}
     model = content["arms"][reference]
@@ -123,8 +155,8 @@ def _read_collected(content: dict[str, Any]) -> Evaluation:
             arms[labels[name]] = _estimates(arm["metrics"], arm.get("confidence_95", {}))
         if "reference_minus_this" in arm:
             differences[labels.get(name, name)] = {
-                key: Estimate(each["difference"], each["confidence_95"])
-                for key, each in arm["reference_minus_this"].items()
+                key: estimate(key, difference["difference"], difference["confidence_95"])
+                for key, difference in arm["reference_minus_this"].items()
                 if of_probe or key in ("nll", "nll_visual_words")
             }
     if of_probe:
@@ -140,8 +172,8 @@ def _read_collected(content: dict[str, Any]) -> Evaluation:
 
 def _read_retrieval(path: Path, content: dict[str, Any]) -> Evaluation:
     estimates = {
-        f"{direction.replace('_', ' ')}, {metric_label(key)}": Estimate(
-            value, content["confidence_95"][direction][key]
+        f"{direction.replace('_', ' ')}, {metric_label(key)}": estimate(
+            key, value, content["confidence_95"][direction][key]
         )
         for direction in ("text_to_image", "image_to_text")
         for key, value in content[direction].items()
@@ -154,9 +186,9 @@ def _read_probe(path: Path, content: dict[str, Any]) -> Evaluation:
     whole = content["subsets"]["all"]
     arms = {
         ARMS[arm]: {
-            f"{metric_label(measure)} ({score})": Estimate(each["mean"], each["confidence_95"])
+            f"{metric_label(measure)} ({score})": estimate(measure, result["mean"], result["confidence_95"])
             for score, measures in scores.items()
-            for measure, each in measures.items()
+            for measure, result in measures.items()
         }
         for arm, scores in whole["arms"].items()
     }
@@ -169,14 +201,14 @@ def model_index(evaluations: list[Evaluation]) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             task_name="Dialogue",
-            dataset_type=re.sub(r"[^\w.-]+", "-", each.data),
-            dataset_name=each.data,
+            dataset_type=re.sub(r"[^\w.-]+", "-", evaluation.data),
+            dataset_name=evaluation.data,
             metric_type=HUB_METRICS.get(key, key),
             metric_name=metric_label(key),
-            metric_value=round(estimate.value, estimate.places),
+            metric_value=round(figure.value, figure.decimals),
         )
-        for each in evaluations
-        for key, estimate in each.arms.get(MODEL, {}).items()
+        for evaluation in evaluations
+        for key, figure in evaluation.arms.get(MODEL, {}).items()
         if key in METRICS
     ]
 
@@ -213,8 +245,8 @@ def read_json(path: Path) -> Any:
 
 
 def _metrics_table(corner: list[str], columns: dict[str, dict[str, Estimate]]) -> str:
-    found = {metric for estimates in columns.values() for metric in estimates}
-    metrics = [key for key in METRICS if key in found]
+    measured = {metric for estimates in columns.values() for metric in estimates}
+    metrics = [key for key in METRICS if key in measured]
     metrics += [key for estimates in columns.values() for key in estimates if key not in METRICS]
     rows = [
         [metric_label(metric), *(estimates.get(metric, "") for estimates in columns.values())]

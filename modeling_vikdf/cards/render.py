@@ -29,6 +29,7 @@ from ..configuration_vikdf import VikdfConfig
 from ..evaluation.reports import metric_label
 from .evaluations import (
     HUB_METRICS,
+    estimate,
     last_evaluation,
     markdown_table,
     model_index,
@@ -68,7 +69,7 @@ def render_model_card(folder: str | Path, repo_id: str | None = None, results: I
 
     Args:
         folder: the checkpoint. Reports of `vikdf evaluate`, `retrieve` and `probe` in it, and results that
-            eval/collect.py wrote, become the card's section on evaluation.
+            eval/study/collect.py wrote, become the card's section on evaluation.
         repo_id: its repository on the Hub, now or later; without it the examples name a folder.
         results: further reports, which must be of this model.
 
@@ -228,13 +229,15 @@ def render_dataset_card(folder: str | Path, repo_id: str | None = None, sources:
 
 def render_eval_results(report: str | Path, metric: str, dataset_id: str, task_id: str) -> str:
     """
-    A file of `.eval_results/`, with which a figure appears on the leaderboard of a benchmark. The Hub takes only data
-    sets that are registered as benchmarks there, so whoever evaluated on one says which it is.
+    A file of `.eval_results/`, with which a figure appears on the leaderboard of a benchmark.
+
+    The Hub accepts only data sets that are registered there as benchmarks, so the caller names the benchmark.
 
     Args:
         report: JSON that `vikdf evaluate` wrote.
         metric: which of its metrics the benchmark ranks by.
-        dataset_id, task_id: the benchmark's repository, and the task as its `eval.yaml` calls it.
+        dataset_id: the benchmark's repository.
+        task_id: the task, as the benchmark's `eval.yaml` calls it.
 
     Raises:
         OSError: if the report cannot be read.
@@ -244,9 +247,10 @@ def render_eval_results(report: str | Path, metric: str, dataset_id: str, task_i
     content = read_json(Path(report))
     if not isinstance(content, dict) or metric not in content.get("metrics", {}):
         raise ValueError(f"{report} is no report of `vikdf evaluate` with the metric {metric!r}.")
-    interval = "[{:.4g}, {:.4g}]".format(*content["confidence_95"][metric])
+    value = content["metrics"][metric]
+    interval = estimate(metric, value, content["confidence_95"][metric]).brackets()
     notes = f"{metric_label(metric)}, {content['num_dialogues']} dialogues, 95 % interval {interval}"
-    entry = EvalResultEntry(dataset_id=dataset_id, task_id=task_id, value=content["metrics"][metric], notes=notes)
+    entry = EvalResultEntry(dataset_id=dataset_id, task_id=task_id, value=value, notes=notes)
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
 
 

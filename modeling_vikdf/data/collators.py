@@ -16,6 +16,7 @@ import torch
 from transformers.utils import logging
 
 from ..configuration_vikdf import VikdfConfig
+from ..modeling_distillation import active_objectives, needs_of
 from ..modeling_prefix import align_at_knowledge
 from ..processing_vikdf import VikdfProcessor, pad
 from .features import tokenize_captions
@@ -94,8 +95,6 @@ class PreTrainingCollator(_Collator):
         image_knowledge_share: share of the rows whose BVIF knowledge is the picture's instead of the text's.
         other_caption: whether the LLM's target is a caption of the picture other than the one that its knowledge comes
             from, if there is another.
-        caption_as_picture: a control without pictures: a picture's states are replaced by the cached states of another
-            of its captions, resampled to the same number. Needs encoders of equal width.
     """
 
     def __init__(
@@ -107,20 +106,20 @@ class PreTrainingCollator(_Collator):
         masked_share: float = 1.0,
         image_knowledge_share: float = 0.0,
         other_caption: bool = False,
-        caption_as_picture: bool = False,
     ):
         super().__init__()
         for name, share in (("masked_share", masked_share), ("image_knowledge_share", image_knowledge_share)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {share}.")
-        if not masked_share and (config.loss_weights["masked_image"] or config.loss_weights["masked_text"]):
-            raise ValueError("masked_share=0 turns masked_image and masked_text off: set their weights to 0 instead.")
+        masked = [name for name, objective in active_objectives(config).items() if objective.masked]
+        if masked and not masked_share:
+            raise ValueError(f"masked_share=0 turns {' and '.join(masked)} off: set their weights to 0 instead.")
         self.processor, self.config, self.seed = processor, config, seed
         self.masked_share, self.image_knowledge_share = masked_share, image_knowledge_share
-        self.other_caption, self.caption_as_picture = other_caption, caption_as_picture
+        self.other_caption = other_caption
         tokenizer = processor.context_tokenizer
         self.mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
-        if config.loss_weights["masked_text"] and self.mask_id is None:
+        if needs_of(config) & {"masked_input_ids", "masked_labels"} and self.mask_id is None:
             raise ValueError("masked_text needs a mask or unknown token, and the context tokenizer has neither.")
         # text -> knowledge needs the knowledge after the text, wherever dialogues put it
         self.draw_processor = copy.copy(processor)
@@ -128,54 +127,66 @@ class PreTrainingCollator(_Collator):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
+        Image-text pairs -> the inputs that the objectives of positive weight need.
+
         Args:
             examples: `{"key", "captions"}` with `"image"` (PIL), or with the cached `"vision_states"` [S, d],
                 `"context_states"` (one [T, d] for each caption) and `"context_input_ids"`; masked image modelling
                 needs the image in either case (PIL, or the content of its file).
         """
-        weights = self.config.loss_weights
+        active, needs = active_objectives(self.config), needs_of(self.config)
         rngs = [_make_rng(self.seed, example.get("epoch", self.epoch), example["key"]) for example in examples]
         masked = 0
-        if weights["masked_image"] or weights["masked_text"]:
+        if any(objective.masked for objective in active.values()):
             examples, rngs, masked = self._masked_first(examples, rngs)
         chosen = [rng.randrange(len(example["captions"])) for rng, example in zip(rngs, examples, strict=True)]
         batch = self._captions("context", examples, chosen)
-        if weights["text_text_matching"]:
+        if any(need.startswith("partner_") for need in needs):
             second_captions = [
                 _pick_other(i, len(example["captions"]), rng)
                 for example, i, rng in zip(examples, chosen, rngs, strict=True)
             ]
             batch |= self._captions("partner", examples, second_captions)
-        if self.caption_as_picture:
-            examples = [self._show_caption_states(*row) for row in zip(examples, chosen, rngs, strict=True)]
+        examples = self.choose_pictures(examples, chosen, rngs)
         batch |= self._pictures(examples, masked)
         # where no row takes part the first one does, with nothing to score: which modules run in a step must not
         # depend on chance, because processes that hold a model in shards wait for one another
         rows, any_masked = rngs[: max(masked, 1)], masked > 0
-        if weights["masked_image"]:
+        if needs & {"masked_cells", "hidden_cells"}:
             batch |= self._masked_cells(rows, batch["pixel_values"].shape[-1], any_masked)
-        if weights["masked_text"]:
+        if needs & {"masked_input_ids", "masked_labels"}:
             batch |= self._masked_tokens(rows, batch, any_masked)
-        if weights["knowledge_to_text"]:
+        if needs & {"input_ids", "attention_mask", "position_ids", "labels"}:
             batch |= self._caption_prompts(examples, chosen, rngs)
-        if weights["text_to_knowledge"]:
+        if any(need.startswith("draw_") for need in needs):
             batch |= self._draw_prompts(examples, chosen, rngs)
         if self.uses_image_knowledge:
             batch["use_image_knowledge"] = torch.tensor([rng.random() < self.image_knowledge_share for rng in rngs])
         return batch
 
+    def choose_pictures(
+        self, examples: list[dict[str, Any]], chosen: list[int], rngs: list[random.Random]
+    ) -> list[dict[str, Any]]:
+        """
+        The examples with what is shown as their pictures: here as they are. A subclass may show something else.
+
+        Args:
+            examples: see `__call__`.
+            chosen: the index of the caption that each example is matched with.
+            rngs: the random generator of each example.
+        """
+        return examples
+
     @property
     def uses_pictures(self) -> bool:
         """Whether pictures become knowledge, or are masked."""
-        weights = self.config.loss_weights
-        pictured = weights["text_image_matching"] or weights["masked_image"] or weights["masked_text"]
-        return bool(pictured or self.uses_image_knowledge)
+        active = active_objectives(self.config).values()
+        return any("pixel_values" in objective.inputs for objective in active) or self.uses_image_knowledge
 
     @property
     def uses_image_knowledge(self) -> bool:
         """Whether the LLM gets knowledge of the picture in some rows."""
-        weights = self.config.loss_weights
-        return bool(self.image_knowledge_share and (weights["knowledge_to_text"] or weights["text_to_knowledge"]))
+        return bool(self.image_knowledge_share and "llm_knowledge" in needs_of(self.config))
 
     def _masked_first(self, examples: list[dict], rngs: list[random.Random]) -> tuple[list, list, int]:
         """The rows that take part in the masked objectives before the others, and their number."""
@@ -197,28 +208,22 @@ class PreTrainingCollator(_Collator):
             batch[f"{role}_states"], _ = pad(states)  # [B, T, d]
         return batch
 
-    def _show_caption_states(self, example: dict, chosen: int, rng: random.Random) -> dict:
-        if "context_states" not in example or len(example["captions"]) < 2:
-            raise ValueError("caption_as_picture needs a feature cache and at least two captions of every picture.")
-        other = example["context_states"][_pick_other(chosen, len(example["captions"]), rng)]  # [T, d]
-        rows = torch.linspace(0, len(other) - 1, len(example["vision_states"])).round().long()  # [S]
-        return {**example, "vision_states": other[rows]}
-
     def _pictures(self, examples: list[dict], masked: int) -> dict[str, torch.Tensor]:
-        weights = self.config.loss_weights
+        active = active_objectives(self.config)
         batch, needed = {}, []
-        if weights["text_image_matching"] or weights["masked_text"] or self.uses_image_knowledge:
+        if needs_of(self.config) & {"image_knowledge", "image_embeddings"} or self.uses_image_knowledge:
             if "vision_states" in examples[0]:
                 batch["vision_states"] = torch.stack([example["vision_states"] for example in examples])  # [B, S, d]
             else:
                 needed = examples
-        if weights["masked_image"] and not needed:
-            needed = examples[: max(masked, 1)]
+        reading = [name for name, objective in active.items() if "pixel_values" in objective.needs]
+        if reading and not needed:
+            needed = examples[: max(masked, 1)] if all(active[name].masked for name in reading) else examples
         if needed:
             if "image" not in needed[0]:
                 raise ValueError(
-                    "masked_image needs the pictures themselves, and the examples only have the encoder's states: "
-                    "give FeatureDataset the images."
+                    f"{' and '.join(reading) or 'an objective'} needs the pictures themselves, and the examples only "
+                    "have the encoder's states: give FeatureDataset the images."
                 )
             batch["pixel_values"] = self.processor.pixel_values(example["image"] for example in needed)
         return batch
@@ -291,9 +296,7 @@ class DialogueCollator(_Collator):
             this only helps an LLM that is itself trained (LoRA).
         hide_context: share of the dialogues, chosen anew in every epoch, of which the LLM reads only the newest turn
             while the knowledge comes from the whole dialogue, so that it has something to add. 0 in evaluation.
-        posterior_share: share of the dialogues, chosen anew in every epoch, whose knowledge has read the reply, too:
-            the posterior that the prior, knowledge of the context alone, approximates. 0 in evaluation.
-        seed: of these choices.
+        seed: of this choice.
         report: records what is skipped; by default it is only logged.
     """
 
@@ -309,22 +312,19 @@ class DialogueCollator(_Collator):
         max_length: int | None = None,
         earlier_replies: bool = False,
         hide_context: float = 0.0,
-        posterior_share: float = 0.0,
         seed: int = 0,
         report: SkipReport | None = None,
     ):
         super().__init__()
-        for name, share in (("hide_context", hide_context), ("posterior_share", posterior_share)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {share}.")
+        if not 0 <= hide_context <= 1:
+            raise ValueError(f"hide_context must be between 0 and 1, got {hide_context}.")
         self.processor, self.max_length, self.earlier_replies = processor, max_length, earlier_replies
-        self.hide_context, self.posterior_share = hide_context, posterior_share
-        self.seed, self.report = seed, report
+        self.hide_context, self.seed, self.report = hide_context, seed, report
 
     def for_evaluation(self) -> "DialogueCollator":
-        """A copy of this collator that hides nothing and whose knowledge never reads the reply."""
+        """A copy of this collator that stays in epoch 0 and hides nothing."""
         collator = super().for_evaluation()
-        collator.hide_context = collator.posterior_share = 0.0
+        collator.hide_context = 0.0
         return collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -332,7 +332,6 @@ class DialogueCollator(_Collator):
         chats = [example["messages"] for example in examples]
         rngs = [_make_rng(self.seed, self.epoch, example.get("key", "")) for example in examples]
         hidden = [rng.random() < self.hide_context for rng in rngs]
-        posterior = [rng.random() < self.posterior_share for rng in rngs]
         skipped = []
         try:
             inputs = self._read(chats)
@@ -350,8 +349,8 @@ class DialogueCollator(_Collator):
             newest = [_newest_turn(chat) if hide else chat for chat, hide in zip(chats, hidden, strict=True)]
             prompts = self._read(newest)
             inputs |= {key: prompts[key] for key in ("input_ids", "attention_mask", "labels")}
-        if any(posterior):  # the prompts stay
-            known = [_with_reply(chat) if reads else chat for chat, reads in zip(chats, posterior, strict=True)]
+        known = self.choose_contexts(chats, rngs)
+        if known != chats:  # the prompts stay
             contexts = self._read(known)
             inputs |= {key: contexts[key] for key in ("context_input_ids", "context_attention_mask")}
         batch = align_at_knowledge(inputs, self.processor)
@@ -360,6 +359,18 @@ class DialogueCollator(_Collator):
             knowledge = (batch["input_ids"] == self.processor.knowledge_token_id).any(0).int().argmax()
             batch["labels"][:, :knowledge] = -100
         return batch
+
+    def choose_contexts(
+        self, chats: list[list[dict[str, Any]]], rngs: list[random.Random]
+    ) -> list[list[dict[str, Any]]]:
+        """
+        The chats whose contexts the knowledge comes from: here those that are replied to. A subclass may read others.
+
+        Args:
+            chats: the messages of each dialogue.
+            rngs: the random generator of each dialogue, after the draw of what is hidden.
+        """
+        return chats
 
     def _read(self, chats: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
         return self.processor(chats, return_labels=True, max_length=self.max_length)
@@ -418,13 +429,6 @@ def _newest_turn(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The chat from its last user turn on, and the system message if it has one."""
     last = max(index for index, message in enumerate(chat) if message["role"] == "user")
     return [message for message in chat[:1] if message["role"] == "system"] + list(chat[last:])
-
-
-def _with_reply(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The chat with everything after the last user turn also appended to that turn, where a context ends."""
-    last = max(index for index, message in enumerate(chat) if message["role"] == "user")
-    said = "\n".join(message["content"] for message in chat[last:])
-    return [*chat[:last], {**chat[last], "content": said}, *chat[last + 1 :]]
 
 
 def _pick_other(chosen: int, count: int, rng: random.Random) -> int:

@@ -118,7 +118,8 @@ def kind_of(report: Any, source: str | Path = "The report") -> str | None:
         source: what an error calls it.
 
     Returns:
-        "dialogues" (`vikdf evaluate`), "retrieval", "probe" or "study" (eval/collect.py); `None` for anything else.
+        "dialogues" (`vikdf evaluate`), "retrieval", "probe" or "study" (eval/study/collect.py); `None` for anything
+        else.
 
     Raises:
         ValueError: if the report is of a version that this release does not read.

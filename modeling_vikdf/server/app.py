@@ -36,12 +36,14 @@ from typing import Any
 import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
 from ..building import load_model
+from ..pipeline_vikdf import prompt_embeddings as prompt_embeddings  # was here up to 0.1: for one more release
 from .schema import ChatBody, ChatCompletionRequest, KnowledgeRequest, error_response
 from .worker import Job, Metrics, Update, Worker, log_failure
 
@@ -50,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 * 2**20
 CLIENT_LEFT = 499  # never sent: for the log and the metrics only
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is nginx's
 
 
 # ---- before a request is read ----
@@ -57,8 +60,10 @@ CLIENT_LEFT = 499  # never sent: for the log and the metrics only
 
 class RequestGuard:
     """
-    The outermost ASGI middleware: refuses wrong keys and bodies that are too large or too slow, turns unexpected
-    errors into a 500, counts and logs every response.
+    The outermost ASGI middleware.
+
+    It refuses wrong keys and bodies that are too large or too slow, turns unexpected errors into a 500, and counts and
+    logs every response.
 
     Args:
         app: the application behind it.
@@ -72,6 +77,7 @@ class RequestGuard:
         self.expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Guards an HTTP request; passes everything else on."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         start, status, started, finished = time.monotonic(), 500, False, False
@@ -113,7 +119,7 @@ class RequestGuard:
             if not started:
                 await error_response(500, "Internal error.")(scope, receive, counted_send)
         finally:
-            self.metrics.add("requests_total", labels=f'{{status="{status}"}}')
+            self.metrics.requests.labels(status=status).inc()
             # the route's path, not the request's, which may hold anything
             path = scope["route"].path if "route" in scope else "-"
             logger.info("%s %s %d %.3f s", scope["method"], path, status, time.monotonic() - start)
@@ -128,8 +134,10 @@ class RequestGuard:
 
 async def stream_updates(job: Job, worker: Worker) -> AsyncIterator[Update]:
     """
-    The updates of a reply, up to the one with a finish reason. A reply that is not finished by its deadline is cut
-    there, with the finish reason "length"; closing the iterator cancels the job.
+    The updates of a reply, up to the one with a finish reason.
+
+    A reply that is not finished by its deadline is cut there, with the finish reason "length". Closing the iterator
+    cancels the job.
 
     Raises:
         HTTPException: 504 if no token arrives before the deadline, or the error that the job ended with.
@@ -256,7 +264,7 @@ class Api:
         }
         if body.stream:
             events = server_sent_events(first, updates, job, head, body.stream_options.include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED)
         last = [first, *[update async for update in updates]][-1]
         message = {"role": "assistant", "content": job.text}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last.finish_reason}
@@ -296,7 +304,7 @@ class Api:
 
     async def metrics_page(self) -> Response:
         """The metrics in Prometheus' text format."""
-        return PlainTextResponse(self.metrics.render(*self.worker.load()), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 async def refuse(request: Request, error: StarletteHTTPException) -> Response:
@@ -331,8 +339,8 @@ def create_app(
     The server as an ASGI application, which can be started once.
 
     Args:
-        model, processor: the model to serve, and its processor. Pictures are accepted if the model's vision encoder is
-            attached.
+        model: the model to serve; pictures are accepted if its vision encoder is attached.
+        processor: its processor.
         name: the model's name in requests and responses.
         api_key: bearer token that clients must send, except for `/health` and `/metrics`; `None` for none.
         max_batch: maximum number of replies generated together.
@@ -379,8 +387,10 @@ def serve(
 
     Args:
         source: folder or Hub id of a VIKDF model, also the name to serve it by; `None`: the packaged one, as "vikdf".
-        host, port: address to listen on.
-        api_key, limits: see `create_app`.
+        host: address to listen on.
+        port: port to listen on.
+        api_key: see `create_app`.
+        **limits: see `create_app`.
 
     Raises:
         OSError, ValueError: if the model cannot be loaded, or a setting is out of range.
@@ -407,38 +417,11 @@ def serve(
 # ---- prompt embeddings for a language model that runs elsewhere ----
 
 
-@torch.no_grad()
-def prompt_embeddings(
-    model: VikdfForConditionalGeneration,
-    processor: VikdfProcessor,
-    messages: list[dict[str, Any]],
-    max_length: int | None = None,
-) -> torch.Tensor:
-    """
-    A chat as the LLM reads it: the embeddings of its whole prompt, with the chat template applied and the knowledge in
-    place. Any runtime of the same LLM that takes `inputs_embeds` can generate from them. It should suppress
-    `processor.knowledge_token_id`, as this package does, if the LLM could generate that token.
-
-    Args:
-        messages, max_length: as for the processor.
-
-    Returns:
-        [T, d_llm], in the LLM's own precision.
-
-    Raises:
-        TypeError, ValueError: see the processor.
-    """
-    inputs = processor([messages], max_length=max_length).to(model.device)
-    knowledge = model.get_knowledge(
-        inputs["context_input_ids"], inputs["context_attention_mask"], inputs.get("pixel_values")
-    )  # [1, m, h]
-    return model.embed_prompt(inputs["input_ids"], knowledge)[0]
-
-
 def encode_prompt_embeddings(embeddings: torch.Tensor) -> str:
     """
-    Prompt embeddings [T, d_llm] as `vllm serve --enable-prompt-embeds` takes them: the `prompt_embeds` of a completion
-    request, base64 of what `torch.save` writes.
+    Prompt embeddings [T, d_llm] as the `prompt_embeds` of a request to `vllm serve --enable-prompt-embeds`.
+
+    They are base64 of what `torch.save` writes.
 
     vLLM warns that embeddings of a wrong shape may crash its engine: enable them for trusted clients only.
     `torch.save` writes a pickle: read one from an untrusted source with `torch.load(..., weights_only=True)` only.

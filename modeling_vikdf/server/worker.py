@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fastapi import HTTPException
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
 
@@ -26,6 +27,8 @@ from .schema import ChatBody, ChatCompletionRequest, Decoding
 
 
 logger = logging.getLogger(__name__)
+
+STATM = Path("/proc/self/statm")  # where Linux, and no other system, tells the memory of this process
 
 
 # ---- jobs ----
@@ -115,57 +118,39 @@ def _undecided(text: str, stops: tuple[str, ...]) -> int:
 
 
 class Metrics:
-    """Counters, gauges and histograms in Prometheus' text format."""
-
-    KINDS = {
-        "requests_total": ("counter", "Requests by HTTP status; 499: the client disconnected."),
-        "prompt_tokens_total": ("counter", "Prompt tokens processed."),
-        "completion_tokens_total": ("counter", "Tokens generated."),
-        "queue_length": ("gauge", "Requests waiting."),
-        "running_requests": ("gauge", "Requests running."),
-        "resident_memory_bytes": ("gauge", "Resident memory of the server's process."),
-        "batch_size": ("histogram", "Requests answered together."),
-        "time_to_first_token_seconds": ("histogram", "From a request's arrival to its first token."),
-    }
-    BUCKETS = {
-        "batch_size": (1, 2, 4, 8, 16, 32),
-        "time_to_first_token_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
-    }
+    """What the server counts, in a Prometheus registry of its own: two servers in one process are counted apart."""
 
     def __init__(self):
-        self._lock = threading.Lock()  # the worker and the event loop both count
-        self._samples: dict[str, dict[str, float]] = {name: {} for name in self.KINDS}  # name -> labels -> value
-        for name, edges in self.BUCKETS.items():
-            buckets = [f'_bucket{{le="{edge}"}}' for edge in (*edges, "+Inf")]
-            self._samples[name] = dict.fromkeys([*buckets, "_sum", "_count"], 0)
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "vikdf_requests_total",
+            "Requests by HTTP status; 499: the client disconnected.",
+            ["status"],
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("vikdf_prompt_tokens_total", "Prompt tokens processed.", registry=registry)
+        self.completion_tokens = Counter("vikdf_completion_tokens_total", "Tokens generated.", registry=registry)
+        self.queue_length = Gauge("vikdf_queue_length", "Requests waiting.", registry=registry)
+        self.running_requests = Gauge("vikdf_running_requests", "Requests running.", registry=registry)
+        self.batch_size = Histogram(
+            "vikdf_batch_size", "Requests answered together.", registry=registry, buckets=(1, 2, 4, 8, 16, 32)
+        )
+        self.time_to_first_token = Histogram(
+            "vikdf_time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            registry=registry,
+            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+        )
+        if STATM.exists():
+            memory = Gauge(
+                "vikdf_resident_memory_bytes", "Resident memory of the server's process.", registry=registry
+            )
+            memory.set_function(resident_memory)
 
-    def add(self, name: str, value: float = 1, labels: str = "") -> None:
-        """Adds to a counter."""
-        with self._lock:
-            self._samples[name][labels] = self._samples[name].get(labels, 0) + value
 
-    def observe(self, name: str, value: float) -> None:
-        """Adds a value to a histogram."""
-        for edge in self.BUCKETS[name]:
-            if value <= edge:
-                self.add(name, labels=f'_bucket{{le="{edge}"}}')
-        self.add(name, labels='_bucket{le="+Inf"}')
-        self.add(name, value, "_sum")
-        self.add(name, labels="_count")
-
-    def render(self, queue_length: int, running_requests: int) -> str:
-        """All metrics in Prometheus' text format."""
-        now = {"queue_length": queue_length, "running_requests": running_requests}
-        statm = Path("/proc/self/statm")  # Linux only
-        if statm.exists():
-            now["resident_memory_bytes"] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        lines = []
-        with self._lock:
-            for name, (kind, text) in self.KINDS.items():
-                samples = {"": now[name]} if name in now else self._samples[name]
-                lines += [f"# HELP vikdf_{name} {text}", f"# TYPE vikdf_{name} {kind}"]
-                lines += [f"vikdf_{name}{labels} {value}" for labels, value in samples.items()]
-        return "\n".join(lines) + "\n"
+def resident_memory() -> int:
+    """Bytes of memory that this process holds, on Linux."""
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def log_failure(error: Exception) -> None:
@@ -184,7 +169,7 @@ class Worker(threading.Thread):
         model, processor: the model and its own processor.
         max_batch: maximum number of rows in a batch.
         max_queue: maximum number of waiting jobs.
-        metrics: where batches and tokens are counted.
+        metrics: where batches and tokens are counted, and the queue is shown.
     """
 
     def __init__(
@@ -204,12 +189,10 @@ class Worker(threading.Thread):
         self._changed = threading.Condition()
         self._closing = False
         self._tokenizing = threading.Lock()  # tokenizers keep their truncation as state
+        metrics.queue_length.set_function(lambda: len(self._waiting))
+        metrics.running_requests.set_function(lambda: len(self._running))
 
     # called from outside the thread
-
-    def load(self) -> tuple[int, int]:
-        """The numbers of waiting and of running jobs."""
-        return len(self._waiting), len(self._running)
 
     def check_room(self) -> None:
         """Raises `HTTPException` 429 while the queue is full."""
@@ -277,7 +260,7 @@ class Worker(threading.Thread):
     def run(self) -> None:
         """Answers batches until it is stopped. An error ends the jobs of its own batch only."""
         while batch := self._take():
-            self.metrics.observe("batch_size", len(batch))
+            self.metrics.batch_size.observe(len(batch))
             try:
                 if batch[0].decoding is None:
                     self._compute_knowledge(batch)
@@ -342,7 +325,7 @@ class Worker(threading.Thread):
     def _reply(self, jobs: list[Job]) -> None:
         decoding, inputs = jobs[0].decoding, self._collate(jobs)
         steps = BatchSteps(jobs, self._step)
-        self.metrics.add("prompt_tokens_total", sum(job.prompt_length for job in jobs))
+        self.metrics.prompt_tokens.inc(sum(job.prompt_length for job in jobs))
         with torch.random.fork_rng(enabled=decoding.seed is not None):
             if decoding.seed is not None:
                 torch.manual_seed(decoding.seed)
@@ -364,9 +347,9 @@ class Worker(threading.Thread):
         """Appends a token to a row's reply, unless it is finished or cancelled."""
         if job.finished or job.cancelled:
             return
-        self.metrics.add("completion_tokens_total")
+        self.metrics.completion_tokens.inc()
         if not job.ids:
-            self.metrics.observe("time_to_first_token_seconds", time.monotonic() - job.arrived)
+            self.metrics.time_to_first_token.observe(time.monotonic() - job.arrived)
         ends = self.model.generation_config.eos_token_id
         job.append(
             token,
@@ -381,8 +364,10 @@ class Worker(threading.Thread):
 
 class BatchSteps(StoppingCriteria):
     """
-    Streams the rows of a batch, where transformers' streamers take one row only: passes each row its new token, and
-    ends rows that are finished or cancelled. With beams, several to a row, it only ends them.
+    Streams the rows of a batch, where transformers' streamers take one row only.
+
+    It passes each row its new token, and ends rows that are finished or cancelled. With beams, several to a row, it
+    only ends them.
 
     Args:
         jobs: the rows.
@@ -393,6 +378,7 @@ class BatchSteps(StoppingCriteria):
         self.jobs, self.step = jobs, step
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Which rows end, bool [B * copies], after the step that wrote the last of `input_ids` [B * copies, T]."""
         copies = input_ids.shape[0] // len(self.jobs)
         if copies == 1:
             for job, token in zip(self.jobs, input_ids[:, -1].tolist(), strict=True):

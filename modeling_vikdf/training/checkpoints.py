@@ -56,6 +56,27 @@ def unwrap_peft(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def align_special_tokens(model: nn.Module, processor: Any) -> None:
+    """
+    Writes the tokenizer's special tokens into the configurations that lack them, where the Trainer would warn that it
+    does so. None is lost that ends a reply.
+
+    Args:
+        model: the model, whose `generation_config` and LLM's configuration are changed in place.
+        processor: its processor, or the LLM's tokenizer; without either nothing changes.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (token := getattr(tokenizer, name, None)) is None:
+            continue
+        setattr(model.config, name, token)  # where transformers 5.17 looks instead of the LLM's configuration
+        for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+            known = getattr(config, name, None)
+            known = known if isinstance(known, list) else [] if known is None else [known]
+            if config is not None and token not in known:
+                setattr(config, name, [token, *known] if name == "eos_token_id" and known else token)
+
+
 class CheckpointingTrainer(Trainer):
     """A `Trainer` of VIKDF models whose checkpoints are whole or absent, also under FSDP."""
 
@@ -191,4 +212,4 @@ class CheckpointingTrainer(Trainer):
             logger.warning(str(error))
 
 
-__all__ = ["CheckpointingTrainer", "last_checkpoint"]
+__all__ = ["CheckpointingTrainer", "align_special_tokens", "last_checkpoint"]

@@ -16,14 +16,11 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from ..configuration_vikdf import OBJECTIVES
+from ..modeling_distillation import OBJECTIVE_TABLE
 from .arguments import VikdfTrainingArguments
 
 
-STAGE_OBJECTIVES = {
-    "distill": {name: OBJECTIVES[name] for name in ("text_image_matching", "masked_image", "masked_text")},
-    "integrate": {name: OBJECTIVES[name] for name in ("knowledge_to_text", "text_to_knowledge")},
-    "tune": {},
-}
+STAGES = ("distill", "integrate", "tune")
 
 # What Trainer leaves to scripts: `run_stage` has its own ways.
 FOR_SCRIPTS = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
@@ -87,13 +84,10 @@ class ModelSection(Section):
             raise ValueError("The section 'model' needs a checkpoint, or language_model and context_encoder.")
 
 
-def _objectives(class_name: str, names: Iterable[str]) -> type[Section]:
-    """The section of the weights of these objectives."""
-    return strict(make_dataclass(class_name, [(name, float | None, None) for name in names], bases=(Section,)))
-
-
-PairObjectives = _objectives("PairObjectives", [name for name in OBJECTIVES if name != "reply"])
-JointObjectives = _objectives("JointObjectives", OBJECTIVES)
+def objectives_section(*, dialogues: bool) -> type[Section]:
+    """The section of weights, one for each objective of the table; those of dialogues only where there are some."""
+    names = [name for name, objective in OBJECTIVE_TABLE.items() if dialogues or "dialogues" not in objective.needs]
+    return strict(make_dataclass("Objectives", [(name, float | None, None) for name in names], bases=(Section,)))
 
 
 @strict
@@ -160,7 +154,6 @@ class PairCollation(Section):
     masked_share: float | None = None
     image_knowledge_share: float | None = None
     other_caption: bool | None = None
-    caption_as_picture: bool | None = None
 
 
 @strict
@@ -171,7 +164,6 @@ class DialogueCollation(Section):
     max_length: int | None = None
     earlier_replies: bool | None = None
     hide_context: float | None = None
-    posterior_share: float | None = None
 
 
 @strict
@@ -189,7 +181,7 @@ class Recipe:
     """A recipe of the stages "distill" and "integrate", on image-text pairs."""
 
     model: ModelSection
-    objectives: PairObjectives
+    objectives: Section  # see `objectives_section`
     data: PairData
     collator: PairCollation
     training: dict = field(default_factory=dict)
@@ -209,7 +201,6 @@ class DialogueRecipe(Recipe):
 class JointRecipe(Recipe):
     """A recipe of the stage "tune" on dialogues and captioned pictures beside them."""
 
-    objectives: JointObjectives
     data: JointData
     collator: JointCollation
 
@@ -225,13 +216,14 @@ def check_recipe(stage: str, recipe: dict[str, Any]) -> Recipe:
         ValueError: for an unknown stage, section or key, a missing one, a wrong type, or settings that do not fit
             together.
     """
-    if stage not in STAGE_OBJECTIVES:
-        raise ValueError(f"Unknown stage {stage!r}; expected one of {list(STAGE_OBJECTIVES)}.")
+    if stage not in STAGES:
+        raise ValueError(f"Unknown stage {stage!r}; expected one of {list(STAGES)}.")
     for section, settings in recipe.items():
         if section in SECTIONS and not isinstance(settings or {}, dict):
             raise ValueError(f"The section {section!r} must hold settings (key: value), not {settings!r}.")
     recipe_class = Recipe if stage != "tune" else _choose_tune_recipe(recipe)
     classes = {section.name: section.type for section in dataclasses.fields(recipe_class)}
+    classes["objectives"] = objectives_section(dialogues=recipe_class is JointRecipe)
     if unknown := [section for section in recipe if section not in classes]:
         raise ValueError(
             f"Unknown section {unknown[0]!r} in the recipe{suggest(unknown[:1], classes)}; {stage!r} knows the "
@@ -240,6 +232,11 @@ def check_recipe(stage: str, recipe: dict[str, Any]) -> Recipe:
     for section, settings in recipe.items():
         _refuse_unknown_keys(stage, section, settings or {}, classes[section])
     return recipe_class(**{name: _read_section(name, classes[name], recipe.get(name) or {}) for name in classes})
+
+
+def default_objectives(stage: str) -> dict[str, float]:
+    """The weights in recipes of a stage that name no objectives."""
+    return {name: OBJECTIVES[name] for name, objective in OBJECTIVE_TABLE.items() if objective.stage == stage}
 
 
 def _choose_tune_recipe(recipe: dict[str, Any]) -> type[Recipe]:
@@ -300,4 +297,4 @@ def suggest(words: list[str], known: Iterable[str]) -> str:
     return "".join(f"; for {word!r}, did you mean {near[0]!r}?" for word, near in nearest.items() if near)
 
 
-__all__ = ["SECTIONS", "STAGE_OBJECTIVES", "Recipe", "check_recipe"]
+__all__ = ["SECTIONS", "STAGES", "Recipe", "check_recipe", "default_objectives"]

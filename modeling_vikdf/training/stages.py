@@ -5,6 +5,7 @@ trainer.py.
 """
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -19,20 +20,21 @@ from ..data.dialogues import load_dialogues
 from ..data.features import FeatureDataset, cache_features
 from ..data.pairs import load_image_text_pairs
 from ..data.sources import SkipReport
-from ..modeling_distillation import VikdfForPreTraining
+from ..modeling_distillation import VikdfForPreTraining, needs_of
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
 from .arguments import VikdfTrainingArguments
-from .recipe import SECTIONS, STAGE_OBJECTIVES, DialogueCollation, PairCollation, Section, check_recipe
+from .recipe import SECTIONS, DialogueCollation, PairCollation, Section, check_recipe, default_objectives
 from .trainer import VikdfTrainer
 
 
 logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "validation")
+Collators = Mapping[str, type[PreTrainingCollator] | type[DialogueCollator]]
 
 
-def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
+def run_stage(stage: str, recipe: dict[str, Any], collators: Collators | None = None) -> dict[str, float]:
     """
     Runs one stage of training from a recipe, or resumes it where it was interrupted.
 
@@ -42,6 +44,8 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
             "tune" they are what is learnt from captioned pictures (`data.pairs`) beside the replies, whose own weight
             is 1 unless they name it.
         recipe: a mapping with the sections in `SECTIONS`; see configs/.
+        collators: classes in place of `PreTrainingCollator` ("pairs") and `DialogueCollator` ("dialogues"), from which
+            they inherit. `recipe.yaml` names them.
 
     Returns:
         The metrics of the last evaluation, empty without validation data. The model, its processor, the Trainer's
@@ -49,17 +53,19 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
         data, and why) are in `training.output_dir`.
 
     Raises:
-        ValueError: for an unknown stage, section or key, a missing one, a wrong type, or settings that do not fit
-            together.
+        ValueError: for an unknown stage, section or key, a missing one, a wrong type, settings that do not fit
+            together, or a collator of data that the stage does not read.
     """
     checked = check_recipe(stage, recipe)
+    loss_weights = _loss_weights(stage, checked.objectives.given())
+    collator_classes = _choose_collators(stage, loss_weights, collators or {})
     # recipes ask for bf16 because it is fast, which it is not on every CPU
     slow = {"bf16": False} if half_precision_is_slow() else {}
     args = VikdfTrainingArguments(**checked.training | slow)
     set_seed(args.seed)  # of new weights; the Trainer seeds itself
-    model, processor = _build_model(checked.model.given(), _loss_weights(stage, checked.objectives.given()), args)
+    model, processor = _build_model(checked.model.given(), loss_weights, args)
     report = SkipReport(os.path.join(args.output_dir, "skipped"))
-    pairs, dialogues = _build_collators(stage, checked.collator, model, processor, args, report)
+    pairs, dialogues = _build_collators(collator_classes, checked.collator, model, processor, args, report)
     with args.main_process_first(desc="reading the data"):
         train, validation, collator = _load_data(
             checked.data.given(), model, processor, pairs, dialogues, args, report
@@ -76,17 +82,30 @@ def run_stage(stage: str, recipe: dict[str, Any]) -> dict[str, float]:
     trainer.save_model()
     metrics = _last_evaluation(trainer) if validation is not None else {}
     if args.should_save:
-        _write_records(stage, recipe, trainer, report)
+        _write_records(stage, recipe, collators or {}, trainer, report)
     logger.info(report.summary())
     return metrics
 
 
 def _loss_weights(stage: str, objectives: dict[str, Any]) -> dict[str, float] | None:
     """Every objective's weight, 0 for what is not learnt; `None` where text dialogues alone are."""
-    objectives = objectives or STAGE_OBJECTIVES[stage]
+    objectives = objectives or default_objectives(stage)
     if stage == "tune" and objectives:  # dialogues, and captioned pictures beside them
         objectives = {"reply": 1.0, **objectives}
     return {name: float(objectives.get(name, 0.0)) for name in OBJECTIVES} if objectives else None
+
+
+def _choose_collators(stage: str, loss_weights: dict[str, float] | None, collators: Collators) -> Collators:
+    """The class of the collator of each kind of data that the stage reads."""
+    classes = {"pairs": PreTrainingCollator} if loss_weights else {}
+    if stage == "tune":
+        classes["dialogues"] = DialogueCollator
+    if unread := sorted(set(collators) - set(classes)):
+        raise ValueError(
+            f"There are collators of {unread}, but {stage!r} with this recipe reads {sorted(classes)} alone: leave "
+            "them out."
+        )
+    return {**classes, **collators}
 
 
 def _build_model(
@@ -110,7 +129,7 @@ def _build_model(
 
 
 def _build_collators(
-    stage: str,
+    classes: Collators,
     settings: Section,
     model: nn.Module,
     processor: VikdfProcessor,
@@ -119,12 +138,13 @@ def _build_collators(
 ) -> tuple[PreTrainingCollator | None, DialogueCollator | None]:
     """The collators of image-text pairs and of dialogues; `None` for what the stage does not read."""
     pairs = dialogues = None
-    if isinstance(model, VikdfForPreTraining):
-        pairs = PreTrainingCollator(processor, model.config, seed=args.seed, **settings.given(PairCollation))
+    if "pairs" in classes:
+        pairs = classes["pairs"](processor, model.config, seed=args.seed, **settings.given(PairCollation))
         if pairs.uses_pictures:
             model.attach_vision_encoder()  # now, to be placed and perhaps cut into shards with the rest
-    if stage == "tune":
-        dialogues = DialogueCollator(processor, seed=args.seed, report=report, **settings.given(DialogueCollation))
+    if "dialogues" in classes:
+        settings = settings.given(DialogueCollation)
+        dialogues = classes["dialogues"](processor, seed=args.seed, report=report, **settings)
     return pairs, dialogues
 
 
@@ -150,13 +170,17 @@ def _load_data(
     return train, validation, JointCollator(dialogues, pairs, *pictures)
 
 
-def _write_records(stage: str, recipe: dict[str, dict[str, Any]], trainer: VikdfTrainer, report: SkipReport) -> None:
+def _write_records(
+    stage: str, recipe: dict[str, dict[str, Any]], collators: Collators, trainer: VikdfTrainer, report: SkipReport
+) -> None:
     """Writes beside the model how it was trained: the recipes so far, the Trainer's state, and what was skipped."""
     from ..cards.facts import write_history
 
     folder = trainer.args.output_dir
-    sections = {section: recipe[section] for section in SECTIONS if recipe.get(section)}
-    write_history({"stage": stage, **sections}, folder, recipe["model"].get("checkpoint"))
+    record = {section: recipe[section] for section in SECTIONS if recipe.get(section)}
+    if collators:
+        record["collators"] = {data: collator.__name__ for data, collator in collators.items()}
+    write_history({"stage": stage, **record}, folder, recipe["model"].get("checkpoint"))
     trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))
     with open(os.path.join(folder, "skipped.txt"), "w", encoding="utf-8") as file:
         file.write(report.summary() + "\n")
@@ -192,7 +216,7 @@ def _load_pairs(
         for part in (model.context_encoder, model.vision_encoder, model.iqformer):
             part.to(args.device)  # the Trainer moves the model later
         images = None
-        if model.config.loss_weights["masked_image"]:  # masked pictures are encoded anew: their files stay in memory
+        if "pixel_values" in needs_of(model.config):  # masked pictures are encoded anew: their files stay in memory
             pairs = list(pairs)
             images = {pair["key"]: pair["image"] for pair in pairs}
         cache_features(model, processor, pairs, folder, pool_grid=data.get("pool_grid"), report=report)

@@ -26,9 +26,10 @@ from transformers.trainer_utils import has_length
 
 from ..configuration_vikdf import VikdfConfig
 from ..data.collators import DialogueCollator, PreTrainingCollator
-from ..modeling_distillation import MATCHING, TOKENS, VikdfForPreTraining, cells_to_pixels
+from ..modeling_distillation import OBJECTIVE_TABLE, VikdfForPreTraining, active_objectives
+from ..modeling_objectives import SHARED, count_labels
 from .arguments import GROUPED, UNUSABLE_IN_PRETRAINING, VikdfTrainingArguments, canonical_name, refuse_unusable
-from .checkpoints import CheckpointingTrainer, last_checkpoint, unwrap_peft
+from .checkpoints import CheckpointingTrainer, align_special_tokens, last_checkpoint, unwrap_peft
 
 
 class VikdfTrainer(CheckpointingTrainer):
@@ -82,6 +83,7 @@ class VikdfTrainer(CheckpointingTrainer):
         """Refuses what cannot be used with this model, and freezes what it does not train."""
         self.is_pretraining = isinstance(unwrap_peft(model), VikdfForPreTraining)
         self._check_settings(unwrap_peft(model).config)
+        align_special_tokens(unwrap_peft(model), self.others.get("processing_class"))
         if unwrap_peft(model) is model:  # else PEFT says what trains and what is saved
             freeze_unused(model, pictures=getattr(self.data_collator, "uses_pictures", True))
         for name, parameter in model.named_parameters():
@@ -99,7 +101,7 @@ class VikdfTrainer(CheckpointingTrainer):
         ignored = {
             "label_smoothing_factor: no objective of positive weight predicts tokens": args.label_smoothing_factor
             and self.is_pretraining
-            and not any(config.loss_weights[name] for name in TOKENS),
+            and not any(objective.predicts_tokens for objective in active_objectives(config).values()),
             "label_smoothing_factor: compute_loss_func replaces the loss": args.label_smoothing_factor
             and others.get("compute_loss_func"),
             "compute_metrics: with prediction_loss_only there are no predictions": args.prediction_loss_only
@@ -126,12 +128,16 @@ class VikdfTrainer(CheckpointingTrainer):
         return model
 
     @property
+    def model_config(self) -> VikdfConfig:
+        """The configuration of the model, whatever it is wrapped in."""
+        return unwrap_peft(self.accelerator.unwrap_model(self.model)).config
+
+    @property
     def loss_weights(self) -> dict[str, float]:
         """Objective -> weight, without those of weight 0; empty for dialogues."""
         if not self.is_pretraining:
             return {}
-        config = unwrap_peft(self.accelerator.unwrap_model(self.model)).config
-        return {name: weight for name, weight in config.loss_weights.items() if weight}
+        return {name: weight for name, weight in self.model_config.loss_weights.items() if weight}
 
     # ---- optimizer ----
 
@@ -241,26 +247,18 @@ class VikdfTrainer(CheckpointingTrainer):
         self.scored += sum(counts.values())
         for batch in batches:
             batch["counts"], batch["parts"] = counts, parts
-        if parts > 1 and {*MATCHING} & {*self.loss_weights}:
+        if parts > 1 and any(OBJECTIVE_TABLE[name].contrasts for name in self.loss_weights):
             self._add_negatives(batches)
         return batches, 1  # not None: the losses are already divided by the counts of the whole step
 
     def _counts(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Objective -> how much of it a batch scores: pairs, pixels, tokens; nothing of dialogues without labels."""
-        counts = {name: torch.tensor(len(batch["context_input_ids"])) for name in self.loss_weights}
-        if "masked_image" in counts:
-            patch = unwrap_peft(self.accelerator.unwrap_model(self.model)).config.vision_config.patch_size
-            size = batch["pixel_values"].shape[-2:]
-            counts["masked_image"] = cells_to_pixels(batch["masked_cells"], *size, patch).sum()
-        if "masked_text" in counts:
-            counts["masked_text"] = (batch["masked_labels"] != -100).sum()
-        if "shift_labels" in batch:
-            counts["knowledge_to_text"] = (batch["shift_labels"] != -100).sum()
-        elif "knowledge_to_text" in counts or (not self.is_pretraining and "labels" in batch):
-            counts["knowledge_to_text"] = (batch["labels"][:, 1:] != -100).sum()
-        if "reply" in counts:
-            counts["reply"] = (batch["dialogues"]["labels"][:, 1:] != -100).sum()
-        return {name: count.to(self.args.device, torch.float) for name, count in counts.items()}
+        config = self.model_config
+        if self.is_pretraining:
+            counts = {name: OBJECTIVE_TABLE[name].count(batch, config) for name in self.loss_weights}
+        else:
+            counts = {"reply": count_labels(batch, config)} if {"labels", "shift_labels"} & {*batch} else {}
+        return {name: torch.as_tensor(count).to(self.args.device, torch.float) for name, count in counts.items()}
 
     def _total_counts(self, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Objective -> what it scores over all micro-batches and processes."""
@@ -273,8 +271,10 @@ class VikdfTrainer(CheckpointingTrainer):
     @torch.no_grad()
     def _add_negatives(self, batches: list[dict[str, Any]]) -> None:
         """
-        Gives every micro-batch the matching embeddings of all others, of this process and the rest: so it contrasts
-        with the whole batch while holding the activations of its own rows alone (Gao et al. 2021, GradCache).
+        Gives every micro-batch the matching embeddings of all others, of this process and the rest.
+
+        So it contrasts with the whole batch while holding the activations of its own rows alone (Gao et al. 2021,
+        GradCache).
         """
         self.model_wrapped.train()  # as in the step itself, also in the first one and after an evaluation
         kinds = ("context_input_ids", "context_attention_mask", "context_states", "pixel_values", "vision_states")
@@ -297,8 +297,10 @@ class VikdfTrainer(CheckpointingTrainer):
     @contextlib.contextmanager
     def _dropout(self, seed: int) -> Iterator[None]:
         """
-        Within, dropout is drawn from the seed, which is a function of the micro-batch's place in the run: so it is the
-        same in both passes over a micro-batch, and after resuming, whatever else draws random numbers.
+        Draws dropout from the seed inside the context.
+
+        The seed is a function of the micro-batch's place in the run. So dropout is the same in both passes over a
+        micro-batch, and after resuming, whatever else draws random numbers.
         """
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -371,7 +373,7 @@ class VikdfTrainer(CheckpointingTrainer):
 
     @contextlib.contextmanager
     def _evaluation_collator(self) -> Iterator[None]:
-        """Within, the collator is as in epoch 0: the same masks, captions and prompts each time."""
+        """Makes the collator that of epoch 0 inside the context: the same masks, captions and prompts each time."""
         training_collator = self.data_collator
         if hasattr(training_collator, "for_evaluation"):
             self.data_collator = training_collator.for_evaluation()
@@ -407,22 +409,24 @@ class VikdfTrainer(CheckpointingTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """
-        `eval_loss` and, of each objective, `eval_loss_<name>`: means over all that is scored (tokens, pixels, pairs),
-        however the data was cut into batches. Only matching depends on the batch size, which sets its negatives. A
-        masked objective has none where nothing was masked.
+        Adds `eval_loss` and, of each objective, `eval_loss_<name>`.
+
+        These are means over all that is scored (tokens, pixels, pairs), however the data was cut into batches. Only
+        matching depends on the batch size, which sets its negatives. A masked objective has none where nothing was
+        masked.
         """
         self.eval_sums, self.eval_counts, self.unlabelled = defaultdict(float), defaultdict(float), False
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.unlabelled:
             return output  # there are predictions, and no loss
         losses = {}
-        for name in self.loss_weights or ["knowledge_to_text"]:
+        for name in self.loss_weights or ["reply"]:
             whole = torch.tensor([self.eval_sums[name], self.eval_counts[name]], device=self.args.device)
             total, count = self.accelerator.reduce(whole, reduction="sum").tolist()
             if count:
                 losses[name] = total / count
         # masks are random, and may leave a few examples whole; anything else with nothing to score is a mistake
-        lacking = [name for name in self.loss_weights if name not in losses and not name.startswith("masked_")]
+        lacking = [name for name in self.loss_weights if name not in losses and not OBJECTIVE_TABLE[name].masked]
         if lacking or not losses:
             raise ValueError(
                 f"The evaluation data ({output.num_samples} examples) hold nothing to score for "
@@ -443,10 +447,12 @@ class VikdfTrainer(CheckpointingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
-        The loss of one evaluation batch, and unless `prediction_loss_only` its predictions: logits [B, k, vocabulary]
-        and label ids [B, k] of the columns from the one that predicts the batch's first label to that of its last.
-        As of every causal LM, the logits of column t predict label t + 1, and -100 is no label. Trainer pads k on the
-        right with -100. Without labels there is no loss, and the logits are those of all columns.
+        The loss of one evaluation batch, and its predictions unless `prediction_loss_only`.
+
+        These are logits [B, k, vocabulary] and label ids [B, k] of the columns from the one that predicts the batch's
+        first label to that of its last. As of every causal LM, the logits of column t predict label t + 1, and -100
+        is no label. Trainer pads k on the right with -100. Without labels there is no loss, and the logits are those
+        of all columns.
         """
         inputs = self._prepare_inputs(inputs)
         predicts, labels = not (prediction_loss_only or self.is_pretraining), inputs.get("labels")
@@ -461,7 +467,7 @@ class VikdfTrainer(CheckpointingTrainer):
                 if self.compute_loss_func is None:
                     inputs["logits_to_keep"] = columns
             loss, outputs = self._evaluation_loss(model, inputs, counts)
-        losses = outputs.losses if self.is_pretraining else {"knowledge_to_text": loss}
+        losses = outputs.losses if self.is_pretraining else {"reply": loss}
         for name, count in counts.items():
             if count:
                 self.eval_sums[name] += float(losses[name]) * float(count)
@@ -476,7 +482,7 @@ class VikdfTrainer(CheckpointingTrainer):
         if self.compute_loss_func is None:
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             return loss.detach().mean(), outputs
-        items = counts["knowledge_to_text"]
+        items = counts["reply"]
         loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         if self.args.average_tokens_across_devices:
             loss = loss / self.accelerator.num_processes  # the mean of this batch, which is no share of a step
@@ -510,9 +516,11 @@ class VikdfTrainer(CheckpointingTrainer):
 
 class EndlessStream(torch.utils.data.IterableDataset):
     """
-    A stream that begins again, reshuffled, where it ends. So a step is never short of a batch, processes whose shares
-    differ never wait for one another, and a run that resumes in the third epoch skips to the third epoch. Each example
-    has its epoch, which the collator's random choices depend on.
+    A stream that begins again, reshuffled, where it ends.
+
+    So a step is never short of a batch, processes whose shares differ never wait for one another, and a run that
+    resumes in the third epoch skips to the third epoch. Each example has its epoch, on which the collator's random
+    choices depend.
     """
 
     def __init__(self, dataset: Any, rank: int = 0, world_size: int = 1):
@@ -544,22 +552,18 @@ def _supervised(labels: torch.Tensor) -> torch.Tensor:
 
 def freeze_unused(model: nn.Module, *, pictures: bool = True) -> None:
     """
-    Leaves only the parameters that the objectives reach trainable, so that the optimizer holds no others: the matching
-    head only with matching, the way into the LLM only with an objective that goes there, the base vectors only with
-    replies, the projection of the vision encoder's states only with `pictures` among the data.
+    Leaves only the parameters that the objectives reach trainable, so that the optimizer holds no others.
+
+    Of those that only some objectives reach (`SHARED`) the ones that an active objective `trains`; of a dialogue model
+    those of replies. The projection of the vision encoder's states only with `pictures` among the data.
     """
+    active = {"reply": OBJECTIVE_TABLE["reply"]}
     if isinstance(model, VikdfForPreTraining):
-        weights = model.config.loss_weights
-        matching, replies = any(weights[name] for name in MATCHING), bool(weights["reply"])
-        language = bool(weights["knowledge_to_text"] or weights["text_to_knowledge"] or replies)
-    else:
-        matching, replies, language = False, True, True
-    model.matching_head.requires_grad_(matching)
-    if matching and not weights["text_image_matching"] and model.config.knowledge_pooling != "each":
-        model.matching_head.image_projection.requires_grad_(False)
-    for part in (model.language_projection, model.knowledge_gate):
-        part.requires_grad_(language)
-    model.knowledge_base.requires_grad_(replies)
+        active = active_objectives(model.config)
+    reached = tuple(prefix for objective in active.values() for prefix in objective.trains)
+    for name, parameter in model.named_parameters():
+        if name.startswith(SHARED):
+            parameter.requires_grad_(name.startswith(reached))
     model.iqformer.vision_projection.requires_grad_(pictures)
 
 

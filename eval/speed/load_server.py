@@ -2,7 +2,7 @@
 
 Example run:
     vikdf serve --model MODEL --port 8000 &
-    python eval/load_server.py --url http://127.0.0.1:8000 --requests 64 --malformed 10000
+    python eval/speed/load_server.py --url http://127.0.0.1:8000 --requests 64 --malformed 10000
 """
 
 import argparse
@@ -25,7 +25,7 @@ SENTENCES = (
     "What does your kitchen look like?",
     "My grandmother grows tomatoes, beans and sunflowers behind her house, and in summer we all help her.",
 )
-# What is wrong with each field; every value is one that the server must refuse.
+# Fields and wrong values for them, all of which the server must refuse.
 WRONG: dict[tuple[str | int, ...], list[Any]] = {
     ("model",): [1, True, [], {}, "", "no-such-model"],
     ("messages",): [
@@ -84,7 +84,7 @@ WRONG: dict[tuple[str | int, ...], list[Any]] = {
 
 
 def malformed_body(random: Random, model: str) -> bytes:
-    """A body for `/v1/chat/completions` with something wrong in it, sometimes several things."""
+    """A body for `/v1/chat/completions` with one or more mistakes in it."""
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": random.choice(SENTENCES)}],
@@ -138,7 +138,7 @@ async def ask(client: httpx.AsyncClient, model: str, text: str, max_tokens: int)
 
 
 async def measure(client: httpx.AsyncClient, model: str, clients: int, requests: int, max_tokens: int) -> dict:
-    """Throughput and waiting times while so many clients each ask one request after the other."""
+    """Throughput and waiting times while this many clients send one request after the other."""
     waiting = iter([SENTENCES[index % len(SENTENCES)] for index in range(requests)])
 
     async def one_client() -> list[tuple[float, float, int]]:
@@ -161,12 +161,13 @@ async def measure(client: httpx.AsyncClient, model: str, clients: int, requests:
 
 async def memory(client: httpx.AsyncClient) -> int | None:
     """Bytes that the server's process holds, where it knows."""
-    found = re.search(r"^vikdf_resident_memory_bytes (\d+)$", (await client.get("/metrics")).text, re.MULTILINE)
-    return int(found[1]) if found else None
+    page = (await client.get("/metrics")).text
+    memory = re.search(r"^vikdf_resident_memory_bytes (\S+)$", page, re.MULTILINE)  # in float notation
+    return int(float(memory[1])) if memory else None
 
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:
-    """One client, many clients, malformed requests; and the server's memory after each."""
+    """Measures one client, many clients and malformed requests, and the server's memory after each of the three."""
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     limits = httpx.Limits(max_connections=args.clients)
     async with httpx.AsyncClient(base_url=args.url, headers=headers, timeout=120, limits=limits) as client:
@@ -198,7 +199,7 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--api-key", default=os.environ.get("VIKDF_API_KEY"))
     parser.add_argument("--clients", type=int, default=16, help="clients at a time (default: 16)")
-    parser.add_argument("--requests", type=int, default=64, help="requests of each measurement (default: 64)")
+    parser.add_argument("--requests", type=int, default=64, help="requests in a measurement (default: 64)")
     parser.add_argument("--max-tokens", type=int, default=32, help="longest reply in tokens (default: 32)")
     parser.add_argument("--malformed", type=int, default=10_000, help="malformed requests (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the malformed requests (default: 0)")

@@ -1,12 +1,13 @@
-"""How much is there to gain? Replies that answer a photograph, with the knowledge of the photograph itself.
+"""How much is there to gain? Replies that a photograph stands for, with the knowledge of the photograph itself.
 
 In each dialogue one turn was replaced by a photograph that shows what it says. That turn is scored as the reply to the
-turns before it, with the knowledge that these evoke (`context`), that another dialogue's evoke (`wrong_context`), that
-of the photograph (`picture`) and of another one (`wrong_picture`), over all words and over visual ones. What `picture`
-is ahead is what a model could gain that foresees exactly what there is to see. Intervals are over photographs.
+turns before it, over all words and over visual ones, with the knowledge that these turns evoke (`context`), that those
+of another dialogue evoke (`wrong_context`), that of the photograph (`picture`) and of another one (`wrong_picture`).
+The lead of `picture` is what a model could gain that foresees exactly what will be seen. Intervals are over
+photographs.
 
 Example run:
-    python eval/grounded_replies.py --model outputs/smollm2/tune --data image_grounded_validation.jsonl \
+    python eval/analyses/grounded_replies.py --model outputs/smollm2/tune --data image_grounded_validation.jsonl \
         --pictures "train-*.tar" "validation-*.tar" --visual-words visual_words.txt --output grounded.json
 """
 
@@ -31,7 +32,11 @@ KINDS = ("nll", "nll_visual_words")  # in nats a token
 
 
 def read_dialogues(path: Path) -> tuple[list[dict], list[str]]:
-    """Dialogues up to the replaced turn, which is the reply, and their photographs' names; the first turn is none."""
+    """
+    The dialogues up to the replaced turn, which is the reply, and the names of the photographs.
+
+    Dialogues whose first turn was replaced are left out, because it replies to nothing.
+    """
     dialogues, names = [], []
     for number, line in enumerate(StringIO(path.read_text(encoding="utf-8")), start=1):
         row = json.loads(line)
@@ -49,21 +54,26 @@ def read_dialogues(path: Path) -> tuple[list[dict], list[str]]:
 def read_pictures(
     model: VikdfForConditionalGeneration, processor: VikdfProcessor, sources: list[str], names: set[str]
 ) -> dict[str, torch.Tensor]:
-    """The knowledge K^I [n, h] of the named photographs. A ValueError says which are missing."""
-    found = {}
+    """
+    The knowledge K^I [n, h] of the named photographs.
+
+    Raises:
+        ValueError: if photographs are missing.
+    """
+    known = {}
     for pair in tqdm(load_image_text_pairs(sources, shuffle_buffer=0), unit=" pictures", desc="Pictures"):
         name = Path(pair["key"]).name
-        if name in names and name not in found:
+        if name in names and name not in known:
             pixels = processor.pixel_values([pair["image"]])
-            [found[name]] = model.get_image_knowledge(pixels.to(model.device)).cpu()
-    if missing := sorted(names - set(found)):
+            [known[name]] = model.get_image_knowledge(pixels.to(model.device)).cpu()
+    if missing := sorted(names - set(known)):
         raise ValueError(f"{len(missing)} photographs are not in {sources}, the first is {missing[0]}.")
-    return found
+    return known
 
 
 @torch.no_grad()
 def main() -> None:
-    """Prints and writes the NLL of each arm and the differences of pairs of arms."""
+    """Prints and writes the NLL of each arm, and the differences between the arms of `PAIRS`."""
     parser = argparse.ArgumentParser(description="Replies that answer a photograph, with its knowledge or without.")
     parser.add_argument("--model", required=True, help="folder or Hub id of a VIKDF model with a vision encoder")
     parser.add_argument("--data", type=Path, required=True, help="JSONL of turns, replaced_index and image")
@@ -95,7 +105,7 @@ def main() -> None:
     for name, knowledge in arms.items():
         scores = score_replies(model, processor, examples, knowledge, args.batch_size, name)
         losses[name] = -torch.tensor(
-            [[each.sum(), each[mask].sum()] for each, mask in zip(scores, visual, strict=True)]
+            [[reply.sum(), reply[mask].sum()] for reply, mask in zip(scores, visual, strict=True)]
         )  # [N, all or visual]
     result = {
         "model": "/".join(Path(args.model).parts[-2:]),
@@ -104,9 +114,9 @@ def main() -> None:
         "num_pictures": len(known),
     }
     losses |= {f"{a}_minus_{b}": losses[a] - losses[b] for a, b in PAIRS}
-    for name, each in losses.items():
-        values = each.sum(0) / tokens.sum(0)
-        for kind, value, low, high in zip(KINDS, values, *bootstrap_interval(each, tokens, names), strict=True):
+    for name, nlls in losses.items():
+        values = nlls.sum(0) / tokens.sum(0)
+        for kind, value, low, high in zip(KINDS, values, *bootstrap_interval(nlls, tokens, names), strict=True):
             result.setdefault(kind, {})[name] = {"value": value.item(), "confidence_95": [low, high]}
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))

@@ -1,8 +1,8 @@
-"""Starts the Space as a process and measures time to the first words, memory and users at once. Prints JSON.
+"""Starts the Space as a process, and measures the time to the first words, memory and users at once. Prints JSON.
 
 Example run:
-    python eval/measure_space.py
-    VIKDF_MODEL=outputs/my-model python eval/measure_space.py --messages 50
+    python eval/speed/measure_space.py
+    VIKDF_MODEL=outputs/my-model python eval/speed/measure_space.py --messages 50
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 from gradio_client import Client
 
 
-APP = Path(__file__).parents[1] / "spaces_demo" / "app.py"
+APP = Path(__file__).parents[2] / "spaces_demo" / "app.py"
 SENTENCES = (
     "It snowed all night.",
     "I spent the whole day at the beach with my dog, and now there is sand everywhere.",
@@ -32,7 +32,7 @@ NOTHING_YET = "…"
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port on which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -73,7 +73,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Entry point."""
+    """Prints and returns the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--messages", type=int, default=20, help="messages sent one after another (default: 20)")
     parser.add_argument("--users", type=int, default=8, help="visitors at once (default: 8)")

@@ -1,7 +1,7 @@
-"""Trains the arms of a study and evaluates them: every step once for every seed, whatever was done already is kept.
+"""Trains the arms of a study and evaluates them: every step once a seed; what is there already is kept.
 
 Example run:
-    python eval/study.py --config configs/study.yaml --pairs "train-*.tar" --dialogues dialogues_train.jsonl \
+    python eval/study/train.py --config configs/study.yaml --pairs "train-*.tar" --dialogues dialogues_train.jsonl \
         --steps vikdf soft_prompt --seeds 0 --evaluate image_chat_validation.jsonl --visual-words visual_words.txt
 """
 
@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import collators
 import yaml
 
 from modeling_vikdf.building import load_model, new_model
@@ -25,7 +26,7 @@ from modeling_vikdf.training.stages import run_stage
 
 
 def edit(recipe: dict[str, Any], changes: dict[str, Any], drop: list[str]) -> dict[str, Any]:
-    """The recipe with `section.key` set or left out; a name without a key is a whole section."""
+    """The recipe with each `section.key` set or left out; a name without a key stands for a whole section."""
     recipe = copy.deepcopy(recipe)
     for name in drop:
         section, _, key = name.partition(".")
@@ -40,7 +41,7 @@ def edit(recipe: dict[str, Any], changes: dict[str, Any], drop: list[str]) -> di
 
 
 def train(name: str, seed: int, steps: dict[str, dict], args: argparse.Namespace) -> Path:
-    """Runs a step, its parents first; a step whose model is there is not run again. Returns the model's folder."""
+    """Trains a step and, before it, its parents, unless their models are there already. Returns the model's folder."""
     folder = args.output / f"seed{seed}" / name
     if (folder / "finished.json").is_file():
         return folder
@@ -70,7 +71,7 @@ def load_model_settings(configs: Path) -> dict[str, Any]:
 
 
 def run(name: str, seed: int, folder: Path, steps: dict[str, dict], args: argparse.Namespace) -> None:
-    """Trains a step by its recipe."""
+    """Trains a step by its recipe, with the step's own changes and collators."""
     step, configs = steps[name], args.config.parent
     stage = Path(step["recipe"]).stem
     recipe = yaml.safe_load((configs / step["recipe"]).read_text(encoding="utf-8"))
@@ -87,23 +88,24 @@ def run(name: str, seed: int, folder: Path, steps: dict[str, dict], args: argpar
         if args.few_shot is None:
             raise ValueError(f"The step {name} learns from dialogues of the task itself; name them with --few-shot.")
         lines = list(StringIO(args.few_shot.read_text(encoding="utf-8")))
-        some = random.Random(seed).sample(lines, round(step["few_shot_share"] * len(lines)))
+        sample = random.Random(seed).sample(lines, round(step["few_shot_share"] * len(lines)))
         data["train"] = str(folder / "few_shot.jsonl")
-        Path(data["train"]).write_text("".join(some), encoding="utf-8")
+        Path(data["train"]).write_text("".join(sample), encoding="utf-8")
     if "objectives" in recipe:
         data |= {"pairs" if stage == "tune" else "train": args.pairs, "feature_cache": args.features}
     # arms are compared after equally many steps, by the evaluation below
     recipe["training"] |= {"output_dir": str(folder), "seed": seed, "eval_strategy": "no"}
     recipe["training"]["load_best_model_at_end"] = False
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    run_stage(stage, recipe)
+    controls = {data: getattr(collators, name) for data, name in step.get("collators", {}).items()}
+    run_stage(stage, recipe, controls)
 
 
 def evaluate(folder: Path, arms: list[str], args: argparse.Namespace) -> None:
     """Evaluates a model on every file under every arm of knowledge, unless the report is there already."""
     for file in args.evaluate:
         for knowledge in arms:
-            # fewer dialogues may do where each takes longer: a report of its own, beside that of the likelihoods
+            # a report of its own, because replies take longer and may be made for fewer dialogues
             output = folder / f"{Path(file).stem}{'_replies' if args.whole else ''}-{knowledge}.json"
             if not output.is_file():
                 settings = EvaluationSettings(
@@ -122,13 +124,13 @@ def evaluate(folder: Path, arms: list[str], args: argparse.Namespace) -> None:
         if missing:
             loaded, items = loaded or load_model(folder), load_items(file)
         for arm, output in missing.items():
-            found = probe(*loaded, items, [arm])
-            output.write_text(json.dumps(found) + "\n", encoding="utf-8")
-            print(output, found["subsets"]["all"]["arms"], flush=True)
+            report = probe(*loaded, items, [arm])
+            output.write_text(json.dumps(report) + "\n", encoding="utf-8")
+            print(output, report["subsets"]["all"]["arms"], flush=True)
 
 
 def main() -> None:
-    """Trains the named steps and evaluates each on each file under the arms of knowledge."""
+    """Trains the named steps and evaluates them on all files under the arms of knowledge."""
     parser = argparse.ArgumentParser(description="Train and evaluate the arms of a study.")
     parser.add_argument("--config", type=Path, required=True, help="the study (YAML)")
     parser.add_argument("--pairs", required=True, help="image-text pairs to train on")

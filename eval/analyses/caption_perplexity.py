@@ -1,12 +1,13 @@
 """Does the LLM read pictures through their knowledge? The perplexity of captions under the right and the wrong K^I.
 
-The LLM is asked to describe a picture and scored on the first caption of each, with the knowledge of the picture
-itself (`picture`), of another one (`wrong_picture`), of another of its captions (`caption`) and of another picture's
-caption (`wrong_caption`). Intervals are over photographs. `knowledge_similarity` says whether an LLM that reads K^I
-can read K^T: the mean cosine between the two of a pair, each less its mean over all pairs.
+The LLM is asked to describe a picture and scored on its first caption, with the knowledge of the picture itself
+(`picture`), of another one (`wrong_picture`), of another of its captions (`caption`) and of another picture's caption
+(`wrong_caption`). Intervals are over photographs. `knowledge_similarity` tells whether an LLM that reads K^I can read
+K^T: the mean cosine between the two of a pair, after the mean of all pairs is subtracted from both.
 
 Example run:
-    python eval/caption_perplexity.py --model outputs/smollm2/tune --data "validation-*.tar" --output captions.json
+    python eval/analyses/caption_perplexity.py --model outputs/smollm2/tune --data "validation-*.tar" \
+        --output captions.json
 """
 
 import argparse
@@ -28,10 +29,10 @@ from modeling_vikdf.evaluation.statistics import bootstrap_interval
 
 @torch.no_grad()
 def main() -> None:
-    """Prints and writes the perplexities, and how much lower the right knowledge's is than the wrong one's."""
+    """Prints and writes the perplexities, and by how much they are lower with the right knowledge."""
     parser = argparse.ArgumentParser(description="Perplexity of captions under right and wrong knowledge.")
     parser.add_argument("--model", required=True, help="folder or Hub id of a VIKDF model with a vision encoder")
-    parser.add_argument("--data", required=True, nargs="+", help="image-text pairs with two captions or more each")
+    parser.add_argument("--data", required=True, nargs="+", help="image-text pairs with two captions or more")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, help="pictures (default: all)")
@@ -65,7 +66,7 @@ def main() -> None:
     for name, knowledge in arms.items():
         scores = score_replies(model, processor, examples, knowledge, args.batch_size, name)
         losses[name] = -torch.stack([caption.sum() for caption in scores])  # [N]
-    centred = [(each - each.mean(0)).flatten(1) for each in (texts, pictures)]  # [N, n * h]
+    centred = [(knowledge - knowledge.mean(0)).flatten(1) for knowledge in (texts, pictures)]  # [N, n * h]
     similarity = torch.nn.functional.cosine_similarity(*centred)  # [N]
     result = {
         "model": "/".join(Path(args.model).parts[-2:]),
@@ -73,10 +74,9 @@ def main() -> None:
         "knowledge_similarity": {"value": similarity.mean().item(), "confidence_95": bootstrap_interval(similarity)},
         "perplexity": {},
     }
-    for name, each in losses.items():
-        low, high = bootstrap_interval(each, tokens)
-        ends = [torch.tensor(end).exp().item() for end in (low, high)]
-        result["perplexity"][name] = {"value": (each.sum() / tokens.sum()).exp().item(), "confidence_95": ends}
+    for name, nlls in losses.items():
+        ends = [torch.tensor(end).exp().item() for end in bootstrap_interval(nlls, tokens)]
+        result["perplexity"][name] = {"value": (nlls.sum() / tokens.sum()).exp().item(), "confidence_95": ends}
     for name in ("picture", "caption"):
         gap = losses[name] - losses[f"wrong_{name}"]
         ends = (gap.sum() / tokens.sum(), *map(torch.tensor, bootstrap_interval(gap, tokens)))

@@ -1,7 +1,8 @@
-"""What the IQ-Former is measured against: a plain two-layer head on the same frozen states, loss and negatives.
+"""A baseline for the IQ-Former: a plain two-layer head on the same frozen states, with the same loss and negatives.
 
 Example run:
-    python eval/baselines.py --train CACHE --validation CACHE --output plain_head.json --steps 300 600 --seeds 0 1 2
+    python eval/analyses/baselines.py --train CACHE --validation CACHE --output plain_head.json \
+        --steps 300 600 --seeds 0 1 2
 """
 
 import argparse
@@ -28,10 +29,12 @@ WARMUP = 0.1  # share of the steps
 
 class PlainMatchingHead(nn.Module):
     """
-    Mean states -> unit vectors, by LayerNorm-Linear-GELU-Linear for each modality; it has no attention and no queries.
+    Mean states -> unit vectors by LayerNorm-Linear-GELU-Linear, without attention or queries.
 
     Args:
-        text_width, image_width: of what [`pool_features`] returns.
+        text_width, image_width: widths of what [`pool_features`] returns.
+        hidden_size: width between the two layers.
+        matching_dim: width of the unit vectors.
     """
 
     def __init__(self, text_width: int, image_width: int, hidden_size: int = 512, matching_dim: int = 256):
@@ -51,11 +54,11 @@ class PlainMatchingHead(nn.Module):
 
 def pool_features(features: FeatureDataset) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    All that the head sees of a cache, computed once because nothing in it is trained.
+    What the head sees of a cache, computed once because none of it is trained.
 
     Returns:
-        Means of each caption's token states [N_t, d_text]; of each picture the class state beside the mean of the
-        others [N_i, 2 d_vision]; the index of each caption's picture [N_t].
+        The means of the captions' token states [N_t, d_text]; the pictures' class states, each beside the mean of the
+        picture's other states [N_i, 2 d_vision]; the index of the picture of each caption [N_t].
     """
     texts, images, text_to_image = [], [], []
     for index in tqdm(range(len(features)), desc="Pooling", unit=" pictures"):
@@ -77,12 +80,18 @@ def train_plain_head(
     seed: int = 0,
 ) -> PlainMatchingHead:
     """
-    Trains the head by `matching_loss` with the batch's other pairs as negatives: AdamW, linear warm-up and
-    cosine decay. An epoch shows every picture once, each time with one of its captions drawn at random.
+    Trains the head by `matching_loss`, with the other pairs of the batch as negatives.
+
+    The optimiser is AdamW with linear warm-up and cosine decay. An epoch shows every picture once, with one of its
+    captions drawn at random.
 
     Args:
-        pooled: of `pool_features`.
-        weight_decay: strong, for with AdamW's usual 0.01 the head overfits a few thousand pictures.
+        pooled: what `pool_features` returns.
+        batch_size: pairs in a batch.
+        steps: updates of the weights.
+        learning_rate: after the warm-up.
+        weight_decay: strong, because with AdamW's usual 0.01 the head overfits a few thousand pictures.
+        seed: of the weights, the order of the pictures and the choice of captions.
 
     Raises:
         ValueError: if there are fewer pictures than `batch_size`.
@@ -98,7 +107,7 @@ def train_plain_head(
         optimizer,
         lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup))) / 2),
     )
-    captions = text_to_image.bincount(minlength=len(images))  # [N_i] how many each picture has
+    captions = text_to_image.bincount(minlength=len(images))  # [N_i] their number for each picture
     first = captions.cumsum(0) - captions  # [N_i] where they begin: captions come picture by picture
     order = torch.empty(0, dtype=torch.long)
     progress = tqdm(range(steps), desc=f"Plain head, rate {learning_rate:g}, seed {seed}", unit=" steps")
@@ -117,7 +126,7 @@ def train_plain_head(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains a head for every number of steps, learning rate and seed, and writes all their figures."""
+    """Trains a head for every number of steps, learning rate and seed, and writes the figures of all."""
     parser = argparse.ArgumentParser(description="Recall of a plain two-layer head on cached features.")
     parser.add_argument("--train", required=True, help="folder of cached features")
     parser.add_argument("--validation", required=True, help="folder of cached features")
@@ -133,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     train, validation = (pool_features(FeatureDataset(folder)) for folder in (args.train, args.validation))
     pooling_s = time.perf_counter() - start
     texts, images, text_to_image = validation
-    runs = []  # arms, each a list of one run for each seed
+    runs = []  # for each number of steps and learning rate a list of runs, one a seed
     for steps, learning_rate in itertools.product(args.steps, args.learning_rates):
         runs.append([])
         for seed in args.seeds:
@@ -153,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
             runs[-1].append(
                 {**settings, "seconds": seconds, **retrieval_recall(*embeddings), "confidence_95": intervals}
             )
-    best = max(runs, key=lambda arm: sum(sum(recalls.values()) for recalls in _mean(arm).values()))
+    best = max(runs, key=lambda seeds: sum(sum(recalls.values()) for recalls in _mean(seeds).values()))
     report = {
         "best": {key: best[0][key] for key in ("steps", "learning_rate")},
         "mean_over_seeds": _mean(best),

@@ -1,7 +1,8 @@
-"""How well the LLM alone predicts replies under each of several system prompts, so that a comparison takes its best.
+"""How well the LLM alone predicts replies under several system prompts, so that it is compared with the best one.
 
 Example run, on validation dialogues:
-    python eval/system_prompts.py --prompts configs/system_prompts.txt --data image_chat_validation.jsonl --limit 800
+    python eval/analyses/system_prompts.py --prompts configs/system_prompts.txt --data image_chat_validation.jsonl \
+        --limit 800
 """
 
 import argparse
@@ -22,14 +23,14 @@ def main() -> None:
     args = parser.parse_args()
 
     args.output.mkdir(parents=True, exist_ok=True)
-    found = []
+    results = []
     for number, prompt in enumerate(args.prompts.read_text(encoding="utf-8").splitlines()):
         settings = EvaluationSettings(
             knowledge="none", system_prompt=prompt, limit=args.limit, ranking=False, generation=False
         )
         report = evaluate_file(args.model, args.data, args.output / f"{number}.json", settings)
-        found.append((report["metrics"]["perplexity"], report["confidence_95"]["perplexity"], prompt))
-    for perplexity, (low, high), prompt in sorted(found):
+        results.append((report["metrics"]["perplexity"], report["confidence_95"]["perplexity"], prompt))
+    for perplexity, (low, high), prompt in sorted(results):
         print(f"{perplexity:.2f} [{low:.2f}, {high:.2f}] {prompt}")
 
 

@@ -1,7 +1,7 @@
 """How long evaluating dialogues takes (likelihood and replies by beam search), in batches and one at a time.
 
 Example run:
-    python eval/throughput.py --data dialogues.jsonl --output eval/results/throughput.json
+    python eval/speed/throughput.py --data dialogues.jsonl --output eval/results/throughput.json
 """
 
 import argparse
@@ -27,18 +27,18 @@ from modeling_vikdf.evaluation.dialogues import (
 from modeling_vikdf.evaluation.reports import versions
 
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 WARM_UP = 2  # dialogues
 
 
 def main() -> None:
-    """Writes the seconds of a dialogue in batches and alone, in one run, and their ratio."""
+    """Writes the seconds a dialogue takes in batches and one at a time, and their ratio."""
     parser = argparse.ArgumentParser(description="Time the evaluation of dialogues in batches and one at a time.")
     parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT), help="folder or Hub id (default: packaged)")
     parser.add_argument("--data", type=Path, required=True, help="JSONL of dialogues")
     parser.add_argument("--limit", type=int, default=160, help="dialogues (the first)")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "throughput.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "throughput.json")
     args = parser.parse_args()
 
     model, processor = load_model(args.model)
@@ -47,7 +47,7 @@ def main() -> None:
     examples, _ = prepare(model, processor, dialogues, settings, None, SkipReport())
 
     def one_at_a_time(some: slice) -> None:
-        # nothing but what the LLM has to do, so that no preparation or summary of a single dialogue is held against it
+        # the LLM's work alone, so that preparing and summarising single dialogues does not count against this way
         knowledge = compute_knowledge(model, processor, [example.context for example in examples[some]])
         for example, own in zip(tqdm(examples[some], desc="One at a time"), knowledge.unbind(), strict=True):
             prefixes = prefill(model, processor, [example], own[None])

@@ -1,7 +1,7 @@
-"""What the arms of a study reply to the same ten beginnings, all of them and nothing picked: eval/results/replies.md.
+"""What the arms of a study reply to the same ten beginnings, all of them, not a selection: eval/results/replies.md.
 
 Example run:
-    python eval/replies.py --study outputs/study --steps vikdf caption_only soft_prompt
+    python eval/analyses/replies.py --study outputs/study --steps vikdf caption_only soft_prompt
 """
 
 import argparse
@@ -19,13 +19,13 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Writes a table for each beginning: arm, reply (beam search as in `vikdf evaluate`)."""
+    """Writes a table for each beginning: the arms and their replies (beam search as in `vikdf evaluate`)."""
     parser = argparse.ArgumentParser(description="Replies of a study's arms side by side.")
     parser.add_argument("--study", type=Path, default=Path("outputs/study"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", nargs="+", required=True, help="arms; the first one's LLM also replies alone")
     parser.add_argument("--dialogues", type=Path, default=HERE / "replies.jsonl")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "replies.md")
+    parser.add_argument("--output", type=Path, default=HERE.parent / "results" / "replies.md")
     args = parser.parse_args()
 
     chats = []
@@ -44,7 +44,7 @@ def main() -> None:
     blocks = []
     for i, chat in enumerate(chats):
         said = "\n".join(f"> **{message['role']}:** {message['content']}  " for message in chat)
-        rows = "\n".join(f"| {name} | {each[i]} |" for name, each in replies.items())
+        rows = "\n".join(f"| {name} | {arm[i]} |" for name, arm in replies.items())
         blocks.append(f"{said}\n\n| arm | reply |\n|---|---|\n{rows}\n")
     args.output.write_text("\n".join(blocks), encoding="utf-8")
 

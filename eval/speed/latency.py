@@ -1,7 +1,7 @@
-"""What knowledge adds to the time of a reply, against the length of the context and the number of queries.
+"""What knowledge adds to the time of a reply, by the length of the context and the number of queries.
 
 Example run:
-    python eval/latency.py --output eval/results/latency.json
+    python eval/speed/latency.py --output eval/results/latency.json
 """
 
 import argparse
@@ -18,19 +18,19 @@ from modeling_vikdf.building import new_model
 from modeling_vikdf.evaluation.reports import versions
 
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 32
 SENTENCE = "We walked along the beach and watched the boats come in. "  # 13 tokens
 
 
 def main() -> None:
-    """Writes, for each number of queries and tokens of context, the seconds of a reply and the ratio to the LLM's."""
+    """Writes the seconds of a reply and their ratio to the LLM's, for each number of queries and length of context."""
     parser = argparse.ArgumentParser(description="Time replies with knowledge against the LLM alone.")
-    parser.add_argument("--recipe", type=Path, default=HERE.parent / "configs" / "smollm2" / "distill.yaml")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "configs" / "smollm2" / "distill.yaml")
     parser.add_argument("--queries", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--sentences", type=int, nargs="+", default=[1, 8, 32, 96], help="lengths of the context")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "latency.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "eval" / "results" / "latency.json")
     args = parser.parse_args()
 
     recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))["model"]
@@ -38,7 +38,7 @@ def main() -> None:
     points = []
     bar = tqdm(total=len(args.queries) * len(args.sentences), desc="latency", unit="point")
     for queries in args.queries:
-        # what the weights are does not matter for the time
+        # untrained: the time does not depend on the weights
         model, processor = new_model(**recipe | {"num_knowledge_tokens": queries})
         model.eval()
         for sentences in args.sentences:
@@ -50,11 +50,11 @@ def main() -> None:
                 ),
             }
             seconds: dict[str, list[float]] = {name: [] for name in arms}
-            for turn in range(args.repeats + 1):
+            for repeat in range(args.repeats + 1):
                 for name, call in arms.items():
                     start = time.perf_counter()
                     call()
-                    if turn:  # the first is to warm up
+                    if repeat:  # the first warms up
                         seconds[name].append(time.perf_counter() - start)
             ratios = [ours / alone for ours, alone in zip(*seconds.values(), strict=True)]
             points.append(
