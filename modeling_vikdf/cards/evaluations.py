@@ -140,7 +140,7 @@ def estimate(metric: str, value: float, interval: list[float] | None = None) -> 
 
 def _read_collected(content: dict[str, Any]) -> Evaluation:
     """
-    The evaluation in a result of eval/study/collect.py, whose reference is this model, or its recipe over several seeds.
+    The evaluation in a result of eval/study/collect.py; its reference is this model, or its recipe over several seeds.
 
     Other models are shown by their paired difference to the reference. Means over seeds belong to no single model, so
     they do not count as this model's own figures.
