@@ -46,6 +46,7 @@ SHIPPED = (
     "atomic_saving",
     "chats_vikdf",
     "configuration_vikdf",
+    "modeling_candidates",
     "modeling_checkpointing",
     "modeling_distillation",
     "modeling_generation",

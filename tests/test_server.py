@@ -645,6 +645,20 @@ def test_a_beam_search_that_is_not_done_in_time_is_given_up(parts):
         assert text_of(answer(client, num_beams=3, max_tokens=3))
 
 
+def test_the_best_of_some_candidates(parts):
+    how = {"temperature": 1.0, "seed": 3, "num_candidates": 4, "max_tokens": 6}
+    weights = partial(patch.object, parts[0].generation_config, "candidate_weights", create=True)
+    with serving(parts) as client:
+        with weights({"likelihood": 1.0, "match": 1.0}):
+            best = text_of(answer(client, **how))
+            assert streamed(client, **how)[0] == best  # which comes in one piece
+        with weights({"likelihood": -1.0, "match": -1.0}):
+            assert text_of(answer(client, **how)) != best
+        refused(client.post(CHAT, json=body(num_candidates=4, temperature=0)), 400, "temperature above 0")
+        refused(client.post(CHAT, json=body(num_candidates=4, temperature=1.0, num_beams=2)), 400, "num_beams=1")
+        refused(client.post(CHAT, json=body(num_candidates=99)), 400, "num_candidates")
+
+
 def test_what_waits_too_long_is_told_so(parts):
     with serving(parts, timeout=1.0) as client, held(parts[0]) as (go, steps), ThreadPoolExecutor(3) as pool:
         first = pool.submit(client.post, CHAT, json=body(stream=True))

@@ -81,6 +81,7 @@ CODE = {
         "configuration_vikdf",
         "modeling_checkpointing",
         "modeling_distillation",
+        "modeling_candidates",
         "modeling_generation",
         "modeling_iqformer",
         "modeling_objectives",

@@ -30,7 +30,8 @@ class Decoding(NamedTuple):
 
     use_knowledge: bool
     num_beams: int
-    max_new_tokens: int | None  # beams stop together; otherwise each row stops where its own request says
+    num_candidates: int
+    max_new_tokens: int | None  # beams and candidates stop together; other rows where their own request says
     seed: int | None
     sampling: tuple[tuple[str, Any], ...]  # arguments of `generate`
 
@@ -146,7 +147,8 @@ Text = Annotated[str, Field(min_length=1)]
 
 class ChatCompletionRequest(ChatBody):
     """
-    The body of `/v1/chat/completions`: OpenAI's parameters, and this server's own `num_beams` and `use_knowledge`.
+    The body of `/v1/chat/completions`: OpenAI's parameters, and this server's own `num_beams`,
+    `num_candidates` and `use_knowledge`.
 
     The reply to a chat that ends in an assistant's message continues that message; with vLLM's parameter
     `continue_final_message` set to false it is a new message.
@@ -164,6 +166,7 @@ class ChatCompletionRequest(ChatBody):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=4)] = []
     num_beams: Annotated[int, Field(ge=1, le=8)] | None = None
+    num_candidates: Annotated[int, Field(ge=1, le=16)] | None = None
     use_knowledge: bool = True
     continue_final_message: bool | None = None
     user: str | None = None  # accepted and unused: for a provider's statistics
@@ -186,13 +189,21 @@ class ChatCompletionRequest(ChatBody):
             temperature = 1.0 if self.temperature is None else self.temperature
             sampling = {"do_sample": True, "temperature": temperature, "top_p": self.top_p, "top_k": 0}
         num_beams = self.num_beams or config.num_beams or 1
+        num_candidates = self._candidates(config, sampling.get("do_sample", config.do_sample) and num_beams == 1)
         return Decoding(
             use_knowledge=self.use_knowledge,
             num_beams=num_beams,
-            max_new_tokens=self.max_new_tokens(config) if num_beams > 1 else None,
+            num_candidates=num_candidates,
+            max_new_tokens=self.max_new_tokens(config) if num_beams > 1 or num_candidates > 1 else None,
             seed=self.seed if sampling.get("do_sample", config.do_sample) else None,
             sampling=tuple(sampling.items()),
         )
+
+    def _candidates(self, config: GenerationConfig, samples: bool) -> int:
+        """How many replies are sampled to choose the best from; greedy and beam search have one."""
+        if (self.num_candidates or 1) > 1 and not samples:
+            raise ValueError("num_candidates needs a temperature above 0 and num_beams=1, or there is one candidate.")
+        return (self.num_candidates or getattr(config, "num_candidates", None) or 1) if samples else 1
 
     def max_new_tokens(self, config: GenerationConfig) -> int:
         """The reply's maximum length in tokens, with the model's generation config for defaults."""

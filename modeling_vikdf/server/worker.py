@@ -333,12 +333,14 @@ class Worker(threading.Thread):
                 **inputs,
                 max_new_tokens=max(job.max_new_tokens for job in jobs),
                 num_beams=decoding.num_beams,
+                num_candidates=decoding.num_candidates,
+                processor=self.processor,
                 num_return_sequences=1,
                 return_dict_in_generate=False,
                 stopping_criteria=StoppingCriteriaList([steps]),
                 **dict(decoding.sampling),
             )
-        # beam search knows its tokens only at the end
+        # beam search, and the choice among candidates, know their tokens only at the end
         for job, tokens in zip(jobs, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             for token in tokens[len(job.ids) :]:
                 self._step(job, token)
@@ -366,7 +368,7 @@ class BatchSteps(StoppingCriteria):
     """
     Streams the rows of a batch, where transformers' streamers take one row only.
 
-    It passes each row its new token, and ends rows that are finished or cancelled. With beams, several to a row, it
+    It passes each row its new token, and ends rows that are finished or cancelled. With beams or candidates it
     only ends them.
 
     Args:
