@@ -858,7 +858,7 @@ def test_pickled_weights_are_refused(hub, pipe, tmp_path):
         hub.add_repository("org/pickled", files | {name: pickled})
         for load in (VikdfForConditionalGeneration.from_pretrained, AutoModelForCausalLM.from_pretrained):
             with pytest.raises(
-                OSError, match=f"'org/pickled' has its weights as {name} only.*pickle.*save_pretrained"
+                OSError, match=f"'org/pickled' has its weights only as {name}.*pickle.*save_pretrained"
             ):
                 load("org/pickled", cache_dir=tmp_path / name)
     assert not (tmp_path / "canary").exists()
