@@ -387,7 +387,7 @@ def test_metadata_leads_nowhere_but_to_files_of_the_folder(tmp_path, report):
     for name in bad[:4]:
         assert details["unreadable image"][f"pictures/{name}"] == "the name leads out of the folder"
     for name in ("pipe", "zero", "folder"):
-        assert details["unreadable image"][f"pictures/{name}.png"].endswith(f"{name}.png is no regular file")
+        assert details["unreadable image"][f"pictures/{name}.png"].endswith(f"{name}.png is not a regular file")
 
 
 def test_rows_of_datasets_lead_to_files_alone(tmp_path, report, monkeypatch):
@@ -400,7 +400,7 @@ def test_rows_of_datasets_lead_to_files_alone(tmp_path, report, monkeypatch):
     details = sorted(report.skipped()["unreadable image"].values())
     assert details == sorted(
         [
-            *(f"{path} is no regular file" for path in paths[:2]),
+            *(f"{path} is not a regular file" for path in paths[:2]),
             *(f"{path} has more than {len(PNG) - 1} bytes" for path in paths[2:]),
         ]
     )

@@ -874,7 +874,7 @@ def test_a_backbone_with_pickled_weights_is_refused(hub, saved, backbones, tmp_p
     (local / "pytorch_model.bin").write_bytes(pickled)
     for name, error, message in (
         ("org/pickled-llama", BackboneNotFoundError, "pytorch_model.bin.*pickle"),
-        (str(local), OSError, "pytorch_model.bin only"),
+        (str(local), OSError, "only as pytorch_model.bin"),
     ):
         set_backbone(folder, "language_model", repo_id=name)
         with pytest.raises(error, match=message):
