@@ -242,7 +242,7 @@ def place_knowledge(turns: list[dict], slots: int, message: str, placement: str)
         return turns
     users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
     if not users:
-        raise ValueError("knowledge is computed from user messages, but the chat has none.")
+        raise ValueError("knowledge is computed from what the user says, but there is no user message.")
     carrier = {"system": 0, "first_user": users[0], "last_user": users[-1]}[message]
     if message == "system" and turns[0]["role"] != "system":
         raise ValueError("no system message to carry the knowledge; give one, or set system_prompt.")

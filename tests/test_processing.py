@@ -305,7 +305,7 @@ def test_the_text_of_a_chat_has_its_placeholders(family):
         assert texts[0].count(processor.knowledge_token) == N * (2 if images else 1)
     bare = processor.apply_chat_template(TWO, use_knowledge=False)
     assert bare == processor.tokenizer.apply_chat_template(TWO, tokenize=False)
-    with pytest.raises(ValueError, match="row 0: knowledge is computed from user messages"):
+    with pytest.raises(ValueError, match="row 0: knowledge is computed from what the user says"):
         processor.apply_chat_template([assistant("a")])
 
 
@@ -734,7 +734,7 @@ two_pictures = [{"type": "image", "image": picture()}] * 2
         ([user([{"type": "image"}])], {}, ValueError, "row 0, message 0: a part must be"),
         ([user(["text"])], {}, ValueError, "row 0, message 0: a part must be"),
         ([user("a")], {"return_labels": True}, ValueError, "row 0: return_labels=True needs an assistant"),
-        ([system("a")], {}, ValueError, "row 0: knowledge is computed from user messages"),
+        ([system("a")], {}, ValueError, "row 0: knowledge is computed from what the user says"),
         ([user(two_pictures)], {}, ValueError, "row 0: the chat shows 2 pictures"),
         ([user(two_pictures[:1])], {"images": picture()}, ValueError, "row 0: the chat shows 2 pictures"),
         ([[user("a")], [user("b")]], {"images": picture()}, ValueError, "1 images for 2 chats"),
