@@ -1,3 +1,5 @@
+"""Packaging of modeling_vikdf and the command `vikdf`."""
+
 import shutil
 from pathlib import Path
 
@@ -6,11 +8,12 @@ from setuptools.command.build_py import build_py
 
 
 class BuildAnew(build_py):
-    """Begins with an empty build/, all of whose content goes into the wheel: modules that are gone, too."""
+    """Empties build/ first: everything in it goes into the wheel, deleted modules included."""
 
     def run(self) -> None:
+        """Builds from scratch."""
         base = Path(self.get_finalized_command("build").build_base).resolve()
-        if base in Path(self.build_lib).resolve().parents:  # not where --build-lib says otherwise
+        if base in Path(self.build_lib).resolve().parents:  # not if --build-lib is outside it
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 

@@ -331,7 +331,7 @@ def test_several_templates_survive_a_save(tmp_path):
 
 def test_arguments_that_nobody_knows_are_refused_on_load(tmp_path):
     FAMILIES["chatml"].save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="'num_knowledge_token' is neither a setting .* Did you mean 'num_knowledge_tokens'"):
+    with pytest.raises(TypeError, match="'num_knowledge_token' is neither .* Did you mean 'num_knowledge_tokens'"):
         VikdfProcessor.from_pretrained(tmp_path, num_knowledge_token=9)
     with pytest.raises(TypeError, match="'zzz' is neither a setting .* Expected one of .*knowledge_message"):
         VikdfProcessor.from_pretrained(tmp_path, zzz=9)

@@ -152,7 +152,8 @@ def summarise(
 
     The metrics of each reply are added to its record. `nll` is in nats per token, end of turn included, and
     `perplexity` its exponential; `perplexity_per_example` is that of the mean over replies of per-reply means, as in
-    the authors' code. `bleu_n` and `distinct_n` are corpus metrics. Resampling repeats replies, which lowers Distinct, so its interval uses the delete-a-group jackknife.
+    the authors' code. `bleu_n` and `distinct_n` are corpus metrics. Resampling repeats replies, which lowers
+    Distinct, so its interval uses the delete-a-group jackknife.
 
     Args:
         records: the N dialogues' records, changed in place.
