@@ -40,11 +40,11 @@ setup(
     package_data={
         "modeling_vikdf": ["py.typed", "default_checkpoint/**"],
         "modeling_vikdf.hub_cards": ["*.jinja", "vikdf.svg"],
-        "modeling_vikdf.configs": ["smoke.yaml", "*/*.yaml"],  # the study runs in a checkout alone
+        "modeling_vikdf.configs": ["smoke.yaml", "*/*.yaml"],  # the study runs only in a checkout
     },
     entry_points={"console_scripts": ["vikdf = vikdf_cli:main"]},
     python_requires=">=3.11",
-    # Ranges, so that VIKDF fits beside what else is installed; requirements.txt has the versions it is tested with.
+    # Ranges, for compatibility with other packages; requirements.txt has the tested versions.
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",
@@ -63,7 +63,7 @@ setup(
         "eval": ["evaluate>=0.4.6", "datasets>=4", "nltk>=3.6", "matplotlib"],
         "demo": ["gradio>=6", "datasets>=4"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-        "completion": ["argcomplete>=3"],  # of the command line, by the tab key
+        "completion": ["argcomplete>=3"],  # tab completion of the command line
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "playwright"],
     },

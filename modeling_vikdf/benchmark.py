@@ -58,7 +58,7 @@ def benchmark_generation(model: str | None = None, repeats: int = 7) -> dict[str
     exactly = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     inputs = pipe.processor([CHAT]).to(pipe.device)
     # the same tokens, so the same length; to the bare LLM a placeholder is an ordinary token
-    alone = {
+    bare_inputs = {
         "input_ids": inputs["input_ids"].clamp(max=pipe.model.config.text_config.vocab_size - 1),
         "attention_mask": inputs["attention_mask"],
     }
@@ -67,7 +67,7 @@ def benchmark_generation(model: str | None = None, repeats: int = 7) -> dict[str
     language_model.generation_config = pipe.model.generation_config
 
     def llm_alone(**kwargs: Any) -> Callable[[], Any]:
-        return lambda: pipe.processor.batch_decode(language_model.generate(**alone, **kwargs))
+        return lambda: pipe.processor.batch_decode(language_model.generate(**bare_inputs, **kwargs))
 
     arms = {
         "vikdf": lambda: pipe(CHAT, **exactly),
@@ -257,7 +257,7 @@ def benchmark_training(repeats: int = 5) -> dict[str, Any]:
         pairs_per_s[name] = BATCH / statistics.median(seconds["cached"])
         uncached[name] = BATCH / statistics.median(seconds["uncached"])
         both = zip(seconds["cached"], seconds["language_model"], strict=True)
-        ratios[name] = statistics.median(ours / alone for ours, alone in both)
+        ratios[name] = statistics.median(step / bare for step, bare in both)
         rounds.update()
     for objective in paper:
         whole = _training_model(torch.float32, OBJECTIVES)

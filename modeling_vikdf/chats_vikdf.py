@@ -275,14 +275,14 @@ def prompt_ending(
         raise ValueError("return_labels=True needs an assistant message to learn, but there is none.")
     if return_labels and (is_empty(turns[-1]) or all(map(is_empty, replies))):
         raise ValueError("return_labels=True needs a reply to learn, but the assistant's message is empty.")
-    said = [turn["role"] for turn in turns if not is_empty(turn)]
+    roles = [turn["role"] for turn in turns if not is_empty(turn)]
     if continue_final_message is None:
-        continue_final_message = said[-1] == "assistant" and not return_labels and add_generation_prompt is None
+        continue_final_message = roles[-1] == "assistant" and not return_labels and add_generation_prompt is None
     if add_generation_prompt is None:
         add_generation_prompt = not (continue_final_message or return_labels)
-    if continue_final_message and said[-1] != "assistant":
+    if continue_final_message and roles[-1] != "assistant":
         raise ValueError(
-            f"continue_final_message needs an assistant message at the end, but the last message is the {said[-1]}'s."
+            f"continue_final_message needs an assistant message at the end, but the last message is the {roles[-1]}'s."
         )
     if continue_final_message and (add_generation_prompt or return_labels):
         raise ValueError("continue_final_message excludes add_generation_prompt and return_labels: choose one.")

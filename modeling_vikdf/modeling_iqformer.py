@@ -1,7 +1,7 @@
 """The Implicit Query Transformer (IQ-Former): encoder states of a text or a picture -> n knowledge vectors.
 
-It knows nothing of the encoders before it nor of the LLM behind it. One set of queries and weights serves both
-modalities: K^T = IQ(Q; H^T), K^I = IQ(Q; H^I) (paper, section "Implicit Query Transformer").
+It knows neither the encoders before it nor the LLM after it. One set of queries and weights serves both modalities:
+K^T = IQ(Q; H^T), K^I = IQ(Q; H^I) (paper, section "Implicit Query Transformer").
 """
 
 import copy
@@ -80,9 +80,9 @@ class VikdfIQFormer(nn.Module):
     ) -> ModelOutput:
         queries = self.query_tokens.expand(states.shape[0], -1, -1)  # [B, n, h]
         if self.training and self.state_dropout:
-            seen = torch.rand(states.shape[:2], device=states.device) >= self.state_dropout  # [B, S]
-            seen[:, 0] = True
-            mask = seen.long() if mask is None else mask * seen
+            visible = torch.rand(states.shape[:2], device=states.device) >= self.state_dropout  # [B, S]
+            visible[:, 0] = True
+            mask = visible.long() if mask is None else mask * visible
         if hasattr(self, "pooled_projection"):
             weights = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)  # [B, S]
             mean = (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)  # [B, d]

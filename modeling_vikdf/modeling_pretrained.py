@@ -227,11 +227,11 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
             dtype=dtype, quantization_config=quantization_config, **placement, **_hub_kwargs(kwargs)
         )
         model.config.name_or_path = model.name_or_path = str(path or "")
-        model._load_what_is_beside(source, kwargs)
+        model._load_generation_and_adapter(source, kwargs)
         model.eval()
         return (model, info) if wants_info else model
 
-    def _load_what_is_beside(self, source: str | os.PathLike | None, kwargs: dict[str, Any]) -> None:
+    def _load_generation_and_adapter(self, source: str | os.PathLike | None, kwargs: dict[str, Any]) -> None:
         """Loads the generation configuration and the adapter that a checkpoint may hold beside its weights."""
         where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs} | _hub_kwargs(kwargs)
         if not self.can_generate() and source is not None:

@@ -3,9 +3,9 @@
 Reads as the data flows: `get_text_knowledge` / `get_image_knowledge` (frozen encoder, IQ-Former), `project_knowledge`
 (into the LLM's embedding space), `embed_prompt` (splice at the placeholders), `run_language_model`, `reply_loss`.
 
-In files of their own: how the frozen backbones are found and attached (modeling_pretrained.py) and left out of
-checkpoints (modeling_saving.py), how replies are generated (modeling_generation.py), how the text before the knowledge
-is read once (modeling_prefix.py), and gradient checkpointing (modeling_checkpointing.py).
+Separate files load and attach the frozen backbones (modeling_pretrained.py), leave them out of checkpoints
+(modeling_saving.py), generate replies (modeling_generation.py), read the text before the knowledge once
+(modeling_prefix.py), and do gradient checkpointing (modeling_checkpointing.py).
 """
 
 from dataclasses import dataclass
@@ -507,8 +507,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         logits = {} if language_model is not None else {"logits_to_keep": logits_to_keep}
         language_model = self.language_model if language_model is None else language_model
         frozen = not any(parameter.requires_grad for parameter in self.language_model.parameters())
-        whole = isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep[0]) < prefix)
-        if language_model is self.language_model and whole:
+        keeps_prefix = isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep[0]) < prefix)
+        if language_model is self.language_model and keeps_prefix:
             prefix = 0  # the prefix's own logits are requested
         if logits and isinstance(logits_to_keep, int) and logits_to_keep > 0:
             # indices copy these columns: for a slice PyTorch on CPUs copies the frozen vocabulary head for every row

@@ -36,7 +36,7 @@ from .sources import SkipReport
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 2  # format 1 had neither hashes of what was encoded nor checksums
+FORMAT = 2  # format 1 had neither hashes of its inputs nor checksums
 INDEX_NAME = "index.json"
 SHARD_NAME = "features-{:05d}.safetensors"
 

@@ -236,8 +236,8 @@ def _split_group(group: Iterable[tuple[int, str, bytes]], unused: UnusedFiles) -
             unused.report.add("an earlier file of the same name", f"{unused.name}/{file_name}")
         files[extension] = content
     kinds = {sample: {extension in IMAGE_EXTENSIONS for extension in files} for sample, files in samples.items()}
-    whole = tuple(f"{sample}." for sample in samples if len(kinds[sample]) == 2)
-    for sample in [name for name in samples if name.startswith(whole) and f"{name}." not in whole]:
+    complete = tuple(f"{sample}." for sample in samples if len(kinds[sample]) == 2)  # with a picture and a text
+    for sample in [name for name in samples if name.startswith(complete) and f"{name}." not in complete]:
         for extension in samples.pop(sample):
             unused.add(f"{sample}.{extension}", ", whose name adds to that of a sample")
     return samples

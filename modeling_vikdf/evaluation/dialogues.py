@@ -239,8 +239,8 @@ def map_batches(model: nn.Module, work: Callable[[Any], Any], batches: Sequence[
     """
     threads = torch.get_num_threads()
     # an accelerator is already parallel, and offloaded weights serve one batch at a time
-    alone = model.device.type != "cpu" or hasattr(model, "hf_device_map")
-    workers = 1 if alone else min(threads, WORKERS)
+    sequential = model.device.type != "cpu" or hasattr(model, "hf_device_map")
+    workers = 1 if sequential else min(threads, WORKERS)
     if workers == 1:
         yield from map(work, batches)
         return

@@ -390,12 +390,12 @@ def _align(probes: Sequence[dict[str, Any]], arm: str) -> list[tuple[dict[str, A
         raise ValueError("The probes do not have the same items.")
     aligned = []
     for name, record in indexed[0].items():
-        same = [records[name] for records in indexed]
-        if not all(arm in other["measures"] for other in same):
+        item_records = [records[name] for records in indexed]
+        if not all(arm in item["measures"] for item in item_records):
             raise ValueError(f"Models are compared under one arm of knowledge: probe all with the arm {arm!r}.")
-        if any(other.get(key) != record.get(key) for key in ("choices", "answer") for other in same):
+        if any(item.get(key) != record.get(key) for key in ("choices", "answer") for item in item_records):
             raise ValueError(f"The item {name!r} does not have the same choices and answer in all probes.")
-        aligned.append((record, [other["measures"][arm] for other in same]))
+        aligned.append((record, [item["measures"][arm] for item in item_records]))
     return aligned
 
 

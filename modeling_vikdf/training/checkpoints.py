@@ -190,7 +190,7 @@ class CheckpointingTrainer(Trainer):
             return
         try:
             self.push_to_hub(f"Training in progress, step {self.state.global_step}")
-        except OSError as error:  # the training goes on
+        except OSError as error:  # training continues
             logger.warning(str(error))
 
 
