@@ -1,3 +1,5 @@
+"""Packaging of modeling_vikdf and the command `vikdf`."""
+
 import shutil
 from pathlib import Path
 
@@ -6,11 +8,12 @@ from setuptools.command.build_py import build_py
 
 
 class BuildAnew(build_py):
-    """Begins with an empty build/, all of whose content goes into the wheel: modules that are gone, too."""
+    """Empties build/ first: everything in it goes into the wheel, deleted modules included."""
 
     def run(self) -> None:
+        """Builds from scratch."""
         base = Path(self.get_finalized_command("build").build_base).resolve()
-        if base in Path(self.build_lib).resolve().parents:  # not where --build-lib says otherwise
+        if base in Path(self.build_lib).resolve().parents:  # not if --build-lib is outside it
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
@@ -37,11 +40,11 @@ setup(
     package_data={
         "modeling_vikdf": ["py.typed", "default_checkpoint/**"],
         "modeling_vikdf.hub_cards": ["*.jinja", "vikdf.svg"],
-        "modeling_vikdf.configs": ["smoke.yaml", "*/*.yaml"],  # the study runs in a checkout alone
+        "modeling_vikdf.configs": ["smoke.yaml", "*/*.yaml"],  # the study runs only in a checkout
     },
     entry_points={"console_scripts": ["vikdf = vikdf_cli:main"]},
     python_requires=">=3.11",
-    # Ranges, so that VIKDF fits beside what else is installed; requirements.txt has the versions it is tested with.
+    # Ranges, for compatibility with other packages; requirements.txt has the tested versions.
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",
@@ -60,7 +63,7 @@ setup(
         "eval": ["evaluate>=0.4.6", "datasets>=4", "nltk>=3.6", "matplotlib"],
         "demo": ["gradio>=6", "datasets>=4"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.23"],
-        "completion": ["argcomplete>=3"],  # of the command line, by the tab key
+        "completion": ["argcomplete>=3"],  # tab completion of the command line
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "playwright"],
     },

@@ -1,7 +1,7 @@
-"""The command `vikdf`. Each command is a function that calls the package, with its options declared above it.
+"""The command line `vikdf`. Each command is a function that calls the package, with its options declared above it.
 
-This module is beside the package and imports it only when a command runs. transformers' Auto classes register real
-classes only, so importing any part of the package imports PyTorch; help, typos and completion would take seconds.
+This module is beside the package and imports it only when a command runs: transformers' Auto classes can only register
+classes, not names, so importing any part of the package imports PyTorch; help and completion would take seconds.
 
 Knows options, messages and exit codes; the work is done in the package.
 """
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
-    """A command: its help, its options, its function, and the extra of setup.py that it needs."""
+    """A command: its help text, its options, its function, and the extra of setup.py that it needs."""
 
     help: str
     options: tuple[Callable, ...]
@@ -33,7 +33,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(help: str, *options: Callable, name: str | None = None, extra: str | None = None) -> Callable:
-    """Declares the decorated function as a command, by its own name or by `name`; it can be declared several times."""
+    """Declares the decorated function as a command, under its own name or `name`; declarations can be stacked."""
 
     def declare(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
         COMMANDS[name or run.__name__] = Command(help, options, run, extra)
@@ -43,12 +43,12 @@ def command(help: str, *options: Callable, name: str | None = None, extra: str |
 
 
 def option(*names: str, **settings: Any) -> Callable:
-    """An option, or a positional argument, as `ArgumentParser.add_argument` takes it."""
+    """An option or positional argument, with the arguments of `ArgumentParser.add_argument`."""
     return lambda parser: parser.add_argument(*names, **settings)
 
 
 def one_of(*options: Callable) -> Callable:
-    """Options that exclude each other."""
+    """Mutually exclusive options."""
 
     def add(parser: argparse.ArgumentParser) -> None:
         group = parser.add_mutually_exclusive_group()
@@ -65,8 +65,8 @@ MODEL = option("--model", help="folder or Hub id of a VIKDF model (default: the 
     "talk in the terminal",
     MODEL,
     option("--message", action="append", default=[], help="a user turn to answer; may be repeated"),
-    option("--interactive", action="store_true", help="after --message go on in the terminal"),
-    option("--no-knowledge", action="store_true", help="ask the bare language model"),
+    option("--interactive", action="store_true", help="continue in the terminal after --message"),
+    option("--no-knowledge", action="store_true", help="chat with the bare language model"),
     option("--max-new-tokens", type=int, default=64, help="longest reply in tokens (default: 64)"),
 )
 def chat(args: argparse.Namespace) -> None:
@@ -78,7 +78,7 @@ def chat(args: argparse.Namespace) -> None:
     from modeling_vikdf.terminal import Dialogue, answer_lines, answer_messages
 
     source = args.model or DEFAULT_CHECKPOINT
-    # loaded here, because `pipeline` hides the reason of a failure behind its own error
+    # loaded here, because `pipeline` hides the cause of a failure behind its own error
     model, processor = load_model(source)
     pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
     dialogue = Dialogue(pipe, use_knowledge=not args.no_knowledge, max_new_tokens=args.max_new_tokens)
@@ -97,7 +97,7 @@ def chat(args: argparse.Namespace) -> None:
     option("--layers", type=int, default=12, help="layers of the IQ-Former (default: 12)"),
     option("--width", type=int, default=768, help="width of the IQ-Former (default: 768)"),
     option("--heads", type=int, default=12, help="attention heads of the IQ-Former (default: 12)"),
-    option("--system-prompt", help="system message of chats that bring none"),
+    option("--system-prompt", help="system message of chats without one"),
     option("--base-text", help="start with silent knowledge: a neutral sentence in its place"),
 )
 def new(args: argparse.Namespace) -> None:
@@ -133,7 +133,7 @@ RECIPE = (
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="settings in place of the recipe's: learning_rate=1e-4, data.train=pairs.tar, model.checkpoint=DIR",
+        help="settings that override the recipe's: learning_rate=1e-4, data.train=pairs.tar, model.checkpoint=DIR",
     ),
 )
 
@@ -156,7 +156,7 @@ def train(args: argparse.Namespace) -> None:
     option("--output", required=True, help="folder to write"),
 )
 def convert(args: argparse.Namespace) -> None:
-    """Turns a checkpoint of the authors' code into a self-contained VIKDF checkpoint."""
+    """Converts a checkpoint of the authors' code to a self-contained VIKDF checkpoint."""
     from modeling_vikdf.conversion import convert_checkpoint
 
     convert_checkpoint(args.checkpoint).save_pretrained(args.output)
@@ -172,18 +172,19 @@ def print_figures(figures: dict, output: str | None) -> None:
 
 
 @command(
-    "draw a tuned model's knowledge towards its mean, by validation dialogues",
+    "shrink a tuned model's knowledge towards its mean, as validation dialogues suggest",
     option("--model", required=True, help="folder or Hub id of a VIKDF model"),
-    option("--data", required=True, help="dialogues, JSON Lines, to take the mean of"),
-    option("--validation", required=True, help="dialogues, JSON Lines, whose replies are to be likely"),
+    option("--data", required=True, help="dialogues, JSON Lines, to compute the mean from"),
+    option("--validation", required=True, help="dialogues, JSON Lines, by whose replies' likelihood to choose"),
     option("--output", required=True, help="folder to write the model to"),
     extra="eval",
 )
 def shrink(args: argparse.Namespace) -> None:
     """
-    Draws a tuned model's knowledge towards its mean, as far as that makes validation replies clearly likelier. The
-    share of the differences from it that remains is chosen by validation dialogues: 1 leaves the model as it is, 0
-    puts a constant in the place of knowledge.
+    Shrinks a tuned model's knowledge towards its mean if that makes validation replies significantly likelier.
+
+    The share of the deviations from the mean that is kept is chosen on validation dialogues: 1 leaves the model as it
+    is, 0 replaces knowledge by a constant.
     """
     from modeling_vikdf.building import load_model
     from modeling_vikdf.data import load_dialogues
@@ -210,15 +211,15 @@ def shrink(args: argparse.Namespace) -> None:
     if choice["share"] == 0:
         low, high = choice["gain_interval"]
         print(
-            "WARNING: share 0.0: nothing remains of what contexts evoke. Whatever is said or shown, the LLM now reads "
-            f"one constant, the mean, for these {choice['dialogues']} validation replies are likelier so, by "
-            f"{choice['gain']:.3f} nats a token [{low:.3f}, {high:.3f}]. {args.model} is as it was.",
+            "WARNING: share 0.0: knowledge no longer depends on the context. Whatever is said or shown, the LLM now "
+            f"reads one constant, the mean, because it makes the {choice['dialogues']} validation replies likelier "
+            f"by {choice['gain']:.3f} nats per token [{low:.3f}, {high:.3f}]. {args.model} is unchanged.",
             file=sys.stderr,
         )
     elif choice["share"] == 1:
         print(
-            "WARNING: no smaller share makes the validation replies likelier by a gain clear of zero, so all remains: "
-            f"share 1.0. What {output} holds is the model as it was.",
+            "WARNING: no smaller share makes the validation replies likelier by a gain clear of zero, so nothing is "
+            f"shrunk: share 1.0. {output} holds the unchanged model.",
             file=sys.stderr,
         )
 
@@ -228,12 +229,12 @@ def shrink(args: argparse.Namespace) -> None:
     option("--data", required=True, nargs="+", help="webdataset shards, image folders or Hub datasets"),
     option("--model", required=True, help="folder or Hub id of a VIKDF model with a vision encoder"),
     option("--output", help="JSON file to write"),
-    option("--batch-size", type=int, default=64, help="pictures at a time (default: 64)"),
+    option("--batch-size", type=int, default=64, help="pictures per batch (default: 64)"),
     option("--seed", type=int, default=0, help="seed of the bootstrap intervals (default: 0)"),
     extra="eval",
 )
 def retrieve(args: argparse.Namespace) -> None:
-    """Reports how often the matching head finds the right picture for a caption, and a right caption for a picture."""
+    """Measures how often the matching head retrieves a caption's picture, and one of a picture's captions."""
     from modeling_vikdf.building import load_model
     from modeling_vikdf.data import SkipReport, load_image_text_pairs
     from modeling_vikdf.evaluation.retrieval import evaluate_retrieval
@@ -249,13 +250,13 @@ def retrieve(args: argparse.Namespace) -> None:
 
 @command(
     "embed pictures for the Space to compare knowledge with",
-    option("source", help="folder of pictures, webdataset shards, Hub dataset; or an index, to embed anew"),
+    option("source", help="folder of pictures, webdataset shards, Hub dataset; or an index, to embed again"),
     option("--output", required=True, help="folder to write index.safetensors to"),
     MODEL,
     extra="demo",
 )
 def index(args: argparse.Namespace) -> None:
-    """Embeds pictures, or the thumbnails of an index anew, and writes them as a picture index."""
+    """Embeds pictures, or the thumbnails of an existing index, and writes a picture index."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.building import load_model
     from modeling_vikdf.data.sources import SkipReport
@@ -278,7 +279,7 @@ def index(args: argparse.Namespace) -> None:
 @command(
     "measure replies to dialogues: likelihood, ranking, generation",
     option("--data", required=True, help="dialogues, JSON Lines: turns, messages, or turns and references"),
-    option("--output", required=True, help="JSON file to write; an interrupted run is continued"),
+    option("--output", required=True, help="JSON file to write; an interrupted run is resumed"),
     MODEL,
     one_of(
         option("--baseline", choices=["language-model"], help="the same language model without knowledge"),
@@ -289,21 +290,21 @@ def index(args: argparse.Namespace) -> None:
             help="the dialogue's own knowledge, another's, or the mean (default: own)",
         ),
     ),
-    option("--system-prompt", help="system message of chats that bring none (default: the model's)"),
-    option("--limit", type=int, help="dialogues to evaluate (default: all)"),
+    option("--system-prompt", help="system message of chats without one (default: the model's)"),
+    option("--limit", type=int, help="number of dialogues to evaluate (default: all)"),
     option(
         "--references", choices=["first", "all"], default="first", help="whose perplexity to measure (default: first)"
     ),
-    option("--no-ranking", action="store_true", help="leave out the ranking among other replies"),
-    option("--no-generation", action="store_true", help="leave out the generation of replies"),
-    option("--visual-words", help="file with a word a line, whose likelihood is reported apart"),
-    option("--word-vectors", help="file with 'word v1 v2 ...' a line, for the embedding metrics"),
-    option("--batch-size", type=int, default=16, help="dialogues, or candidates, in a batch (default: 16)"),
+    option("--no-ranking", action="store_true", help="skip the ranking among other replies"),
+    option("--no-generation", action="store_true", help="skip the generation of replies"),
+    option("--visual-words", help="file with one word per line, whose likelihood is reported separately"),
+    option("--word-vectors", help="file with 'word v1 v2 ...' per line, for the embedding metrics"),
+    option("--batch-size", type=int, default=16, help="dialogues, or candidates, per batch (default: 16)"),
     option("--seed", type=int, default=0, help="seed of distractors, shuffling, intervals (default: 0)"),
     extra="eval",
 )
 def evaluate(args: argparse.Namespace) -> None:
-    """Measures the replies to dialogues: their likelihood, their rank among others, and the model's own replies."""
+    """Evaluates replies to dialogues: their likelihood, their rank among others, and the model's own replies."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.evaluation.dialogues import EvaluationSettings, evaluate_file
 
@@ -325,9 +326,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 @command(
-    "paired differences of two systems that were evaluated",
+    "compare two evaluated systems by paired differences",
     option("reports", nargs="*", metavar="REPORT", help="two JSON files that evaluate wrote, A and B"),
-    option("--a", nargs="+", metavar="A", help="instead: reports of A, one for each training seed"),
+    option("--a", nargs="+", metavar="A", help="instead: reports of A, one per training seed"),
     option("--b", nargs="+", metavar="B", help="and of B"),
     option("--output", help="JSON file to write"),
     option("--seed", type=int, default=0, help="seed of intervals and p-values (default: 0)"),
@@ -347,7 +348,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 @command(
-    "ask what things look like, with and without knowledge",
+    "probe what things look like, with and without knowledge",
     option("--data", required=True, help="items, JSON Lines; see modeling_vikdf/evaluation/probe_items.py"),
     option("--output", required=True, help="JSON file to write, with the scores of every item"),
     MODEL,
@@ -359,14 +360,14 @@ def compare(args: argparse.Namespace) -> None:
         help="the item's own knowledge, another's, the mean, or the bare language model (default: all)",
     ),
     option("--against", help="JSON file that this command wrote for another model on the same items"),
-    option("--templates", help="JSON file of questions in place of the built-in ones"),
-    option("--limit", type=int, help="items to ask (default: all)"),
-    option("--batch-size", type=int, default=32, help="prompts at a time (default: 32)"),
+    option("--templates", help="JSON file of questions that replace the built-in ones"),
+    option("--limit", type=int, help="number of items (default: all)"),
+    option("--batch-size", type=int, default=32, help="prompts per batch (default: 32)"),
     option("--seed", type=int, default=0, help="seed of shuffled knowledge and statistics (default: 0)"),
     extra="eval",
 )
 def probe(args: argparse.Namespace) -> None:
-    """Asks what things look like, with the knowledge and without; prints the summary, writes every item's scores."""
+    """Probes what things look like, with and without knowledge; prints a summary and writes every item's scores."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.building import load_model
     from modeling_vikdf.evaluation.probe_items import load_items
@@ -392,17 +393,17 @@ def probe(args: argparse.Namespace) -> None:
 SHARED = (
     MODEL,
     option("--include-backbones", action="store_true", help="with the weights of the frozen backbones"),
-    option("--results", nargs="+", default=[], help="reports of evaluate, retrieve, probe for the card"),
+    option("--results", nargs="+", default=[], help="reports of evaluate, retrieve and probe for the card"),
 )
 
 
 @command(
-    "write a folder that is a whole Hub repository",
+    "write a folder that is a complete Hub repository",
     option("--output", required=True, help="folder to write; must not exist, or be empty"),
     *SHARED,
 )
 def export(args: argparse.Namespace) -> None:
-    """Writes a folder that is a whole Hub repository."""
+    """Writes a folder that is a complete Hub repository."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.backbones import require_model
     from modeling_vikdf.sharing import export
@@ -422,7 +423,7 @@ def export(args: argparse.Namespace) -> None:
     *SHARED,
 )
 def push(args: argparse.Namespace) -> None:
-    """Commits a model to the Hub, with the token of `hf auth login` or of the environment."""
+    """Commits a model to the Hub, with the token of `hf auth login` or the environment."""
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.backbones import require_model
     from modeling_vikdf.sharing import push_to_hub
@@ -443,14 +444,14 @@ def push(args: argparse.Namespace) -> None:
 
 @command(
     "measure speed and memory",
-    option("what", choices=["generation", "training"], help="replies beside the bare LLM's, or steps of training"),
+    option("what", choices=["generation", "training"], help="replies compared with the bare LLM's, or training steps"),
     MODEL,
     option("--output", help="JSON file to write"),
     option("--repeats", type=int, default=7, help="timed runs of each arm (default: 7)"),
     extra="train",  # only measuring training needs it
 )
 def benchmark(args: argparse.Namespace) -> None:
-    """Measures speed and memory, as ratios wherever machines differ."""
+    """Measures speed and memory, as ratios where figures depend on the machine."""
     from modeling_vikdf.benchmark import benchmark_generation, benchmark_training
 
     if args.what == "generation":
@@ -465,9 +466,9 @@ def benchmark(args: argparse.Namespace) -> None:
     MODEL,
     option("--host", default="127.0.0.1", help="address to listen on (default: this machine only)"),
     option("--port", type=int, default=8000, help="port to listen on (default: 8000)"),
-    option("--api-key", help="what clients must send (default: environment variable VIKDF_API_KEY)"),
+    option("--api-key", help="key that clients must send (default: environment variable VIKDF_API_KEY)"),
     option("--max-batch", type=int, default=16, help="replies generated together (default: 16)"),
-    option("--max-queue", type=int, default=64, help="requests that wait before more get 429 (default: 64)"),
+    option("--max-queue", type=int, default=64, help="waiting requests before others get 429 (default: 64)"),
     option("--timeout", type=float, default=60, help="seconds for an answer (default: 60)"),
     extra="serve",
 )
@@ -499,20 +500,20 @@ def env(args: argparse.Namespace) -> None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message that suggests the known word nearest to a mistyped one; empty if none is near."""
+    """An error message's ending that suggests the known word closest to a mistyped one; "" if none is close."""
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; for {word!r}, did you mean {nearest[0]!r}?" if nearest else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """Suggests the nearest command, choice or option for a mistyped one."""
+    """A parser that suggests the closest command, choice or option for a mistyped one."""
 
     words: Sequence[str] = ()
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As in the base class, but unknown arguments are an error of the command, shown with the command's usage."""
+        """As in the base class, but reports unknown arguments with the usage of the command, not of `vikdf`."""
         self.words = sys.argv[1:] if args is None else args
         namespace, unknown = super().parse_known_args(self.words, namespace)
         if unknown:
@@ -520,7 +521,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Exits with the usage, the error, and a suggestion if a word is near."""
+        """Exits with the usage, the error, and a suggestion if a word is close."""
         if choice := re.search(r"invalid choice: '(.+?)' \(choose from (.+?)\)", message):
             message += suggest(choice[1], re.findall(r"[\w-]+", choice[2]))
         options = re.findall(r"--[\w-]+", self.format_usage())
@@ -536,7 +537,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="vikdf",
         description="Visual common sense for a frozen chat LLM.",
-        epilog='Completion with the tab key, in bash or zsh: pip install "modeling_vikdf[completion]", then '
+        epilog='Tab completion in bash or zsh: pip install "modeling_vikdf[completion]", then '
         'eval "$(register-python-argcomplete vikdf)".',
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
@@ -548,13 +549,13 @@ def build_parser() -> Parser:
 
 
 def quiet_libraries() -> None:
-    """Hides the progress bars of loading weights; downloads, which take long, keep theirs."""
+    """Hides progress bars of loading weights, but not of downloads, which take long."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
-    wanted = not are_progress_bars_disabled()
-    logging.disable_progress_bar()  # of huggingface_hub, too
-    if wanted:
+    enabled = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # also huggingface_hub's
+    if enabled:
         enable_progress_bars()
 
 
@@ -568,7 +569,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     extra = COMMANDS[args.command].extra
     try:
-        if args.command != "version":  # the only command without those libraries
+        if args.command != "version":  # which needs none of these libraries
             quiet_libraries()
         COMMANDS[args.command].run(args)
     except ModuleNotFoundError as error:

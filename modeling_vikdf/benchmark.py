@@ -1,4 +1,4 @@
-"""What knowledge costs: the model against its own LLM, in one run, in turns, so that both see the same machine."""
+"""The cost of knowledge: times the model and its bare LLM alternately in one run, under the same conditions."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ NEW_TOKENS = 32  # as in the paper
 
 
 def _peak_rss_mb() -> float:
-    """Most memory that this process has held [MB]. (On Linux `ru_maxrss` begins with what the parent process held.)"""
+    """Peak resident memory of this process in MB (on Linux `ru_maxrss` would start at the parent's)."""
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -42,13 +42,14 @@ def benchmark_generation(model: str | None = None, repeats: int = 7) -> dict[str
 
     Args:
         model: folder or Hub id of a VIKDF model; `None` for the packaged default.
-        repeats: timed runs of each arm; the medians are reported.
+        repeats: timed runs of each arm; medians are reported.
 
     Returns:
-        `overhead_ratio`: greedy reply with knowledge, from the chat to the text, over the LLM alone on a prompt of
-        equal length (median over pairs of runs next to each other). `time_to_first_token_s`,
-        `language_model_time_to_first_token_s` [s]. `tokens_per_s`: greedy at batch 1. `batch8_over_batch1`: tokens a
-        second of beam search (3 beams) at batch 8 over batch 1. `peak_memory_mb`: of the whole process.
+        `overhead_ratio`: time of a greedy reply with knowledge, from chat to text, over that of the bare LLM on a
+        prompt of equal length (median over adjacent pairs of runs). `time_to_first_token_s`,
+        `language_model_time_to_first_token_s`: seconds. `tokens_per_s`: greedy at batch size 1.
+        `batch8_over_batch1`: throughput of beam search (3 beams) at batch size 8 over batch size 1.
+        `peak_memory_mb`: of the whole process. Further keys describe the run.
     """
     from . import DEFAULT_CHECKPOINT
 
@@ -56,17 +57,17 @@ def benchmark_generation(model: str | None = None, repeats: int = 7) -> dict[str
     pipe = pipeline("vikdf-dialogue", model=loaded, processor=processor)
     exactly = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     inputs = pipe.processor([CHAT]).to(pipe.device)
-    # the same tokens, so the same length; to the LLM alone a placeholder is a token like any other
-    alone = {
+    # the same tokens, so the same length; to the bare LLM a placeholder is an ordinary token
+    bare_inputs = {
         "input_ids": inputs["input_ids"].clamp(max=pipe.model.config.text_config.vocab_size - 1),
         "attention_mask": inputs["attention_mask"],
     }
-    # both arms decode by the same settings; only these arms are compared, so what they are does not matter
+    # both arms decode with the same settings
     language_model = pipe.model.language_model
     language_model.generation_config = pipe.model.generation_config
 
     def llm_alone(**kwargs: Any) -> Callable[[], Any]:
-        return lambda: pipe.processor.batch_decode(language_model.generate(**alone, **kwargs))
+        return lambda: pipe.processor.batch_decode(language_model.generate(**bare_inputs, **kwargs))
 
     arms = {
         "vikdf": lambda: pipe(CHAT, **exactly),
@@ -104,12 +105,12 @@ def benchmark_generation(model: str | None = None, repeats: int = 7) -> dict[str
 # ---- training ----
 
 # CLIP-like towers, Q-Former and LLM of the shapes at which the authors' code was measured for comparison
-BATCH, CAPTION_TOKENS, CAPTION_PROMPT, DRAW_PROMPT, TARGET_TOKENS = 8, 20, 24, 32, 14  # targets: of the prompt's 24
+BATCH, CAPTION_TOKENS, CAPTION_PROMPT, DRAW_PROMPT, TARGET_TOKENS = 8, 20, 24, 32, 14  # targets end the caption prompt
 KNOWLEDGE_TOKENS, KNOWLEDGE_ID, IMAGE_SIZE = 32, 3, 224
 
 
 def _training_model(dtype: torch.dtype, objectives: dict[str, float]) -> VikdfForPreTraining:
-    # here, for it needs the extra "train", which the benchmark of generation does without
+    # imported here because it needs the extra "train", which the benchmark of generation does not
     from .training.stages import use_plain_attention
     from .training.trainer import freeze_unused
 
@@ -146,7 +147,7 @@ def _training_model(dtype: torch.dtype, objectives: dict[str, float]) -> VikdfFo
 
 
 def _training_batch() -> dict[str, torch.Tensor]:
-    """Random inputs of the stated shapes for all five objectives."""
+    """A random batch with inputs for all five objectives, of the shapes above."""
     torch.manual_seed(0)
     caption = torch.randint(10, 49000, (BATCH, CAPTION_TOKENS))
     caption[:, -1] = 49407
@@ -174,7 +175,7 @@ def _training_batch() -> dict[str, torch.Tensor]:
 
 
 def _with_states(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch as the feature cache hands it over: with the states of the frozen encoders."""
+    """The batch as from the feature cache: with the states of the frozen encoders."""
     return batch | {
         "context_states": model.encode_context(batch["context_input_ids"], batch["context_attention_mask"]),
         "vision_states": model.encode_images(batch["pixel_values"]),
@@ -182,7 +183,7 @@ def _with_states(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -> 
 
 
 def _training_step(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -> None:
-    """Forward and backward of all objectives; half precision as a Trainer uses it, by autocast."""
+    """Forward and backward pass of all objectives, under autocast with a bfloat16 LLM, as in a Trainer."""
     half = model.language_model.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         loss = model(**batch).loss
@@ -191,14 +192,14 @@ def _training_step(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -
 
 
 def _language_model_step(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -> None:
-    """The LLM's own forward and backward, through its frozen weights, on the same tokens of both directions."""
+    """The bare LLM's forward and backward pass, through its frozen weights, on the same tokens of both directions."""
     for ids in (batch["input_ids"], batch["draw_input_ids"]):
         embeds = model.get_input_embeddings()(ids).requires_grad_()
         model.language_model(inputs_embeds=embeds, labels=ids).loss.backward()
 
 
 def _peak_memory(step: str, dtype: torch.dtype, connection: Any) -> None:
-    """In a process of its own: how much the step adds to what the process holds once the model is built [MB]."""
+    """Sends the peak memory in MB of a process that builds the model and runs the step once."""
     model, batch = _training_model(dtype, OBJECTIVES), _training_batch()
     {"all": _training_step, "language_model": _language_model_step}[step](model, batch)
     connection.send(_peak_rss_mb())
@@ -214,26 +215,29 @@ def _peak_memory_mb(step: str, dtype: torch.dtype) -> float:
 
 
 def _turns(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step, taken in turns after one warm-up."""
+    """Seconds of each step [repeats], run alternately after one warm-up."""
     seconds = {name: [] for name in steps}
     for i in range(repeats + 1):
         for name, step in steps.items():
-            taken = _seconds(step)
+            duration = _seconds(step)
             if i:
-                seconds[name].append(taken)
+                seconds[name].append(duration)
     return seconds
 
 
 def benchmark_training(repeats: int = 5) -> dict[str, Any]:
     """
-    Times one forward and backward pass of all five objectives at batch 8, in float32 and with a bfloat16 LLM.
+    Times one forward and backward pass of all five objectives at batch size 8, in float32 and with a bfloat16 LLM.
+
+    Args:
+        repeats: timed steps of each arm; medians are reported.
 
     Returns:
-        `pairs_per_s` by precision, with the frozen states of captions and pictures from the feature cache (masked
-        input is encoded all the same); `pairs_per_s_uncached`; `step_over_llm_ratio` by precision: the cached step
-        over the LLM's own forward and backward pass on the same tokens (median over steps next to each other);
-        `peak_memory_mb` of the float32 step, `language_model_peak_memory_mb`, each in a process of its own; `share`:
-        by how much the float32 step is shorter when an objective is left out.
+        `pairs_per_s` by precision, with cached encoder states of captions and pictures (masked inputs are still
+        encoded); `pairs_per_s_uncached`; `step_over_llm_ratio` (float32) and `step_over_llm_ratio_bfloat16`: the
+        cached step's time over the bare LLM's forward and backward pass on the same tokens (median over adjacent
+        steps); `peak_memory_mb` of the float32 step and `language_model_peak_memory_mb`, each in its own process;
+        `share`: fraction of the float32 step's time that each objective takes. Further keys describe the run.
     """
     pairs_per_s, uncached, ratios, share = {}, {}, {}, {}
     batch = _training_batch()
@@ -253,7 +257,7 @@ def benchmark_training(repeats: int = 5) -> dict[str, Any]:
         pairs_per_s[name] = BATCH / statistics.median(seconds["cached"])
         uncached[name] = BATCH / statistics.median(seconds["uncached"])
         both = zip(seconds["cached"], seconds["language_model"], strict=True)
-        ratios[name] = statistics.median(ours / alone for ours, alone in both)
+        ratios[name] = statistics.median(step / bare for step, bare in both)
         rounds.update()
     for objective in paper:
         whole = _training_model(torch.float32, OBJECTIVES)

@@ -1,9 +1,9 @@
-"""Models ready for use: untrained around pretrained backbones, or loaded, in a precision that this machine is fast in.
+"""Models ready for use: untrained around pretrained backbones, or loaded, in a precision that is fast on this machine.
 
     new_model(names of backbones) -> an untrained model and its processor
     load_model(folder or Hub id)  -> a trained model and its processor
 
-Knows no places: where a backbone is, backbones.py says.
+Where backbones are is known to backbones.py.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # from the top it may want torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers' own may need torchvision
 
 from .backbones import locate_backbone, require_backbone, require_model
 from .modeling_vikdf import VikdfForConditionalGeneration
@@ -32,15 +32,19 @@ def new_model(
     **model_settings: Any,
 ) -> tuple[Any, Any]:
     """
-    Builds an untrained model and its processor around pretrained backbones, from whatever source has them.
+    Builds an untrained model and its processor around pretrained backbones.
 
     Args:
-        language_model, context_encoder, vision_encoder: see `locate_backbone`.
+        language_model: folder, Hub id or known package of a chat LLM, see `locate_backbone`.
+        context_encoder: the same for a text encoder.
+        vision_encoder: the same for a vision encoder; `None` for a model that takes no pictures.
         model_class: `VikdfForConditionalGeneration` (default) or `VikdfForPreTraining`.
         num_knowledge_tokens: n, the number of knowledge vectors.
-        image_size: whole pictures are resized to a square of this side, in pixels; default what the vision encoder's
-            own image processor does (CLIP's and DINOv2's cut off what is beyond a central square).
-        system_prompt, knowledge_message, knowledge_placement: see `VikdfProcessor`.
+        image_size: side in pixels of a square to which whole pictures are resized; default: the vision encoder's own
+            preprocessing (CLIP's and DINOv2's crop a central square).
+        system_prompt: see `VikdfProcessor`.
+        knowledge_message: see `VikdfProcessor`.
+        knowledge_placement: see `VikdfProcessor`.
         model_settings: for `from_backbones`: `iqformer_config`, `bert`, `base_text`, `revisions`, fields of
             `VikdfConfig`.
 
@@ -76,8 +80,9 @@ def new_model(
 
 def load_model(source: str | os.PathLike) -> tuple[Any, Any]:
     """
-    A trained model and its processor, ready for use: in evaluation mode, on the accelerator if there is one, else in
-    the precision that this CPU is fast in.
+    Loads a trained model, in evaluation mode, and its processor.
+
+    The model is on the accelerator if there is one, otherwise in a precision that is fast on this CPU.
 
     Args:
         source: folder or Hub id of a VIKDF model with its processor.
@@ -94,17 +99,19 @@ def load_model(source: str | os.PathLike) -> tuple[Any, Any]:
 
 def half_precision_is_slow() -> bool:
     """
-    Whether there is only a CPU that PyTorch has no fast bfloat16 for: on x86 it needs AVX-512. Without, a pass through
-    an LLM takes 5 times as long in bfloat16 as in float32, and a training step under autocast 14 times (SmolLM2-135M,
-    1,024 tokens).
+    Whether there is only a CPU on which bfloat16 is slow in PyTorch: on x86 it needs AVX-512.
+
+    Without it a forward pass takes 5 times as long in bfloat16 as in float32, and a training step under autocast 14
+    times (SmolLM2-135M, 1,024 tokens).
     """
     return not torch.accelerator.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def widen_slow_half_precision(model: Any) -> None:
     """
-    Makes the LLM's half-precision weights float32, in place, where they would be slow; quantized ones stay. The values
-    are the same, the memory is twice as much.
+    Converts the LLM's half-precision weights to float32, in place, where they would be slow.
+
+    The values stay the same, and memory doubles. Quantised weights are not changed.
     """
     language_model = model.language_model
     if half_precision_is_slow() and not getattr(language_model, "is_quantized", False):
@@ -112,7 +119,7 @@ def widen_slow_half_precision(model: Any) -> None:
 
 
 def short_greedy_replies(theirs: GenerationConfig) -> GenerationConfig:
-    """How a chat checkpoint speaks: greedily, briefly, without loops, and with the special tokens of `theirs`."""
+    """The default generation of a chat checkpoint: greedy, short, without loops, with `theirs`' special tokens."""
     tokens = {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return GenerationConfig(**tokens, max_new_tokens=64, do_sample=False, no_repeat_ngram_size=3)
 

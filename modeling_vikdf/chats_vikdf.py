@@ -1,8 +1,8 @@
 """Chats: messages become turns of plain text, and turns become a prompt by the LLM's chat template.
 
-    messages -> `read_batch`: turns, and the pictures that were among them
-    turns    -> `ChatTemplate.render`: the prompt as text, with the texts in it escaped
-             -> `ChatTemplate.locate_replies`: where in it the assistant speaks
+    messages -> `read_batch`: turns, and the pictures among them
+    turns    -> `ChatTemplate.render`: the prompt as text, with user text escaped
+             -> `ChatTemplate.locate_replies`: the spans in which the assistant speaks
 
 Knows what templates do to texts, and that they may refuse a chat. Knows no ids, no knowledge and no padding.
 """
@@ -20,11 +20,11 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, that does not take what people write for its own control tokens.
+    """A tokenizer's chat template that never mistakes user text for its own control tokens.
 
     Args:
-        tokenizer: It has the template and its variables.
-        text_tokenizer: It escapes the texts; see `TextTokenizer`.
+        tokenizer: The tokenizer with the template and its variables.
+        text_tokenizer: Escapes user text; see `TextTokenizer`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text_tokenizer: TextTokenizer):
@@ -32,7 +32,16 @@ class ChatTemplate:
         self.text_tokenizer = text_tokenizer
 
     def variables(self, in_use: str, chat_template: str | None, variables: dict[str, Any]) -> dict[str, Any]:
-        """The template and its variables; one that it does not mention would be without effect."""
+        """Keyword arguments for the template: its source and its variables, escaped.
+
+        Args:
+            in_use: The default template.
+            chat_template: A Jinja template, or the name of one of the tokenizer's, that replaces it; or None.
+            variables: Variables of the template.
+
+        Raises:
+            ValueError: If `chat_template` is not a template, or does not mention a variable.
+        """
         template = in_use
         if chat_template is not None:
             template = self.tokenizer.get_chat_template(chat_template)
@@ -40,11 +49,11 @@ class ChatTemplate:
                 raise ValueError(f"chat_template is neither a Jinja template nor the name of one: {chat_template!r}.")
         for name in variables:
             if not re.search(rf"\b{re.escape(name)}\b", template):
-                raise ValueError(f"{name!r} is no argument of the processor and no variable of the chat template.")
+                raise ValueError(f"{name!r} is neither an argument of the processor nor a chat template variable.")
         return {"chat_template": template, **self.text_tokenizer.escape(variables)}
 
     def spoken(self, turns: list[dict], **how: Any) -> list[dict]:
-        """The turns without empty ones, unless the template refuses the rest, as those that want alternating roles."""
+        """The non-empty turns; all turns if the template refuses these, as it may if it requires alternating roles."""
         spoken = [turn for turn in turns if not is_empty(turn)]
         if len(spoken) < len(turns):
             try:
@@ -54,7 +63,7 @@ class ChatTemplate:
         return spoken
 
     def render(self, turns: list[dict], **how: Any) -> str:
-        """The chat as the template writes it, with the texts in it escaped; see `TextTokenizer`."""
+        """The rendered chat, with user text escaped; see `TextTokenizer`."""
         return self._apply_template(self._escape_turns(turns, **how), **how)
 
     def _apply_template(self, turns: list[dict], **how: Any) -> str:
@@ -67,42 +76,46 @@ class ChatTemplate:
             ) from error
 
     def _escape_turns(self, turns: list[dict], **how: Any) -> list[dict]:
-        """The turns with their texts escaped, so that what the template writes of them is known to be theirs.
+        """The turns with their texts escaped, so that they can be recognised in the rendered chat.
 
-        A template may act on control tokens in a text, such as the </think> that ends what a reasoning model need not
-        read again. It does not see them in an escaped text. So where that makes a difference, the turn's text becomes
-        what the template would have written in its place; if that cannot be told, the text is passed as it is.
+        A template may act on control tokens in a text, such as the </think> after which a reasoning model's reply
+        begins, and cannot see them in an escaped text. Where that makes a difference, the turn's text is replaced by
+        what the template would render for it; if that cannot be determined, the text is passed unescaped.
         """
         escaped = [{**self.text_tokenizer.escape(turn), "role": turn["role"]} for turn in turns]
         if escaped == turns or self._spelt_out(escaped, **how) == self._spelt_out(turns, **how):
             return escaped
         for index, turn in enumerate(turns):
             if turn["content"] != escaped[index]["content"]:
-                content = self._as_read([*escaped[:index], turn, *escaped[index + 1 :]], index, **how)
+                content = self._rendered_content([*escaped[:index], turn, *escaped[index + 1 :]], index, **how)
                 escaped[index] = {**escaped[index], "content": self.text_tokenizer.escape(content)}
         return escaped
 
     def _spelt_out(self, turns: list[dict], **how: Any) -> str:
         return self.text_tokenizer.spell_out(self._apply_template(turns, **how))
 
-    def _as_read(self, turns: list[dict], index: int, **how: Any) -> str:
-        """What the template writes of the content of a turn; the content itself if that changes the rest."""
-        seen = self._spelt_out(turns, **how)
+    def _rendered_content(self, turns: list[dict], index: int, **how: Any) -> str:
+        """What the template renders for the content of a turn; the content itself if it also affects the rest."""
+        rendered = self._spelt_out(turns, **how)
         stand_in = {**turns[index], "content": STAND_IN}
-        before, _, behind = self._spelt_out([*turns[:index], stand_in, *turns[index + 1 :]], **how).partition(STAND_IN)
-        if seen.startswith(before) and seen.endswith(behind) and len(before + behind) <= len(seen):
-            return seen[len(before) : len(seen) - len(behind)]
+        before, _, after = self._spelt_out([*turns[:index], stand_in, *turns[index + 1 :]], **how).partition(STAND_IN)
+        if rendered.startswith(before) and rendered.endswith(after) and len(before + after) <= len(rendered):
+            return rendered[len(before) : len(rendered) - len(after)]
         return turns[index]["content"]
 
     def locate_replies(self, turns: list[dict], rendered: str, **how: Any) -> list[tuple[int, int]]:
-        """From where to where in the rendered chat the assistant speaks or ends its turn, for each of its turns."""
+        """The span (start, stop) of each assistant turn in the rendered chat, end-of-turn token included.
+
+        Raises:
+            ValueError: If the spans cannot be determined from the template.
+        """
         marked = GENERATION_BLOCK.search(how["chat_template"])
         return (self._marked_replies if marked else self._rendered_replies)(turns, rendered, **how)
 
     def _marked_replies(self, turns: list[dict], text: str, **how: Any) -> list[tuple[int, int]]:
-        """Where the template's `{% generation %}` blocks are in the text, each up to the end-of-turn token behind it.
+        """The spans of the template's `{% generation %}` blocks, each extended by the end-of-turn token after it.
 
-        Not by the tokenizer's mask of assistant tokens: that loses the last bytes of a reply that ends in an emoji.
+        The tokenizer's own mask of assistant tokens would lose the last bytes of a reply that ends in an emoji.
         """
         _, (blocks,) = render_jinja_template(
             [self._escape_turns(turns, **how)],
@@ -113,36 +126,48 @@ class ChatTemplate:
         replies = []
         for start, stop in blocks:
             stop = len(text[:stop].rstrip())
-            behind = text[stop:].lstrip()
-            end_of_turn = next((token for token in special if behind.startswith(token)), None)
+            after = text[stop:].lstrip()
+            end_of_turn = next((token for token in special if after.startswith(token)), None)
             if end_of_turn and not text[:stop].endswith(special):
-                stop = len(text) - len(behind) + len(end_of_turn)
+                stop = len(text) - len(after) + len(end_of_turn)
             replies.append((start, stop))
-        if len(replies) != (said := sum(turn["role"] == "assistant" for turn in turns)):
+        if len(replies) != (expected := sum(turn["role"] == "assistant" for turn in turns)):
             raise ValueError(
-                f"the chat template's {{% generation %}} blocks mark {len(replies)} of {said} replies. They must "
+                f"the chat template's {{% generation %}} blocks mark {len(replies)} of {expected} replies. They must "
                 "enclose every one."
             )
         return replies
 
     def _rendered_replies(self, turns: list[dict], text: str, **how: Any) -> list[tuple[int, int]]:
-        """What each reply adds to the text of the prompt that asks for it; nothing asks for one that opens a chat."""
+        """The span that each reply adds to its generation prompt; a reply that opens a chat has none."""
         replies = []
         for index in (i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"):
-            asked = self.render(turns[:index], **{**how, "add_generation_prompt": True})
+            prompt = self.render(turns[:index], **{**how, "add_generation_prompt": True})
             answered = self.render(turns[: index + 1], **{**how, "add_generation_prompt": False})
-            if not (answered.startswith(asked) and text.startswith(answered)):
+            if not (answered.startswith(prompt) and text.startswith(answered)):
                 raise ValueError(
                     f"the chat template renders the reply {turns[index]['content'][:40]!r} differently depending on "
-                    "what is around it, so labels cannot tell its tokens. Pass chat_template= with {% generation %} "
+                    "the other turns, so its tokens cannot be labelled. Pass chat_template= with {% generation %} "
                     "and {% endgeneration %} around what the assistant says."
                 )
-            replies.append((len(asked), len(answered.rstrip())))  # without the template's newline behind the turn
+            replies.append((len(prompt), len(answered.rstrip())))  # without the template's newline after the turn
         return replies
 
 
 def read_batch(messages: list, images: Any, system_prompt: str | None) -> tuple[list[list[dict[str, Any]]], list[Any]]:
-    """All chats as turns of plain text, the system prompt first; and the picture of each, or None."""
+    """Validates chats and reads them as turns of plain text, with the system prompt in front.
+
+    Args:
+        messages: One chat or a list of chats; see `VikdfProcessor.__call__`.
+        images: One picture, or a list with a picture or None for every chat; None for none.
+        system_prompt: Inserted in chats without a system message, unless None.
+
+    Returns:
+        B chats, and for each chat its picture or None.
+
+    Raises:
+        TypeError, ValueError: If a chat or message is malformed; the error names row and message.
+    """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a chat (a list of messages) or a list of chats, not {messages!r}.")
     chats = messages if isinstance(messages[0], (list, tuple)) else [messages]
@@ -155,7 +180,7 @@ def read_batch(messages: list, images: Any, system_prompt: str | None) -> tuple[
         turns, shown = _read_chat(chat, row)
         shown += [] if image is None else [image]
         if len(shown) > 1:
-            raise ValueError(f"row {row}: the chat shows {len(shown)} pictures; at most one is understood.")
+            raise ValueError(f"row {row}: the chat shows {len(shown)} pictures; at most one is supported.")
         if system_prompt is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": whole_characters(system_prompt)})
         all_turns.append(turns)
@@ -164,7 +189,7 @@ def read_batch(messages: list, images: Any, system_prompt: str | None) -> tuple[
 
 
 def _read_chat(chat: Any, row: int) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The messages with their contents as plain text, and the pictures that were among them."""
+    """The messages with their contents as plain text, and the pictures among them."""
     if not isinstance(chat, (list, tuple)) or not chat:
         raise ValueError(f"row {row}: a chat must be a list of at least one message, not {chat!r}.")
     turns, pictures = [], []
@@ -208,12 +233,16 @@ def _read_content(content: Any, where: str) -> tuple[str, list[Any]]:
 
 
 def place_knowledge(turns: list[dict], slots: int, message: str, placement: str) -> list[dict]:
-    """Writes `slots` placeholders into a message, at its start or end; see `VikdfProcessor`."""
+    """Writes `slots` placeholders into a message, at its start or end; see `VikdfProcessor`.
+
+    Raises:
+        ValueError: If there is no user message, or no system message where that should carry the knowledge.
+    """
     if slots == 0:
         return turns
     users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
     if not users:
-        raise ValueError("knowledge is drawn from what the user says, but there is no user message.")
+        raise ValueError("knowledge is computed from what the user says, but there is no user message.")
     carrier = {"system": 0, "first_user": users[0], "last_user": users[-1]}[message]
     if message == "system" and turns[0]["role"] != "system":
         raise ValueError("no system message to carry the knowledge; give one, or set system_prompt.")
@@ -223,27 +252,37 @@ def place_knowledge(turns: list[dict], slots: int, message: str, placement: str)
 
 
 def is_empty(turn: dict[str, Any]) -> bool:
-    """Whether there is nothing in a turn; the user's may be a picture."""
+    """Whether a turn is blank; a user turn without text shows a picture."""
     return turn["role"] != "user" and not turn["content"].strip()
 
 
 def prompt_ending(
     turns: list[dict], add_generation_prompt: bool | None, continue_final_message: bool | None, return_labels: bool
 ) -> dict[str, bool]:
-    """How the chat template ends the prompt."""
+    """How the chat template ends the prompt: its `add_generation_prompt` and `continue_final_message`.
+
+    Args:
+        turns: The chat.
+        add_generation_prompt: As for `VikdfProcessor.__call__`; None for the default.
+        continue_final_message: As for `VikdfProcessor.__call__`; None for the default.
+        return_labels: Whether the chat is for training.
+
+    Raises:
+        ValueError: If the arguments exclude each other or do not fit the chat.
+    """
     replies = [turn for turn in turns if turn["role"] == "assistant"]
     if return_labels and not replies:
         raise ValueError("return_labels=True needs an assistant message to learn, but there is none.")
     if return_labels and (is_empty(turns[-1]) or all(map(is_empty, replies))):
         raise ValueError("return_labels=True needs a reply to learn, but the assistant's message is empty.")
-    said = [turn["role"] for turn in turns if not is_empty(turn)]
+    roles = [turn["role"] for turn in turns if not is_empty(turn)]
     if continue_final_message is None:
-        continue_final_message = said[-1] == "assistant" and not return_labels and add_generation_prompt is None
+        continue_final_message = roles[-1] == "assistant" and not return_labels and add_generation_prompt is None
     if add_generation_prompt is None:
         add_generation_prompt = not (continue_final_message or return_labels)
-    if continue_final_message and said[-1] != "assistant":
+    if continue_final_message and roles[-1] != "assistant":
         raise ValueError(
-            f"continue_final_message continues what the assistant said, but the last message is the {said[-1]}'s."
+            f"continue_final_message needs an assistant message at the end, but the last message is the {roles[-1]}'s."
         )
     if continue_final_message and (add_generation_prompt or return_labels):
         raise ValueError("continue_final_message excludes add_generation_prompt and return_labels: choose one.")
@@ -251,12 +290,12 @@ def prompt_ending(
 
 
 def last_user(turns: list[dict]) -> int:
-    """The place of the last user turn; -1 if there is none."""
+    """Index of the last user turn; -1 if there is none."""
     return max((index for index, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raises a ValueError that names the setting, what is allowed and what came, unless the value is allowed."""
+    """Raises a ValueError that names the setting and the allowed values, unless the value is one of them."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
 

@@ -1,4 +1,4 @@
-"""What `vikdf` runs, under its former name, by which `accelerate launch -m` finds it."""
+"""The former name of `vikdf_cli`, for `accelerate launch -m modeling_vikdf.cli`."""
 
 from vikdf_cli import main
 

@@ -1,4 +1,4 @@
-"""The former place of the collators, for one release: import them from modeling_vikdf.data."""
+"""Former module of the collators, kept for one release: import them from modeling_vikdf.data."""
 
 from .data.collators import DialogueCollator, JointCollator, PreTrainingCollator, align_at_knowledge
 

@@ -2,7 +2,7 @@
 
 One `VikdfConfig` describes a whole model; `text_config`, `context_config` and `vision_config` describe the frozen LLM,
 text encoder and vision encoder, whatever their family. A backbone listed in `backbones` is loaded from its own
-repository and never saved with the model; one that is not listed is part of the checkpoint.
+repository and not saved with the model; one that is not listed is part of the checkpoint.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ BACKBONE_CONFIGS = {
     "vision_encoder": "vision_config",
 }
 
-# The training objectives and the paper's weights; not the paper's are matching of two captions of a picture, and the
-# replies of text dialogues beside captioned pictures.
+# The training objectives with the paper's weights. Two are not in the paper: matching two captions of a picture, and
+# replies of text dialogues trained beside captioned pictures.
 OBJECTIVES = {
     "text_image_matching": 0.5,
     "masked_image": 0.2,
@@ -35,7 +35,7 @@ OBJECTIVES = {
 }
 
 
-# what transformers takes and writes beside the fields of a configuration
+# what transformers accepts and writes besides a configuration's own fields
 GENERIC_FIELDS = {
     "_attn_implementation",
     "_commit_hash",
@@ -56,13 +56,13 @@ GENERIC_FIELDS = {
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
-    """A sentence that names what a misspelt name may have meant; "" where nothing is near."""
-    near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """A sentence that suggests the closest of the known names for a misspelt one; "" if none is close."""
+    matches = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def _check_fields(owner: str, config_class: type[PreTrainedConfig], names: Iterable[str]) -> None:
-    """Refuses names that are no fields of a configuration; transformers would keep them and do nothing with them."""
+    """Refuses names that are not fields of a configuration; transformers would keep and ignore them."""
     known = {field.name for field in dataclasses.fields(config_class)} | GENERIC_FIELDS
     if unknown := sorted(set(names) - known):
         raise ValueError(f"{owner} has no field {unknown[0]!r}.{nearest_name(unknown[0], known - GENERIC_FIELDS)}")
@@ -70,8 +70,9 @@ def _check_fields(owner: str, config_class: type[PreTrainedConfig], names: Itera
 
 def _to_config(value: Any, key: str, default_model_type: str) -> PreTrainedConfig:
     """
-    Builds a sub-configuration from a dict (`model_type` says which), or passes a configuration through. Of one that
-    describes several models (CLIP's two towers, an LLM that sees) it takes the one in question.
+    Builds a sub-configuration from a dict, by its `model_type`, or passes a configuration through.
+
+    Of a composite configuration (CLIP's two towers, a vision-language model) it takes the relevant part.
     """
     config = value
     if not isinstance(value, PreTrainedConfig):
@@ -105,23 +106,23 @@ class VikdfConfig(PreTrainedConfig):
         iqformer_config (`dict` or `Blip2QFormerConfig`): the IQ-Former; default BERT-base-sized as in the paper.
         num_knowledge_tokens (`int`): n, the number of queries and so of knowledge vectors (paper: 32).
         knowledge_token_id (`int`, *optional*): id of the placeholder in the LLM's vocabulary that knowledge replaces.
-        knowledge_pooling (`"first"`, `"mean"` or `"each"`): which of a text's or picture's n knowledge vectors stand
-            for it when texts and pictures are matched: the first query as in the paper, the mean, or each, compared
-            with its counterpart through one projection for both. Not in the paper; "each" alone makes K^T and K^I of
-            a pair alike, so that an LLM that has learnt to read one can read the other.
-        matching_dim (`int`): width of the space in which they are matched (paper: 256); with "each" that of a vector.
+        knowledge_pooling (`"first"`, `"mean"` or `"each"`): how n knowledge vectors become a matching embedding: the
+            first query as in the paper, the mean, or `"each"` (not in the paper), where vector i of a text is compared
+            with vector i of a picture through one shared projection. Only "each" makes K^T and K^I of a pair alike,
+            so that an LLM that has learnt to read one can read the other.
+        matching_dim (`int`): width of the matching embeddings (paper: 256); with "each" of each vector.
         project_inputs (`bool`): whether each encoder's states pass through a trained LayerNorm-Linear-LayerNorm to the
             IQ-Former's width. Needed for towers that were not trained together; `False` as in the paper, where CLIP's
             own projections put both towers into one space.
         condition_queries (`bool`): whether the first of an encoder's states and their mean, linearly projected, are
             added to the queries. Not in the paper; the IQ-Former then learns from few pairs as fast as a plain
-            projection of these would. The queries then start as large as what is added, or they would stay alike.
-        state_dropout (`float`): share of an encoder's states, the first excepted, that a row's queries do not see in
-            training. Not in the paper; a few thousand pictures are learnt by heart without it.
+            projection of these would. The queries are then initialised at the scale of what is added to them.
+        state_dropout (`float`): fraction of an encoder's states, except the first, hidden from the queries in
+            training. Not in the paper; without it a few thousand pictures are memorised.
         vision_post_layernorm (`bool`): for CLIP's vision tower, whether patch states pass the post-layernorm before
-            CLIP's projection, as CLIP's own pooled state does. (The authors' code leaves it out.)
-        loss_weights (`dict`): objective -> weight, for pre-training; one not named has 0. Default: the paper's five.
-        detach_knowledge_target (`bool`): whether text -> knowledge trains the LLM side alone (`True`) or may also make
+            CLIP's projection, as CLIP's own pooled state does. (The authors' code omits it.)
+        loss_weights (`dict`): objective -> weight, for pre-training; 0 for those not named. Default: the paper's five.
+        detach_knowledge_target (`bool`): whether text -> knowledge trains only the LLM side (`True`) or may also make
             the knowledge easier to predict, as in the authors' code.
         backbones (`dict`): role (`language_model`, `context_encoder`, `vision_encoder`) ->
             `{"repo_id": ..., "revision": ...}` of a backbone that is not stored in this checkpoint.
@@ -129,8 +130,8 @@ class VikdfConfig(PreTrainedConfig):
             from that of the trained weights; written by `save_pretrained`.
         adapter (`str`, *optional*): name of the PEFT adapter that is stored in this checkpoint, in `adapter/`; written
             by `save_pretrained`.
-        saved_in (`str`, *optional*): sub-folder that the checkpoint is read from while its save is not finished, see
-            atomic_saving.py; never saved.
+        saved_in (`str`, *optional*): sub-folder to read the checkpoint from while its save is unfinished, see
+            atomic_saving.py; not a setting.
 
     Raises:
         ValueError: for an unknown field, model type or role in `backbones`, or widths that do not fit.
@@ -168,7 +169,7 @@ class VikdfConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         if not __name__.startswith("transformers_modules."):
-            # leads to the repository's code, which transformers would ask to trust even with this package at hand
+            # refers to the repository's code; transformers would ask to trust it even with this package installed
             kwargs.pop("custom_pipelines", None)
         self.text_config = _to_config(self.text_config, "text_config", "llama")
         self.context_config = _to_config(self.context_config, "context_config", "clip_text_model")
@@ -192,17 +193,17 @@ class VikdfConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """
-        The fields of a saved configuration, and the arguments that are none.
+        The fields of a saved configuration, and the remaining arguments.
 
         Raises:
-            OSError: if there is no configuration of this model type; transformers would take its defaults.
+            OSError: if there is no configuration of this model type; transformers would use its defaults.
         """
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if fields.get("model_type") != cls.model_type:
-            found = f"one of a {fields['model_type']!r}" if fields.get("model_type") else "none"
+            actual = f"one of a {fields['model_type']!r}" if fields.get("model_type") else "none"
             raise OSError(
                 f"Expected the config.json of a {cls.model_type!r} checkpoint in "
-                f"{str(pretrained_model_name_or_path)!r} but found {found}. Name another folder or repository; "
+                f"{str(pretrained_model_name_or_path)!r} but found {actual}. Name another folder or repository; "
                 "VikdfForConditionalGeneration.from_backbones makes a new checkpoint around a language model."
             )
         return fields, kwargs
@@ -210,10 +211,10 @@ class VikdfConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """
-        The configuration of saved fields. Those that other versions have saved, of VIKDF or transformers, are kept.
+        The configuration of saved fields; unknown ones, saved by other versions of VIKDF or transformers, are kept.
 
         Raises:
-            ValueError: as `VikdfConfig`; also if `kwargs` names a field of the IQ-Former that there is not.
+            ValueError: as `VikdfConfig`; also if `kwargs` has an unknown field in `iqformer_config`.
         """
         if isinstance(kwargs.get("iqformer_config"), dict):
             _check_fields("VikdfConfig.iqformer_config", Blip2QFormerConfig, kwargs["iqformer_config"])
@@ -235,7 +236,7 @@ class VikdfConfig(PreTrainedConfig):
         return fields
 
     def encoder_width(self, key: str) -> int:
-        """Width of the states that the encoder described by `key` (`context_config`, `vision_config`) hands over."""
+        """Width of the states that the encoder of `key` (`context_config`, `vision_config`) returns."""
         config = getattr(self, key)
         # CLIP's towers are followed by CLIP's own projections
         return config.projection_dim if config.model_type.startswith("clip_") else config.hidden_size

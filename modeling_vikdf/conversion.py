@@ -1,4 +1,4 @@
-"""Checkpoints in the authors' parametrisation (one safetensors file and one config.json) -> ours, weight by weight."""
+"""Converts checkpoints of the authors' code (one safetensors file and one config.json), weight by weight."""
 
 import json
 import re
@@ -38,10 +38,10 @@ RENAMED = (
 
 
 def rename(name: str) -> str:
-    """Our name of the weight that the authors' code calls `name`."""
+    """Our name of a weight in the authors' code."""
     for pattern, replacement in RENAMED:
-        renamed, hits = re.subn(pattern, replacement, name)
-        if hits:
+        renamed, matches = re.subn(pattern, replacement, name)
+        if matches:
             return renamed
     return name
 
@@ -51,7 +51,7 @@ def find_weights(folder: Path) -> Path:
     The safetensors file of a folder that holds the authors' weights.
 
     Raises:
-        OSError: if there is none, or one cannot be read.
+        OSError: if there is none, or a file cannot be read.
     """
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -80,7 +80,7 @@ def convert_config(theirs: dict[str, Any]) -> VikdfConfig:
         vision_config=CLIPVisionConfig(**theirs["vision_encoder"]),
         iqformer_config=iqformer,
         num_knowledge_tokens=theirs["num_query_tokens"],
-        # their splice goes by position, so no id of the vocabulary is taken: the first one behind it
+        # they splice by position and use no id of the vocabulary, so ours is the first one beyond it
         knowledge_token_id=language_model.vocab_size,
         matching_dim=theirs["matching_dim"],
         vision_post_layernorm=False,
@@ -94,14 +94,14 @@ def convert_checkpoint(folder: str | Path) -> VikdfForPreTraining:
     Reads a checkpoint of the authors' code.
 
     Args:
-        folder: with `config.json` and one safetensors file of their weights (any float type; kept in float32).
+        folder: contains `config.json` and one safetensors file of their weights (any float dtype; read as float32).
 
     Returns:
         The model with the heads of all objectives, self-contained, in evaluation mode.
 
     Raises:
         OSError: if a file is missing or damaged.
-        ValueError: if config.json is not as expected, or a weight is missing, has another shape or no place.
+        ValueError: if config.json is malformed, or a weight is missing, unexpected or of another shape.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -115,15 +115,15 @@ def convert_checkpoint(folder: str | Path) -> VikdfForPreTraining:
     state = {rename(name): weight.to(torch.float32) for name, weight in weights.items()}
     if "pixel_decoder.weight" in state:  # their 1x1 convolution is a linear layer over the patch grid
         state["pixel_decoder.weight"] = state["pixel_decoder.weight"].flatten(1)
-    wanted = model.state_dict()
-    # the parameters that their model does not have keep the values that stand for theirs: base and shift 0, gate 1
+    expected = model.state_dict()
+    # parameters that their model lacks keep their initial values, equivalent to theirs: base and shift 0, gate 1
     ours = ("knowledge_base", "knowledge_gate", "caption_shift")
-    state = {name: wanted[name] for name in ours if name in wanted} | state
-    wrong = [name for name in state.keys() & wanted.keys() if state[name].shape != wanted[name].shape]
-    misfits = {"missing": wanted.keys() - state.keys(), "without a place": state.keys() - wanted.keys()}
-    misfits |= {"of another shape": wrong}
+    state = {name: expected[name] for name in ours if name in expected} | state
+    misshapen = [name for name in state.keys() & expected.keys() if state[name].shape != expected[name].shape]
+    misfits = {"missing": expected.keys() - state.keys(), "unexpected": state.keys() - expected.keys()}
+    misfits |= {"of another shape": misshapen}
     if any(misfits.values()):
-        told = "; ".join(f"{kind}: {', '.join(sorted(names)[:5])}" for kind, names in misfits.items() if names)
-        raise ValueError(f"The weights in {folder} do not fit its config.json. {told}.")
+        details = "; ".join(f"{kind}: {', '.join(sorted(names)[:5])}" for kind, names in misfits.items() if names)
+        raise ValueError(f"The weights in {folder} do not fit its config.json. {details}.")
     model.load_state_dict(state)
     return model.eval()

@@ -1,4 +1,4 @@
-"""What the package runs with and on: for figures, which depend on it, and for reports of bugs."""
+"""Versions and hardware that the package runs with: recorded beside results, and printed for bug reports."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ LIBRARIES = ("torch", "transformers", "huggingface_hub", "accelerate", "peft", "
 
 
 def versions() -> dict[str, str]:
-    """Of what figures depend on."""
+    """Versions of the libraries that results depend on."""
     return {
         "modeling_vikdf": __version__,
         "transformers": transformers.__version__,
@@ -28,14 +28,13 @@ def versions() -> dict[str, str]:
 
 def describe_environment() -> dict[str, Any]:
     """
-    What a report of a bug needs, name -> value. Nothing is downloaded, and nothing secret is in it: no token, no key,
-    and of the home folder not its name.
+    Describes the environment for a bug report. Downloads nothing, and contains no token, key or home folder's name.
 
     Returns:
-        Versions, the platform, the accelerators, whether PyTorch uses AVX-512 (without it bfloat16 is slow), and where
-        each backbone of the packaged checkpoint is.
+        Name -> value: versions, the platform, the accelerators, whether PyTorch uses AVX-512 (without it bfloat16 is
+        slow), and where each backbone of the packaged checkpoint is.
     """
-    found = {
+    description = {
         "modeling_vikdf": f"{__version__}, in {_without_home(Path(__file__).parent)}",
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -46,7 +45,7 @@ def describe_environment() -> dict[str, Any]:
         "VIKDF_BACKBONES": _without_home(os.environ.get("VIKDF_BACKBONES", "not set")),
     }
     backbones = VikdfConfig.from_pretrained(DEFAULT_CHECKPOINT).backbones
-    return found | {f"{role} {source['repo_id']}": _place(source) for role, source in backbones.items()}
+    return description | {f"{role} {source['repo_id']}": _place(source) for role, source in backbones.items()}
 
 
 def _version(name: str) -> str:
@@ -69,7 +68,7 @@ def _place(source: dict[str, Any]) -> str:
         return _without_home(locate_backbone(source["repo_id"], source.get("revision"), local_files_only=True))
     except BackboneNotFoundError:
         return "not found"
-    except ImportError as error:  # it is packed, and what unpacks it is missing
+    except ImportError as error:  # a library to unpack it is missing
         return _without_home(str(error))
 
 

@@ -1,12 +1,12 @@
 """Metrics of dialogue replies: BLEU, ROUGE-L and embedding similarity against references, and Distinct.
 
-Texts are lower-cased and tokenised; with `tokenized=True` they are tokens joined by spaces already and only split,
-which spares time where several metrics read the same texts. ValueError is raised for empty lists, lists of different
-lengths, items that are not strings, and items without a reference or with one that has no tokens.
+Texts are lower-cased and tokenised; with `tokenized=True` they are tokens joined by spaces and only split, which saves
+time if several metrics read the same texts. ValueError is raised for empty lists, lists of different lengths, items
+that are not strings, and items without a reference or with one that has no tokens.
 
-What each item contributes is had from `bleu_statistics`, `rouge_l_items` and `embedding_similarity_items`: bootstrap
+`bleu_statistics`, `rouge_l_items` and `embedding_similarity_items` return each item's contribution: bootstrap
 resamples are then sums or means over rows of these arrays, and no text is read twice. `distinct_statistics` gives
-Distinct of any part of the items.
+Distinct of any subset of the items.
 """
 
 import string
@@ -26,12 +26,12 @@ References = Sequence[str | Sequence[str]]
 WordVectors = Mapping[str, Sequence[float] | np.ndarray] | tuple[Sequence[str], np.ndarray]
 
 MAX_ORDER = 4  # of BLEU's n-grams
-BETA = 1.2  # of ROUGE-L: how much more recall weighs than precision
+BETA = 1.2  # of ROUGE-L's F-measure: weight of recall relative to precision
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = set(string.punctuation + "‘’“”«»–—…")
 
-# As NLTK's word_tokenize, but without its trained abbreviations, which are a download. The word tokenizer alone parts
-# a full stop only from the last sentence.
+# As NLTK's word_tokenize, but without its trained abbreviations, which are a download. The word tokenizer alone
+# separates a full stop only at the end of the text.
 SENTENCES, WORDS = PunktSentenceTokenizer(), NLTKWordTokenizer()
 
 
@@ -45,14 +45,16 @@ def tokenize(text: str) -> list[str]:
 
 def bleu(predictions: Texts, references: References, tokenized: bool = False) -> dict[str, float]:
     """
-    Corpus BLEU (Papineni et al. 2002): the geometric mean of the clipped precisions of 1- to n-grams over all items,
-    times the brevity penalty against the reference closest in length, the shorter of two as close. Not smoothed: 0
-    where no n-gram matches, as in texts of fewer than n tokens.
+    Corpus BLEU (Papineni et al. 2002).
+
+    The geometric mean of the clipped precisions of 1- to n-grams over all items, times the brevity penalty against
+    the reference closest in length, of two equally close ones the shorter. Not smoothed: 0 if no n-gram matches, as in
+    texts of fewer than n tokens.
 
     Args:
-        predictions: texts [N].
-        references: of each item a text or several [N].
-        tokenized: whether the texts are tokens joined by spaces already.
+        predictions: N texts.
+        references: for each item a text or several.
+        tokenized: whether the texts are tokens joined by spaces.
 
     Returns:
         `bleu_1` to `bleu_4`, from 0 to 1.
@@ -66,19 +68,19 @@ def bleu(predictions: Texts, references: References, tokenized: bool = False) ->
 
 def bleu_statistics(predictions: Texts, references: References, tokenized: bool = False) -> np.ndarray:
     """
-    What each item adds to corpus BLEU; arguments and errors as for [`bleu`].
+    Each item's contribution to corpus BLEU; arguments and errors as for [`bleu`].
 
     Returns:
-        [N, 9]: the closest reference length; n-grams that match, n = 1 to 4; n-grams of the prediction, n = 1 to 4.
+        [N, 9], int64: closest reference length; matching n-grams, n = 1 to 4; n-grams of the prediction, n = 1 to 4.
     """
     rows = []
     for prediction, alternatives in _tokens(predictions, references, tokenized):
-        length = min((abs(len(each) - len(prediction)), len(each)) for each in alternatives)[1]
+        length = min((abs(len(tokens) - len(prediction)), len(tokens)) for tokens in alternatives)[1]
         matches, totals = [], []
         for n in range(1, MAX_ORDER + 1):
             ngrams = _ngrams(prediction, n)
-            most = reduce(or_, (_ngrams(each, n) for each in alternatives))  # of each n-gram in any one reference
-            matches.append((ngrams & most).total())
+            clip = reduce(or_, (_ngrams(tokens, n) for tokens in alternatives))  # largest count in any one reference
+            matches.append((ngrams & clip).total())
             totals.append(ngrams.total())
         rows.append([length, *matches, *totals])
     return np.array(rows)
@@ -87,7 +89,7 @@ def bleu_statistics(predictions: Texts, references: References, tokenized: bool 
 def bleu_from_statistics(statistics: np.ndarray) -> dict[str, np.ndarray]:
     """Sums [..., 9] of rows of `bleu_statistics` -> `bleu_1` to `bleu_4` [...]."""
     length, matches, totals = np.split(statistics, [1, 1 + MAX_ORDER], axis=-1)
-    with np.errstate(divide="ignore"):  # nothing matches or is predicted: exp(-inf) = 0
+    with np.errstate(divide="ignore"):  # no match or an empty prediction: exp(-inf) = 0
         log_precisions = np.log(matches / np.maximum(totals, 1))  # [..., 4]
         log_penalty = np.minimum(1 - length / totals[..., :1], 0)  # [..., 1]
     scores = np.exp(log_precisions.cumsum(-1) / np.arange(1, MAX_ORDER + 1) + log_penalty)
@@ -99,9 +101,11 @@ def bleu_from_statistics(statistics: np.ndarray) -> dict[str, np.ndarray]:
 
 def rouge_l(predictions: Texts, references: References, tokenized: bool = False) -> dict[str, float]:
     """
-    ROUGE-L (Lin 2004): the F-measure, with beta 1.2, of the longest common subsequence's share in the prediction and
-    in the reference; mean over items. Of several references the best precision and the best recall count, each by
-    itself, as in the COCO caption evaluation and nlg-eval.
+    ROUGE-L (Lin 2004), mean over items.
+
+    The F-measure, with beta 1.2, of the longest common subsequence's length relative to the prediction and to the
+    reference. With several references the best precision and the best recall count, each by itself, as in the COCO
+    caption evaluation and nlg-eval.
 
     Args and Raises: as for [`bleu`].
 
@@ -112,19 +116,19 @@ def rouge_l(predictions: Texts, references: References, tokenized: bool = False)
 
 
 def rouge_l_items(predictions: Texts, references: References, tokenized: bool = False) -> np.ndarray:
-    """ROUGE-L of each item [N], whose mean `rouge_l` is; arguments and errors as for [`bleu`]."""
+    """ROUGE-L of each item [N], float64; `rouge_l` is their mean. Arguments and errors as for [`bleu`]."""
     scores = []
     for prediction, alternatives in _tokens(predictions, references, tokenized):
-        common = [_common_subsequence(prediction, each) for each in alternatives]
+        common = [_common_subsequence(prediction, tokens) for tokens in alternatives]
         precision = max(common) / max(len(prediction), 1)
-        recall = max(length / len(each) for length, each in zip(common, alternatives, strict=True))
+        recall = max(length / len(tokens) for length, tokens in zip(common, alternatives, strict=True))
         scores.append((1 + BETA**2) * precision * recall / (recall + BETA**2 * precision) if precision else 0.0)
     return np.array(scores)
 
 
 def _common_subsequence(first: list[str], second: list[str]) -> int:
     """Length of the longest common subsequence."""
-    lengths = [0] * (len(second) + 1)  # with the tokens of `first` so far and each beginning of `second`
+    lengths = [0] * (len(second) + 1)  # of the tokens of `first` so far with each prefix of `second`
     for token in first:
         above, lengths = lengths, [0]
         for i, other in enumerate(second):
@@ -137,12 +141,14 @@ def _common_subsequence(first: list[str], second: list[str]) -> int:
 
 def distinct(predictions: Texts, tokenized: bool = False) -> dict[str, float]:
     """
-    Distinct-n (Li et al. 2016): how many of all n-grams are different, punctuation and articles (a, an, the) left out;
-    no n-gram spans two items. It falls as a corpus grows, so compare corpora of the same size.
+    Distinct-n (Li et al. 2016): the fraction of n-grams that are distinct.
+
+    Punctuation and articles (a, an, the) are removed, and no n-gram spans two items. Distinct falls as a corpus grows,
+    so compare corpora of the same size.
 
     Args:
-        predictions: texts [N].
-        tokenized: whether the texts are lower-case tokens joined by spaces already.
+        predictions: N texts.
+        tokenized: whether the texts are lower-case tokens joined by spaces.
 
     Returns:
         `distinct_1`, `distinct_2`, from 0 to 1; 0 where there is no n-gram.
@@ -160,8 +166,8 @@ def distinct_statistics(predictions: Texts, tokenized: bool = False) -> list[tup
     Which items the n-grams come from; arguments and errors as for [`distinct`].
 
     Returns:
-        For n = 1 and 2: the item of each n-gram [M], equal n-grams beside one another; where in it each of the V
-        different ones begins [V].
+        For n = 1 and 2: the item index of each n-gram occurrence [M], sorted by n-gram; and the position [V] at which
+        each of the V distinct n-grams begins.
     """
     texts = [
         [token for token in tokens if token not in ARTICLES and not PUNCTUATION.issuperset(token)]
@@ -169,7 +175,7 @@ def distinct_statistics(predictions: Texts, tokenized: bool = False) -> list[tup
     ]
     statistics = []
     for n in (1, 2):
-        items: dict[tuple[str, ...], list[int]] = {}  # n-gram -> the items that it comes from
+        items: dict[tuple[str, ...], list[int]] = {}  # n-gram -> items it occurs in
         for item, tokens in enumerate(texts):
             for ngram in zip(*(tokens[i:] for i in range(n)), strict=False):
                 items.setdefault(ngram, []).append(item)
@@ -181,12 +187,12 @@ def distinct_statistics(predictions: Texts, tokenized: bool = False) -> list[tup
 def distinct_from_statistics(
     statistics: list[tuple[np.ndarray, np.ndarray]], chosen: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Distinct [...] of the `chosen` items [..., N] (bool), from what `distinct_statistics` found."""
+    """Distinct [...] of the `chosen` items [..., N] (bool), from the result of `distinct_statistics`."""
     scores = {}
     for n, (items, starts) in enumerate(statistics, start=1):
-        there = chosen[..., items]  # [..., M]
-        different = np.logical_or.reduceat(there, starts, axis=-1).sum(-1) if len(starts) else 0
-        scores[f"distinct_{n}"] = different / np.maximum(there.sum(-1), 1)
+        present = chosen[..., items]  # [..., M]
+        distinct_ngrams = np.logical_or.reduceat(present, starts, axis=-1).sum(-1) if len(starts) else 0
+        scores[f"distinct_{n}"] = distinct_ngrams / np.maximum(present.sum(-1), 1)
     return scores
 
 
@@ -197,24 +203,27 @@ def embedding_similarity(
     predictions: Texts, references: References, vectors: WordVectors, tokenized: bool = False
 ) -> dict[str, float]:
     """
-    Cosine similarity of word vectors, mean over items; of several references the nearest counts, for each of:
-    Average, of the summed vectors; Extrema (Forgues et al. 2014), of the vectors of each dimension's value of largest
-    magnitude; Greedy (Rus & Lintean 2012), of each word and the nearest of the other text, mean over the words of
-    either text and then over both.
+    Cosine similarity of word vectors, mean over items; with several references the nearest counts.
 
-    Words that are not in the table are passed over. An item whose prediction, or all of whose references, have no word
-    in it scores 0 and is counted.
+    Average compares the sums of a text's vectors; Extrema (Forgues et al. 2014) the vectors of each dimension's value
+    of largest magnitude; Greedy (Rus & Lintean 2012) each word with the nearest of the other text, averaged over the
+    words of either text and then over both.
+
+    Words without vector are ignored. An item whose prediction, or all of whose references, have no known word scores 0
+    and is counted in `num_unknown`.
 
     Args:
-        predictions, references, tokenized: as for [`bleu`].
-        vectors: word -> vector [d], anything with `in` and `[]`; or a tuple (words [V], matrix [V, d]). Words are
-            looked up in lower case unless `tokenized`.
+        predictions: as for [`bleu`].
+        references: as for [`bleu`].
+        vectors: word -> vector [d], anything with `in` and `[]`; or a tuple (V words, matrix [V, d]). Words are looked
+            up in lower case unless `tokenized`.
+        tokenized: as for [`bleu`].
 
     Returns:
         `average`, `extrema`, `greedy`, from -1 to 1; `num_unknown`, the number of items without a known word.
 
     Raises:
-        ValueError: see the module; also if there is not a row of the matrix for each word.
+        ValueError: see the module; also if the matrix does not have one row per word.
     """
     items = embedding_similarity_items(predictions, references, vectors, tokenized)
     known = items.pop("known")
@@ -228,8 +237,8 @@ def embedding_similarity_items(
     Embedding similarity of each item; arguments and errors as for [`embedding_similarity`].
 
     Returns:
-        `average`, `extrema`, `greedy` [N], whose means are the corpus's; `known` [N], whether the item has known words
-        on both sides.
+        `average`, `extrema`, `greedy` [N], whose means are the corpus's; `known` [N] (bool), whether prediction and
+        references have known words.
     """
     if isinstance(vectors, tuple):
         words, matrix = vectors
@@ -246,7 +255,7 @@ def embedding_similarity_items(
     scores, known = [], []
     for prediction, alternatives in _tokens(predictions, references, tokenized):
         own = embed(prediction)
-        others = [each for each in map(embed, alternatives) if len(each)]
+        others = [embedded for embedded in map(embed, alternatives) if len(embedded)]
         known.append(len(own) > 0 and len(others) > 0)
         scores.append(np.max([_similarities(own, other) for other in others], axis=0) if known[-1] else np.zeros(3))
     average, extrema, greedy = np.array(scores).T
@@ -261,13 +270,13 @@ def _similarities(first: np.ndarray, second: np.ndarray) -> tuple[float, float, 
 
 
 def _extrema(vectors: np.ndarray) -> np.ndarray:
-    """[T, d] -> [d]: of each dimension the value of largest magnitude, the negative of two as large."""
+    """[T, d] -> [d]: in each dimension the value of largest magnitude, the negative one in a tie."""
     largest, smallest = vectors.max(0), vectors.min(0)
     return np.where(largest > -smallest, largest, smallest)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """[..., d] at length 1; a vector of zeros stays one, at cosine 0 to all."""
+    """[..., d] normalised to length 1; a zero vector stays zero, with cosine 0 to all."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(float).tiny)
 
 
@@ -281,7 +290,7 @@ def _ngrams(tokens: list[str], n: int) -> Counter:
 def _tokens(
     predictions: Texts, references: References, tokenized: bool
 ) -> Iterable[tuple[list[str], list[list[str]]]]:
-    """Of each item the prediction's tokens and those of its references, of which none is empty."""
+    """For each item the tokens of its prediction and of its references, none of which is empty."""
     predicted = _split(predictions, "predictions", tokenized)
     _check_list(references, "references")
     if len(references) != len(predicted):
@@ -293,18 +302,18 @@ def _tokens(
     for i, item in enumerate(references):
         split.append(_split([item] if isinstance(item, str) else item, f"references[{i}]", tokenized))
         if not all(split[-1]):
-            raise ValueError(f"references[{i}] must be texts with tokens, got {item!r}. Leave out the empty.")
+            raise ValueError(f"references[{i}] must be texts with tokens, got {item!r}. Remove empty ones.")
     return zip(predicted, split, strict=True)
 
 
 def _split(texts: Texts, name: str, tokenized: bool) -> list[list[str]]:
-    """Tokens of each text; `name` is what errors call the list."""
+    """The tokens of each text; `name` is the list's name in errors."""
     _check_list(texts, name)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(
                 f"{name}[{i}] must be a string, got {text!r}. "
-                "Join tokens by spaces and set tokenized=True; leave out what is no text."
+                "Join tokens by spaces and set tokenized=True; remove items that are not texts."
             )
     return [text.split() if tokenized else tokenize(text) for text in texts]
 

@@ -1,7 +1,7 @@
-"""Gradient checkpointing of a frozen LLM: its layers keep their input alone and are computed again for the gradient.
+"""Gradient checkpointing of a frozen LLM: its layers keep only their input and are recomputed in the backward pass.
 
-transformers' own switch does nothing for layers in evaluation mode, which a frozen LLM is always in, and leaves the
-cache of what comes before unread. Here are the layers that it is switched on for, and a context in which they obey.
+transformers' own switch has no effect on layers in evaluation mode, as a frozen LLM's always are, and it disables
+reading the cache of earlier tokens. This module finds the layers with the switch on, and applies it in a context.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 def checkpointed_layers(language_model: nn.Module) -> list[nn.Module]:
     """
-    The LLM's layers that are computed again in the backward pass: those for which gradient checkpointing is on.
+    The LLM's layers for which gradient checkpointing is enabled.
 
     Raises:
-        ValueError: if it is on, but no layer supports it.
+        ValueError: if it is enabled, but no layer supports it.
     """
     modules = [part for part in language_model.modules() if getattr(part, "gradient_checkpointing", False)]
     layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
@@ -34,7 +34,7 @@ def checkpointed_layers(language_model: nn.Module) -> list[nn.Module]:
 
 
 def rereads_its_cache(language_model: PreTrainedModel) -> bool:
-    """Whether a layer of the LLM can be computed twice from one cache; linear attention writes its states over."""
+    """Whether a layer of the LLM can be recomputed from one cache; linear attention overwrites its states."""
     layers = DynamicCache(config=language_model.config.get_text_config(decoder=True)).layers
     return all(isinstance(layer, DynamicLayer) for layer in layers)
 
@@ -42,10 +42,12 @@ def rereads_its_cache(language_model: PreTrainedModel) -> bool:
 @contextlib.contextmanager
 def checkpointing(layers: list[GradientCheckpointingLayer]) -> Iterator[None]:
     """
-    Within, these layers keep no activations but their input. By themselves they do so in training mode alone, which
-    has dropout, and which a frozen LLM is never in; and they would leave the cache of what comes before unread.
+    Within this context the layers keep no activations but their input.
+
+    By themselves they checkpoint in training mode only, which has dropout and is never used for a frozen LLM, and
+    they would not read the cache of earlier tokens.
     """
-    own = {layer: vars(layer).get("forward") for layer in layers}  # one that is in the way, such as accelerate's
+    own = {layer: vars(layer).get("forward") for layer in layers}  # set on the instance, by accelerate for example
     for layer in layers:
         layer.forward = functools.partial(_checkpoint, layer._gradient_checkpointing_func, layer.forward)
     try:
@@ -59,15 +61,16 @@ def checkpointing(layers: list[GradientCheckpointingLayer]) -> Iterator[None]:
 
 
 def _checkpoint(checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(functools.partial(forward, **kwargs), *args)  # the reentrant kind takes no keyword arguments
+    return checkpoint(functools.partial(forward, **kwargs), *args)  # reentrant checkpointing takes no keywords
 
 
 class ReadOnlyCache(Cache):
-    """A cache that is read but never written to, so that a layer that is computed again finds it as it was."""
+    """A cache that is read but never written, so that a recomputed layer finds it unchanged."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, heads, P + T, d_head] of the cached and the new tokens; the cache keeps the old ones."""
         return copy.copy(self.layers[layer_idx]).update(key_states, value_states, *args, **kwargs)
 
 

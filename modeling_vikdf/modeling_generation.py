@@ -156,8 +156,9 @@ class KnowledgeGenerationMixin(GenerationMixin):
 
     def _read_prompt_once(self, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Cache | None:
         """
-        The LLM's cache of prompts [B, T] but for their last token, copied for the beams or replies of each row, or
-        every copy would read the prompt. `None` where there is one copy, or the caller has plans for the cache.
+        The LLM's cache of prompts [B, T] without their last token, copied for the beams or replies of each row.
+
+        Otherwise every copy would read the prompt. `None` where there is one copy, or the caller plans for the cache.
         """
 
         setting = _settings(config, kwargs)
@@ -218,8 +219,9 @@ def _pop_candidates(config: Any, kwargs: dict[str, Any]) -> int:
 
 def _text_generation_calls() -> bool:
     """
-    Whether transformers' own pipeline is asking. The frames alone tell: it hands over nothing that a caller who wants
-    the LLM alone would not, and its user has not been asked whether knowledge is wanted.
+    Whether transformers' own pipeline is the caller.
+
+    Only the frames tell: its arguments are those of a caller who wants the LLM alone, and its user was never asked.
     """
     frame = inspect.currentframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), TextGenerationPipeline):
@@ -228,7 +230,7 @@ def _text_generation_calls() -> bool:
 
 
 class SuppressToken(LogitsProcessor):
-    """Keeps one token out of what is generated. (transformers' own processor for that costs 40 times as much.)"""
+    """Keeps one token out of what is generated; transformers' own processor for that costs 40 times as much."""
 
     def __init__(self, token_id: int):
         self.token_id = token_id

@@ -1,7 +1,7 @@
 """The Implicit Query Transformer (IQ-Former): encoder states of a text or a picture -> n knowledge vectors.
 
-It knows nothing of the encoders before it nor of the LLM behind it. One set of queries and weights serves both
-modalities: K^T = IQ(Q; H^T), K^I = IQ(Q; H^I) (paper, section "Implicit Query Transformer").
+It knows neither the encoders before it nor the LLM after it. One set of queries and weights serves both modalities:
+K^T = IQ(Q; H^T), K^I = IQ(Q; H^I) (paper, section "Implicit Query Transformer").
 """
 
 import copy
@@ -18,7 +18,7 @@ CLIP_LOGIT_SCALE = 2.6592
 
 
 class VikdfInputProjection(nn.Module):
-    """LayerNorm-Linear-LayerNorm from an encoder's width to the IQ-Former's: [B, S, d_encoder] -> [B, S, h]."""
+    """LayerNorm-Linear-LayerNorm from an encoder's width to the IQ-Former's."""
 
     def __init__(self, encoder_width: int, hidden_size: int):
         super().__init__()
@@ -27,13 +27,15 @@ class VikdfInputProjection(nn.Module):
         self.norm_out = nn.LayerNorm(hidden_size)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[B, S, d_encoder] -> [B, S, h]."""
         return self.norm_out(self.dense(self.norm_in(states)))
 
 
 class VikdfIQFormer(nn.Module):
     """
-    n learnable queries that attend to each other in every layer and, in every `cross_attention_frequency`-th layer, to
-    an encoder's states. The layers are BLIP-2's Q-Former without its text branch.
+    n learnable queries that read an encoder's states: BLIP-2's Q-Former without its text branch.
+
+    The queries attend to each other in every layer and to the states in every `cross_attention_frequency`-th layer.
 
     Parameters: `query_tokens` [1, n, h]; `qformer`; with `config.project_inputs` one input projection per modality;
     with `config.condition_queries` the `pooled_projection` of the first state and the states' mean, which is added to
@@ -62,6 +64,8 @@ class VikdfIQFormer(nn.Module):
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """
+        Runs the queries over encoder states.
+
         Args:
             states: encoder states, already projected, [B, S, encoder_hidden_size].
             mask: 1 for states to attend to, 0 for padding, [B, S]; `None` attends to all.
@@ -76,13 +80,13 @@ class VikdfIQFormer(nn.Module):
     ) -> ModelOutput:
         queries = self.query_tokens.expand(states.shape[0], -1, -1)  # [B, n, h]
         if self.training and self.state_dropout:
-            seen = torch.rand(states.shape[:2], device=states.device) >= self.state_dropout  # [B, S]
-            seen[:, 0] = True
-            mask = seen.long() if mask is None else mask * seen
+            visible = torch.rand(states.shape[:2], device=states.device) >= self.state_dropout  # [B, S]
+            visible[:, 0] = True
+            mask = visible.long() if mask is None else mask * visible
         if hasattr(self, "pooled_projection"):
             weights = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)  # [B, S]
             mean = (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)  # [B, d]
-            pooled = torch.cat([states[:, 0], mean], dim=-1)  # [B, 2d]: in most encoders the first sums up as well
+            pooled = torch.cat([states[:, 0], mean], dim=-1)  # [B, 2d]: most encoders' first state is a summary, too
             queries = queries + self.pooled_projection(pooled)[:, None]
         return qformer(query_embeds=queries, encoder_hidden_states=states, encoder_attention_mask=mask, **kwargs)
 
@@ -92,10 +96,10 @@ class VikdfIQFormer(nn.Module):
 
     @torch.no_grad()
     def text_attention(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """How much each query attends to each of the token states H^T [B, T, d]: [B, n, T]; rows sum to 1."""
-        tensors = {id(each): each for each in (*self.qformer.parameters(), *self.qformer.buffers())}
-        # Only "eager" tells its weights. A copy (with the same tensors) is set to it, because another thread may be
-        # using the original.
+        """Cross-attention [B, n, T] of the queries to token states H^T [B, T, d]; rows sum to 1."""
+        tensors = {id(tensor): tensor for tensor in (*self.qformer.parameters(), *self.qformer.buffers())}
+        # Only "eager" returns its weights. A copy (with the same tensors) is switched to it, because another thread
+        # may be using the original.
         qformer = copy.deepcopy(self.qformer, tensors)
         qformer.set_attn_implementation("eager")
         states = self.context_projection(states.to(self.query_tokens.dtype))
@@ -112,8 +116,8 @@ class VikdfMatchingHead(nn.Module):
     Knowledge -> one normalised embedding in a space that texts and pictures share (paper, "Text-Image Matching").
 
     t = normalise(W_t pool(K^T)), v = normalise(W_v pool(K^I)), compared by exp(logit_scale) * t . v; `logit_scale` is
-    a learnt scalar that starts where CLIP's does, at ln(1 / 0.07). With the pooling "each" nothing is pooled and
-    W_t = W_v: t . v is the mean over i of the cosine between W k^T_i and W k^I_i.
+    a learnt scalar initialised as CLIP's, to ln(1 / 0.07). With pooling "each" nothing is pooled and W_t = W_v:
+    t . v is the mean over i of the cosine between W k^T_i and W k^I_i.
     """
 
     def __init__(self, config: VikdfConfig):
@@ -135,11 +139,11 @@ class VikdfMatchingHead(nn.Module):
         return nn.functional.normalize(projection(pooled), dim=-1)  # [B, matching_dim]
 
     def text(self, knowledge: torch.Tensor) -> torch.Tensor:
-        """K^T [B, n, h] -> unit vectors [B, matching_dim]; [B, n * matching_dim] with the pooling "each"."""
+        """K^T [B, n, h] -> unit vectors [B, matching_dim], or [B, n * matching_dim] with pooling "each"."""
         return self._embed(knowledge, self.projection if self.pooling == "each" else self.text_projection)
 
     def image(self, knowledge: torch.Tensor) -> torch.Tensor:
-        """K^I [B, n, h] -> unit vectors, as `text`."""
+        """K^I [B, n, h] -> unit vectors of the same shape as those of `text`."""
         return self._embed(knowledge, self.projection if self.pooling == "each" else self.image_projection)
 
 
@@ -148,12 +152,12 @@ def initialize_from_bert(iqformer: VikdfIQFormer, bert: PreTrainedModel) -> None
     """
     Copies every encoder layer of a BERT-like model, feed-forward included, into the IQ-Former.
 
-    BERT has no cross-attention and no queries: those keep their fresh initialisation.
+    BERT has no cross-attention and no queries: those keep their random initialisation.
 
     Args:
         iqformer: the module to fill; its layers must have the BERT model's sizes. A shallower IQ-Former takes the
             first layers.
-        bert: a `BertModel` (or one laid out like it).
+        bert: a `BertModel`, or a model with the same module names.
 
     Raises:
         ValueError: if the sizes differ or the IQ-Former is deeper than the BERT model.

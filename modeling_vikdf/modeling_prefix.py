@@ -1,10 +1,10 @@
-"""What of prompts stands before the knowledge: laid out so that it is one block, and read by the LLM only once.
+"""The prompt's prefix, all tokens before the knowledge: aligned across rows, and read by the LLM only once.
 
-    rows of a batch -> `align_at_knowledge`: in every row the knowledge begins in the same column
-                    -> `read_prefix`: the LLM's cache of the columns before it; what all rows share is read in one row
+    rows of a batch -> `align_at_knowledge`: the knowledge begins in the same column of every row
+                    -> `read_prefix`: the LLM's cache of the columns before it; what all rows share is computed once
                     -> `select_rows`: that cache for several replies to one prompt
 
-Nothing here is trained. Knows the LLM by its cache alone, and the processor by its placeholder and padding.
+Nothing here is trained. Knows only the LLM's cache, and the processor's placeholder and padding.
 """
 
 import copy
@@ -15,19 +15,18 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
-# What the installed transformers calls the LLM's cache in arguments and outputs: "past_key_values" up to 5.23, "cache"
-# since 5.24.
+# The name of the LLM's cache in the installed transformers: "past_key_values" up to 5.23, "cache" since 5.24.
 CACHE = {"cache", "past_key_values"}.intersection(CausalLMOutputWithPast.__dataclass_fields__).pop()
 
-WORTH_SHARING = 64  # tokens that a shared pass must save to be worth another pass through the LLM's layers
+WORTH_SHARING = 64  # tokens that a shared pass must save to pay for another pass through the LLM's layers
 
 
 def pop_cache(kwargs: dict[str, Any]) -> Any:
     """
-    The LLM's cache, or `None`, taken out of keyword arguments, where it goes by either of its names.
+    Removes the LLM's cache, under either of its names, from keyword arguments and returns it, or `None`.
 
     Raises:
-        ValueError: if it is given under both.
+        ValueError: if both names are given.
     """
     caches = [cache for name in ("cache", "past_key_values") if (cache := kwargs.pop(name, None)) is not None]
     if len(caches) > 1:
@@ -37,15 +36,17 @@ def pop_cache(kwargs: dict[str, Any]) -> Any:
 
 def align_at_knowledge(batch: dict[str, torch.Tensor], processor: Any) -> dict[str, torch.Tensor]:
     """
-    Lays the rows of a left-padded batch out so that the knowledge begins in the same column of every row, and what all
-    rows begin with (a system prompt) stands in the first columns: head, padding, rest, knowledge, text, padding. The
+    Aligns the rows of a left-padded batch so that the knowledge begins in the same column of every row.
+
+    Tokens that all rows begin with (a system prompt) come first: head, padding, rest, knowledge, text, padding. The
     text before the knowledge is then one block, which the model reads without gradient, and the head only once.
 
     Args:
-        batch: `input_ids`, `attention_mask` and perhaps `labels` [B, T]; other entries pass.
+        batch: `input_ids`, `attention_mask` and optionally `labels` [B, T]; other entries pass unchanged.
+        processor: gives the ids of the placeholder and the padding.
 
     Returns:
-        The batch with these three as [B, T'], and `position_ids` [B, T'] that count a row's own tokens.
+        The batch with these three as [B, T'], and `position_ids` [B, T'] that do not count padding.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     first = mask.argmax(1)[:, None]  # [B, 1] first real token
@@ -54,7 +55,7 @@ def align_at_knowledge(batch: dict[str, torch.Tensor], processor: Any) -> dict[s
     beginning = ids.gather(1, first + torch.arange(int(before.min()), device=ids.device)[None])  # [B, shortest]
     head = int((beginning == beginning[:1]).all(0).cumprod(0).sum())
     columns = torch.arange(int(before.max()) + ids.shape[1] - int(start.min()), device=ids.device)[None]  # [1, T']
-    behind = start + columns - before.max()  # [B, T'] where what is not head comes from
+    behind = start + columns - before.max()  # [B, T'] source column of everything but the head
     source = torch.where(columns < head, first + columns, behind)
     inside = (columns < head) | ((behind >= first + head) & (behind < ids.shape[1]))
     source = source.clamp(0, ids.shape[1] - 1)
@@ -74,12 +75,13 @@ def read_prefix(
     position_ids: torch.Tensor | None,
 ) -> Cache:
     """
-    The LLM's cache of the first columns of prompts. What all rows begin with is read in one row and copied.
+    The LLM's cache of the first P columns of prompts. Tokens that all rows begin with are computed once and copied.
 
     Args:
-        language_model: with its vocabulary head, which is not computed.
+        language_model: the LLM; its vocabulary head is not run.
         embeds: [B, P, d_llm].
-        attention_mask: [B, T >= P]; position_ids [B, T >= P], or `None`: the LLM counts them its own way.
+        attention_mask: [B, T], T >= P.
+        position_ids: [B, T], T >= P; `None`: as the LLM counts them itself.
     """
     rows, prefix = embeds.shape[:2]
     same = (embeds == embeds[:1]).all(-1).all(0) & attention_mask[:, :prefix].bool().all(0)  # [P]
@@ -87,13 +89,13 @@ def read_prefix(
     if rows * shared < WORTH_SHARING:
         shared = 0
 
-    def read(some: slice, columns: slice, past: Cache | None) -> Cache:
+    def read(batch: slice, columns: slice, past: Cache | None) -> Cache:
         outputs = language_model.base_model(
-            inputs_embeds=embeds[some, columns],
-            attention_mask=attention_mask[some, : columns.stop],
+            inputs_embeds=embeds[batch, columns],
+            attention_mask=attention_mask[batch, : columns.stop],
             use_cache=True,
             **{CACHE: past},
-            **({} if position_ids is None else {"position_ids": position_ids[some, columns]}),
+            **({} if position_ids is None else {"position_ids": position_ids[batch, columns]}),
         )
         return getattr(outputs, CACHE)
 
@@ -107,7 +109,7 @@ def read_prefix(
 
 
 def select_rows(past: Cache, rows: torch.Tensor) -> Cache:
-    """A cache of its own of some rows; selecting replaces each layer's tensors and leaves the old ones as they are."""
+    """A copy of a cache with the given rows [R] (int64); the original keeps its tensors."""
     selected = copy.copy(past)
     selected.layers = [copy.copy(layer) for layer in past.layers]
     selected.batch_select_indices(rows)

@@ -1,7 +1,7 @@
 """Loading: a model whose frozen backbones come from their own repositories and are not stored with it.
 
-`VikdfPreTrainedModel` knows which backbones there are and how each is found, attached and kept frozen. What a
-checkpoint holds of the whole is in modeling_saving.py. It knows nothing of what the model computes.
+`VikdfPreTrainedModel` knows which backbones there are and how each is found, attached and kept frozen; what a
+checkpoint holds is decided in modeling_saving.py. It knows nothing of what the model computes.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ from .modeling_saving import ADAPTER_FOLDER, SavingMixin, checksums
 
 logger = logging.get_logger(__name__)
 
-# arguments of `from_pretrained` that say which files to read
+# arguments of `from_pretrained` that select the files to read
 _WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-# and others that are used here
+# its other arguments
 _ARGUMENTS = (
     "attn_implementation",
     "config",
@@ -67,7 +67,7 @@ _ARGUMENTS = (
 
 
 class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
-    """Where the frozen backbones live: built in, or attached after the trained part was loaded, saved if changed."""
+    """Base class with the frozen backbones: part of the checkpoint, or attached after the trained part is loaded."""
 
     config: VikdfConfig
     config_class = VikdfConfig
@@ -80,7 +80,7 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = [CACHE]
-    # what is trained keeps float32 weights beside a half-precision LLM
+    # the trained parts stay in float32 beside a half-precision LLM
     _keep_in_fp32_modules_strict = [
         "iqformer",
         "matching_head",
@@ -91,20 +91,20 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
 
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
-        self._load_kwargs = {}  # how `attach_backbones` was asked to load, for what follows later
+        self._load_kwargs = {}  # arguments of `attach_backbones`, for backbones that are loaded later
         self._waiting_adapters = []  # arguments of `load_adapter`, until the backbones are attached
-        self._loaded_weights = {}  # role -> name -> checksums of the weights that a repository gave
+        self._loaded_weights = {}  # role -> name -> checksums of the weights as loaded from the repository
         for role, key in BACKBONE_CONFIGS.items():
             sub_config = getattr(config, key)
             if role in config.backbones or sub_config is None:
-                setattr(self, role, None)  # attached after loading, or none
+                setattr(self, role, None)  # attached after loading, or absent
             else:
                 setattr(self, role, _build_backbone(role, sub_config, config.backbone_dtypes.get(role)))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, VikdfIQFormer):
-            # beside what conditions them, which is as large as a normed state, small queries would be all the same
+            # small queries would be nearly equal once the conditioning, as large as a normed state, is added
             std = 1.0 if self.config.condition_queries else self.config.initializer_range
             init.normal_(module.query_tokens, std=std)
         if isinstance(module, VikdfMatchingHead):
@@ -115,19 +115,16 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
             init.ones_(module.knowledge_gate)
 
     def train(self, mode: bool = True) -> "VikdfPreTrainedModel":
-        """
-        Sets the trained parts to training mode, PEFT's layers in the LLM among them, which may have dropout of their
-        own; the frozen backbones stay in evaluation mode (no dropout).
-        """
+        """Sets the trained parts and PEFT's layers to training mode; frozen backbones stay in evaluation mode."""
         super().train(mode)
         encoders = [role for role in ("context_encoder", "vision_encoder") if getattr(self, role) is not None]
         if mode and (
-            hit := [role for role in encoders if any(each.requires_grad for each in getattr(self, role).parameters())]
+            trainable := [role for role in encoders if any(p.requires_grad for p in getattr(self, role).parameters())]
         ):
             logger.warning_once(
-                f"The {' and '.join(hit)} has trainable parameters, but the encoders are computed without gradient: "
-                "these will not learn. PEFT's target_modules='all-linear', or a bare list of names, hits the encoders "
-                r"too; name the LLM's modules instead: target_modules=r'language_model\..*\.(q_proj|v_proj)'."
+                f"The {' and '.join(trainable)} has trainable parameters, but the encoders run without gradient: they "
+                "will not learn. PEFT's target_modules='all-linear', or a bare list of names, matches encoders, too: "
+                r"name the LLM's modules instead: target_modules=r'language_model\..*\.(q_proj|v_proj)'."
             )
         for role in BACKBONE_CONFIGS:
             if getattr(self, role) is not None:
@@ -135,7 +132,7 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
                     if hasattr(module, "adapter_layer_names"):
                         module.train(mode)
         if hasattr(self.get_input_embeddings(), "neftune_noise_alpha"):
-            self.get_input_embeddings().train(mode)  # transformers' hook adds the noise in training mode alone
+            self.get_input_embeddings().train(mode)  # transformers' hook adds noise in training mode only
         return self
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -166,21 +163,22 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
         **kwargs: Any,
     ) -> "VikdfPreTrainedModel":
         """
-        Loads the trained part from a folder or the Hub, then attaches the frozen backbones that its configuration
-        names, each from its own source.
+        Loads the trained part from a folder or the Hub, then attaches each frozen backbone from its own repository.
 
         Args:
             pretrained_model_name_or_path: folder or repository id of a VIKDF checkpoint; `None` with `config` and
                 `state_dict`.
+            model_args: for the constructor.
             dtype: of the backbones; `"auto"` keeps each one's saved dtype. The trained part stays in float32.
-            device_map, quantization_config, attn_implementation: for the LLM, as in its own `from_pretrained`, and so
-                are `max_memory`, `offload_folder` and `offload_buffers`. The encoders and the trained part follow its
-                input embeddings' device. A self-contained checkpoint is placed by `device_map` as a whole.
-            kwargs: fields of the configuration to change, and what else transformers' `from_pretrained` takes.
+            device_map: for the LLM, as are `max_memory`, `offload_folder` and `offload_buffers`; the encoders and the
+                trained part follow its input embeddings' device. A self-contained checkpoint is placed as a whole.
+            quantization_config: for the LLM.
+            attn_implementation: for the LLM.
+            kwargs: fields of the configuration to change, and further arguments of transformers' `from_pretrained`.
 
         Raises:
             OSError: if the weights are missing, truncated or incomplete, or a backbone cannot be found.
-            TypeError: for an argument that is none.
+            TypeError: for an unknown argument.
             ValueError: if the weights or a backbone do not fit the configuration, or weights are not finite.
         """
         if base := _base_of_adapter(pretrained_model_name_or_path):
@@ -229,12 +227,12 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
             dtype=dtype, quantization_config=quantization_config, **placement, **_hub_kwargs(kwargs)
         )
         model.config.name_or_path = model.name_or_path = str(path or "")
-        model._load_what_is_beside(source, kwargs)
+        model._load_generation_and_adapter(source, kwargs)
         model.eval()
         return (model, info) if wants_info else model
 
-    def _load_what_is_beside(self, source: str | os.PathLike | None, kwargs: dict[str, Any]) -> None:
-        """How the dialogue model generates, and the adapter, where the checkpoint has them beside its weights."""
+    def _load_generation_and_adapter(self, source: str | os.PathLike | None, kwargs: dict[str, Any]) -> None:
+        """Loads the generation configuration and the adapter that a checkpoint may hold beside its weights."""
         where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs} | _hub_kwargs(kwargs)
         if not self.can_generate() and source is not None:
             self.generation_config = _saved_generation_config(source, **where)
@@ -249,7 +247,7 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
     def _locate(
         cls, path: str | os.PathLike | None, config: Any, kwargs: dict[str, Any]
     ) -> tuple[VikdfConfig, str | os.PathLike | None, dict[str, Any]]:
-        """The configuration, the folder or repository of the weights, and the other arguments of `from_pretrained`."""
+        """The configuration, the weights' folder or repository, and the remaining arguments of `from_pretrained`."""
         if path is None and (config is None or kwargs.get("state_dict") is None):
             raise ValueError(
                 "Name a folder or repository to load from, or pass None with config= and state_dict= to load from "
@@ -289,12 +287,13 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
         **hub_kwargs: Any,
     ) -> None:
         """
-        Loads and attaches the backbones that `config.backbones` names, frozen and in evaluation mode: the LLM and the
-        text encoder now, the vision encoder with the first picture (a text chat does without).
+        Loads the backbones that `config.backbones` names, frozen and in evaluation mode.
+
+        The vision encoder is loaded with the first picture: text chats do not need it.
 
         Raises:
-            OSError: if one cannot be found.
-            ValueError: if the LLM found has other sizes than `config.text_config` says.
+            OSError: if a backbone cannot be found.
+            ValueError: if the sizes of the LLM are not those of `config.text_config`.
         """
         self._load_kwargs = {"dtype": dtype, **hub_kwargs}
         text_config = self.config.text_config
@@ -309,12 +308,12 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
                 # where an Auto class puts it
                 attn_implementation=text_config._attn_implementation,
             )
-            found = self.language_model.config.get_text_config()
+            loaded = self.language_model.config.get_text_config()
             for key in ("hidden_size", "vocab_size"):
-                if getattr(found, key) != getattr(text_config, key):
+                if getattr(loaded, key) != getattr(text_config, key):
                     raise ValueError(
                         f"The language model {self.config.backbones['language_model']['repo_id']!r} has {key}="
-                        f"{getattr(found, key)}, but this checkpoint was made for {key}={getattr(text_config, key)}. "
+                        f"{getattr(loaded, key)}, but this checkpoint was made for {key}={getattr(text_config, key)}. "
                         "Attach the language model it was trained with."
                     )
             # everything else follows the LLM's embeddings, wherever a device map put them
@@ -334,13 +333,13 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
         for role in BACKBONE_CONFIGS:
             if getattr(self, role) is not None:
                 getattr(self, role).requires_grad_(False).eval()  # also those that came with the checkpoint
-        self.post_init()  # what the parts tie and keep in float32 is now known to the whole
+        self.post_init()  # collects the tied weights and float32 modules of the attached parts
         while self._waiting_adapters:
             self.load_adapter(**self._waiting_adapters.pop(0))
 
     def attach_vision_encoder(self) -> None:
         """
-        Loads the vision encoder, frozen, unless it is there.
+        Loads the vision encoder, frozen, unless it is already attached.
 
         Raises:
             OSError: if it cannot be found.
@@ -353,14 +352,15 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
 
     def load_adapter(self, peft_model_id: str | os.PathLike | None = None, **kwargs: Any) -> Any:
         """
-        Loads an adapter of PEFT, as transformers does (see its arguments), in the dtype in which it is saved. What was
-        trainable stays so. An adapter that comes before the backbones are attached waits for them.
+        Loads a PEFT adapter as transformers does (see its arguments), in the dtype in which it was saved.
+
+        Parameters that were trainable stay so. Before the backbones are attached, loading is deferred until they are.
 
         Raises:
             OSError: if there is no adapter, or it is not saved as safetensors.
         """
         if any(getattr(self, role) is None for role in self.config.backbones if role != "vision_encoder"):
-            kwargs.pop("load_config", None)  # of the model, which is not loaded yet
+            kwargs.pop("load_config", None)  # belongs to the model, which is not loaded yet
             self._waiting_adapters.append({"peft_model_id": peft_model_id, **kwargs})
             return SimpleNamespace(to_dict=lambda: {"missing_keys": set(), "unexpected_keys": set()})
         if peft_model_id is None:  # given as tensors
@@ -381,7 +381,7 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
         return info
 
     def _restore_adapter(self, saved: dict[str, torch.Tensor], adapter: str) -> None:
-        """An adapter's weights in the dtype in which they are saved; transformers has loaded them in the model's."""
+        """Reloads an adapter in its saved dtype; transformers has loaded it in the model's."""
         peft = importlib.import_module("peft")
         for name, parameter in self.named_parameters():
             name = name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")
@@ -402,7 +402,7 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
         return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
 
     def _load_backbone(self, role: str, **kwargs: Any) -> PreTrainedModel:
-        """The backbone that `config.backbones` names for a role, frozen, from wherever it is found."""
+        """Loads the backbone that `config.backbones` names for a role, frozen."""
         source, sub_config = self.config.backbones[role], getattr(self.config, BACKBONE_CONFIGS[role])
         load_kwargs = {**self._load_kwargs, **kwargs, "use_safetensors": True}
         path, load_kwargs["revision"] = find_backbone(
@@ -417,7 +417,7 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
             backbone, info = _backbone_class(role, sub_config).from_pretrained(
                 path, output_loading_info=True, **load_kwargs
             )
-        # a pooler is often not saved, and it is not used here
+        # a pooler is often not saved, and is unused here
         if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
             raise OSError(
                 f"The {role} {source['repo_id']!r} lacks {len(missing)} weights of {type(backbone).__name__}, such as "
@@ -425,7 +425,7 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
             )
         if role != "language_model" and backbone.dtype == torch.float16 and backbone.device.type == "cpu":
             backbone.float()  # CPUs compute in float16 several times slower
-        # not saved with the model as long as it stays what its repository has
+        # not saved with the model as long as its weights equal its repository's
         weights = backbone.state_dict()
         self._loaded_weights[role] = {
             name: checksums(load_offloaded_parameter(backbone, name) if weight.is_meta else weight)
@@ -434,16 +434,16 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
         self._keys_to_ignore_on_save = {
             *(self._keys_to_ignore_on_save or ()),
             *(f"{role}.{name}" for name in weights),
-        }  # by this a Trainer knows that checkpoints may lack them
+        }  # tells a Trainer that checkpoints may lack them
         return backbone.requires_grad_(False).eval()
 
 
 def _backbone_class(role: str, config: PreTrainedConfig) -> Any:
-    """The class that holds a backbone: CLIP's towers with their projections, T5's encoder, else the Auto class's."""
+    """The class of a backbone: CLIP's towers with their projections, T5's encoder, otherwise the Auto class."""
     if role == "language_model":
         return AutoModelForCausalLM
     towers = {
-        "t5": T5EncoderModel,  # the Auto class would take the decoder, too
+        "t5": T5EncoderModel,  # the Auto class would load the decoder, too
         "mt5": MT5EncoderModel,
         "umt5": UMT5EncoderModel,
         "clip_text_model": CLIPTextModelWithProjection,
@@ -454,7 +454,7 @@ def _backbone_class(role: str, config: PreTrainedConfig) -> Any:
 
 
 def _build_backbone(role: str, config: PreTrainedConfig, dtype: str | None) -> PreTrainedModel:
-    """A backbone that is part of the checkpoint, frozen, its weights yet to be filled in."""
+    """A backbone that is part of the checkpoint, frozen; its weights are loaded with the model's."""
     backbone_class = _backbone_class(role, config)
     build = backbone_class.from_config if hasattr(backbone_class, "from_config") else backbone_class._from_config
     return build(config, **({} if dtype is None else {"dtype": getattr(torch, dtype)})).requires_grad_(False).eval()
@@ -462,7 +462,7 @@ def _build_backbone(role: str, config: PreTrainedConfig, dtype: str | None) -> P
 
 @contextlib.contextmanager
 def _clear_errors(source: str | os.PathLike) -> Iterator[None]:
-    """Says of weights that cannot be loaded what is wrong with them and what to do."""
+    """Replaces errors about unloadable weights by ones that name the cause and the remedy."""
     try:
         yield
     except SafetensorError as error:
@@ -487,9 +487,9 @@ def _check_complete(model: nn.Module, missing: set[str], source: str | os.PathLi
 
 
 def _check_finite(model: nn.Module, source: str | os.PathLike | None) -> None:
-    """Refuses weights with which every computation would give NaN, and every reply token 0."""
+    """Refuses weights that would make all outputs NaN, and every reply consist of token 0."""
     for name, weight in model.state_dict().items():
-        # what is offloaded or in eight bits was not trained here
+        # offloaded or 8-bit weights were not trained here
         if not weight.is_meta and weight.is_floating_point() and weight.itemsize > 1 and not weight.isfinite().all():
             raise ValueError(
                 f"{name} holds NaN or infinite values in the checkpoint {str(source)!r}: its training diverged, or it "
@@ -499,7 +499,7 @@ def _check_finite(model: nn.Module, source: str | os.PathLike | None) -> None:
 
 @contextlib.contextmanager
 def _clear_argument_errors() -> Iterator[None]:
-    """What transformers' `from_pretrained` does not know it hands to the model, which knows none."""
+    """Names the unknown argument: transformers' `from_pretrained` hands it to the model, whose error would not."""
     try:
         yield
     except TypeError as error:
@@ -507,13 +507,13 @@ def _clear_argument_errors() -> Iterator[None]:
             raise
         known = {*VikdfConfig.__dataclass_fields__, *_WHERE, *_ARGUMENTS}
         raise TypeError(
-            f"from_pretrained got an unexpected argument {match[1]!r}, which is no field of the configuration either."
-            f"{nearest_name(match[1], known)}"
+            f"from_pretrained got an unexpected argument {match[1]!r}, which is not a field of the configuration "
+            f"either.{nearest_name(match[1], known)}"
         ) from error
 
 
 def _base_of_adapter(path: str | os.PathLike | None) -> str | None:
-    """The model to which the adapter in a folder belongs that PEFT saved, without the model."""
+    """The base model of a folder that holds only an adapter, as saved by PEFT; `None` for other folders."""
     if path is None or not os.path.isfile(settings := os.path.join(path, "adapter_config.json")):
         return None
     if os.path.isfile(os.path.join(path, "config.json")):
@@ -523,14 +523,14 @@ def _base_of_adapter(path: str | os.PathLike | None) -> str | None:
 
 
 def _check_repository_ids(config: VikdfConfig, source: str) -> None:
-    """A repository has no say in which folders of this machine are read."""
+    """Refuses local folders as backbones: a repository must not choose which folders of this machine are read."""
     for role, backbone in config.backbones.items():
         try:
             validate_repo_id(backbone["repo_id"])
         except HFValidationError as error:
             raise ValueError(
-                f"{source!r} names {backbone['repo_id']!r} as its {role}, which is no repository of the Hub. If you "
-                "know that folder, download the repository and load it from there."
+                f"{source!r} names {backbone['repo_id']!r} as its {role}, which is not a Hub repository. If you know "
+                "that folder, download the repository and load it from there."
             ) from error
 
 
@@ -541,13 +541,13 @@ def _check_weight_files(
     variant: str | None = None,
     **hub_kwargs: Any,
 ) -> None:
-    """Refuses weights that are only there as pickles, and an index that names others or what is not beside it."""
+    """Refuses weights available only as pickles, and an index that names pickles or files outside its folder."""
     where = {"revision": revision, **hub_kwargs}
 
     def find(name: str) -> str | None:
         try:
             return cached_file(source, name, subfolder=subfolder, **where)
-        except OSError:  # where nothing can be found for other reasons, loading says so
+        except OSError:  # other reasons are reported by loading itself
             return None
 
     dotted = f".{variant}" if variant else ""
@@ -568,14 +568,14 @@ def _check_weight_files(
             )
     elif pickled := [name for name in pickles if has_file(source, os.path.join(subfolder, name), **where)]:
         raise OSError(
-            f"{str(source)!r} has its weights as {pickled[0]} only. That is a pickle, which can run code, so it is "
+            f"{str(source)!r} has its weights only as {pickled[0]}. That is a pickle, which can run code, so it is "
             "not loaded. Ask its owner for model.safetensors, name a revision that has it, or, if you trust the file, "
             "convert it: AutoModel.from_pretrained(...).save_pretrained(folder) writes safetensors."
         )
 
 
 def _saved_generation_config(source: str | os.PathLike, **where: Any) -> GenerationConfig | None:
-    """How a checkpoint's dialogue model generates, if the checkpoint says so."""
+    """The generation configuration in a checkpoint, or `None`."""
     try:
         return GenerationConfig.from_pretrained(source, **where)
     except OSError:
@@ -583,14 +583,14 @@ def _saved_generation_config(source: str | os.PathLike, **where: Any) -> Generat
 
 
 def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of `from_pretrained` that say where and how to look on the Hub."""
+    """The arguments of `from_pretrained` that concern the Hub, except `revision`."""
     return {key: kwargs[key] for key in ("cache_dir", "local_files_only", "token") if key in kwargs}
 
 
 def find_backbone(repo_id: str, revision: str | None, **hub_kwargs: Any) -> tuple[str, str | None]:
     """Where to load a backbone from: `(folder or repository id, revision)`."""
     try:
-        # the installed package knows more sources than the Hub; code loaded from the Hub does without
+        # the installed package knows more sources than the Hub; code loaded from the Hub does not have it
         from modeling_vikdf.backbones import locate_backbone
     except ImportError:
         return repo_id, revision

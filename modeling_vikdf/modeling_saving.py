@@ -1,7 +1,7 @@
-"""Saving: what of a model a checkpoint holds, and that it loads again.
+"""Saving: which parts of a model a checkpoint holds, and that it can be loaded again.
 
-`SavingMixin` writes what was trained, leaves out the frozen backbones that are still what their repositories gave
-(checksums tell), and writes PEFT's adapter beside it. It does not know how a backbone is found or loaded.
+`SavingMixin` writes the trained parts, omits frozen backbones whose weights still equal their repositories' (by
+checksum), and writes PEFT's adapter beside them. It does not know how a backbone is found or loaded.
 """
 
 import contextlib
@@ -29,31 +29,37 @@ from .sharing import push_to_hub
 
 logger = logging.get_logger(__name__)
 
-ADAPTER_FOLDER = "adapter"  # of a checkpoint; PEFT's files in the folder itself would be taken for the whole of it
+ADAPTER_FOLDER = "adapter"  # with PEFT's files in its own folder a checkpoint would be taken for an adapter only
 
 
 class SavingMixin:
     """
-    `save_pretrained` and `push_to_hub` of a model whose frozen backbones stay in their own repositories. For a
-    `PreTrainedModel` with a `VikdfConfig`, an attribute for each backbone, and in `_loaded_weights` the checksums of
-    what their repositories gave: role -> name -> `checksums` of the weight.
+    `save_pretrained` and `push_to_hub` for models whose frozen backbones stay in their own repositories.
+
+    For a `PreTrainedModel` with a `VikdfConfig`, an attribute for each backbone, and in `_loaded_weights` the
+    checksums of the weights as loaded: role -> name -> `checksums` of the weight.
     """
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *, include_backbones: bool = False, **kwargs: Any
     ) -> None:
         """
-        Writes what was trained and nothing frozen (safetensors); with `include_backbones` a self-contained checkpoint.
+        Writes the trained parts as safetensors, without the frozen backbones.
 
-        A backbone whose weights are no longer those that its repository gave (it was trained, an adapter was merged
-        into it, its vocabulary was resized) is written, too, and then loads from the checkpoint; a warning says so. An
-        adapter that PEFT put into the model is written beside it, to `adapter/`, and loaded with it.
+        A backbone whose weights differ from its repository's (it was trained, an adapter was merged into it, its
+        vocabulary was resized) is written, too, with a warning, and then loads from the checkpoint. A PEFT adapter is
+        written to `adapter/` and loaded with the model.
 
-        The folder's checkpoint is replaced as a whole or not at all, wherever the process is killed; see
+        The folder's checkpoint is replaced as a whole or not at all, even if the process is killed; see
         atomic_saving.py.
 
+        Args:
+            save_directory: folder to write.
+            include_backbones: also writes the backbones, which makes the checkpoint self-contained.
+            kwargs: further arguments of transformers' `save_pretrained`.
+
         Raises:
-            ValueError: if what would be written could not be loaded again, with what to do about it.
+            ValueError: if the checkpoint could not be loaded again; the message says what to do about it.
         """
         for name in ("push_to_hub", "distributed_checkpoint"):
             if kwargs.pop(name, False):
@@ -79,7 +85,7 @@ class SavingMixin:
         }
         if kwargs.get("is_main_process", True):
             place = replace_files(save_directory, "config.json")
-        else:  # takes part in gathering what is to be saved, and writes nothing
+        else:  # takes part in gathering the weights, and writes nothing
             os.makedirs(save_directory, exist_ok=True)
             place = tempfile.TemporaryDirectory()
         with place as folder, self._as_saved(stored):
@@ -92,7 +98,7 @@ class SavingMixin:
             _name_shards(folder)
 
     def _changed_backbones(self, state: dict[str, torch.Tensor]) -> set[str]:
-        """Those that `config.backbones` names, but whose weights are no longer what was loaded."""
+        """Roles in `config.backbones` whose weights are no longer those that were loaded."""
         changed = set()
         for role in self.config.backbones:
             loaded = self._loaded_weights.get(role, {})
@@ -101,7 +107,7 @@ class SavingMixin:
                 for name in state
                 if (bare := self._name_without_adapter(name)) is not None and bare.startswith(f"{role}.")
             }
-            if not weights:  # not attached, or not among what is to be saved
+            if not weights:  # not attached, or not to be saved
                 continue
             different = [
                 name
@@ -113,8 +119,8 @@ class SavingMixin:
             if different:
                 changed.add(role)
                 logger.warning(
-                    f"The {role} is no longer what {self.config.backbones[role]['repo_id']!r} gave: {len(different)} "
-                    f"of its {len(weights)} weights differ, such as {different[0]}. It is saved with the model."
+                    f"The {role} is no longer that of {self.config.backbones[role]['repo_id']!r}: {len(different)} of "
+                    f"its {len(weights)} weights differ, such as {different[0]}. It is saved with the model."
                 )
         return changed
 
@@ -122,32 +128,33 @@ class SavingMixin:
         return load_offloaded_parameter(self, name) if state[name].is_meta else state[name]
 
     def _name_without_adapter(self, name: str) -> str | None:
-        """What a weight is called without PEFT's adapter in the model; `None` for the adapter's own."""
+        """A weight's name in the model without PEFT's adapter; `None` for the adapter's own weights."""
         if set(name.split(".")) & set(getattr(self, "peft_config", {})):
             return None
         return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
     def _check_loadable(self, weights: dict[str, torch.Tensor]) -> None:
         """Refuses weights that `from_pretrained` would not read, or would miss."""
-        # FSDP puts a class of its own in front, which cannot be built
-        own = next(each for each in type(self).__mro__ if not each.__name__.startswith("FSDP"))
+        # FSDP prepends a class of its own, which cannot be instantiated
+        model_class = next(base for base in type(self).__mro__ if not base.__name__.startswith("FSDP"))
         with torch.device("meta"), init.no_init_weights():
-            expected = {name: weight.shape for name, weight in own(copy.deepcopy(self.config)).state_dict().items()}
-        found = {name: weight.shape for name, weight in weights.items()}
-        if wrong := sorted(name for name, _ in found.items() ^ expected.items()):
+            fresh = model_class(copy.deepcopy(self.config))
+        expected = {name: weight.shape for name, weight in fresh.state_dict().items()}
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        if wrong := sorted(name for name, _ in shapes.items() ^ expected.items()):
             raise ValueError(
-                f"The model would not load again: {len(wrong)} weights are not those of a {own.__name__} with this "
-                f"configuration, such as {wrong[0]!r}. Was a part of it wrapped or replaced? For PEFT use "
+                f"The model would not load again: {len(wrong)} weights are not those of {model_class.__name__} with "
+                f"this configuration, such as {wrong[0]!r}. Was a part of it wrapped or replaced? For PEFT use "
                 "get_peft_model(model, ...) or model.add_adapter(...) on the whole model, with target_modules such as "
                 r"r'language_model\..*\.(q_proj|v_proj)', or merge the adapter: model.language_model = "
                 "model.language_model.merge_and_unload()."
             )
 
     def _save_adapter(self, folder: str, state: dict[str, torch.Tensor]) -> None:
-        """Writes the adapter that PEFT put into the model, as PEFT would, into a sub-folder of its own."""
+        """Writes the PEFT adapter in PEFT's own format, into a sub-folder."""
         if self.config.adapter is None:
             return
-        peft = importlib.import_module("peft")  # an `import` would make every user of the code install it
+        peft = importlib.import_module("peft")  # an `import` statement would make it a requirement of code on the Hub
         name = self.config.adapter
         settings = copy.deepcopy(self.peft_config[name])
         settings.inference_mode, settings.base_model_name_or_path = True, None  # the model is in the folder above
@@ -158,7 +165,7 @@ class SavingMixin:
 
     def push_to_hub(self, repo_id: str, *, processor: Any = None, **kwargs: Any) -> Any:
         """
-        Commits what was trained, and the code and card that go with it, to a repository of the Hub, in one step.
+        Commits the trained parts, the code and the model card to a repository of the Hub, in one commit.
 
         Args:
             repo_id: "org/name"; created if it does not exist.
@@ -167,7 +174,7 @@ class SavingMixin:
                 `sharing.push_to_hub`.
 
         Raises:
-            OSError: if the Hub refuses or breaks off; the repository is then as it was.
+            OSError: if the Hub refuses or the connection breaks; the repository is then unchanged.
             ValueError: if the model would not load elsewhere.
         """
         return push_to_hub(repo_id, model=self, processor=processor, **kwargs)
@@ -175,8 +182,10 @@ class SavingMixin:
     @contextlib.contextmanager
     def _as_saved(self, stored: set[str]) -> Iterator[None]:
         """
-        For the time of a save the model and its configuration are those that the checkpoint will hold, with the
-        `stored` backbones in it.
+        Makes the model and its configuration, for the time of a save, those that the checkpoint will hold.
+
+        Args:
+            stored: roles of the backbones that are saved with the model.
 
         Raises:
             ValueError: if there are several adapters.
@@ -224,10 +233,10 @@ def _checksum_keys(device: torch.device) -> torch.Tensor:
 
 def _checksum(weight: torch.Tensor) -> int:
     """
-    64 bits that tell whether weights are the same to the bit: a sum over their memory, each word of it by a random
-    factor. Any one changed word changes it; any two tensors share it with a chance below 2^-40.
+    A 64-bit checksum that tells whether weights are bitwise equal: their memory's words, weighted by random factors.
 
-    One pass over the memory where the weights are; a CPU core reads about 2 GB/s, a 7B model in bfloat16 has 14 GB.
+    Any one changed word changes it; two different tensors share it with a probability below 2^-40. It takes one pass
+    over memory, on the weights' device; a CPU core reads about 2 GB/s, and a 7B model in bfloat16 has 14 GB.
     """
     if hasattr(weight, "full_tensor"):  # sharded over processes
         weight = weight.full_tensor()
@@ -244,13 +253,13 @@ def _checksum(weight: torch.Tensor) -> int:
 
 
 def checksums(weight: torch.Tensor) -> dict[torch.dtype, int]:
-    """Checksums of weights in their own dtype; and in those that they may be rounded to for computing."""
+    """Checksums of weights in their own dtype and, for float32, in the half precisions they may be cast to."""
     rounded = (torch.bfloat16, torch.float16) if weight.dtype == torch.float32 else ()
     return {dtype: _checksum(weight.detach().to(dtype)) for dtype in (weight.dtype, *rounded)}
 
 
 def _is_unchanged(weight: torch.Tensor, loaded: dict[torch.dtype, int]) -> bool:
-    """Whether weights are those whose checksums were taken, perhaps rounded or widened since."""
+    """Whether weights equal those of the checksums, possibly rounded or widened since."""
     if weight.dtype in loaded:
         return _checksum(weight) == loaded[weight.dtype]
     dtype = next(iter(loaded))
@@ -259,7 +268,7 @@ def _is_unchanged(weight: torch.Tensor, loaded: dict[torch.dtype, int]) -> bool:
 
 
 def _name_shards(folder: str) -> None:
-    """Names the shards after this save alone: no reader finds the shards of one save by the index of another."""
+    """Gives the shards names unique to this save, so that no reader mixes the index and shards of two saves."""
     save = uuid.uuid4().hex[:8]
     for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors.index*.json")):
         with open(path, encoding="utf-8") as file:

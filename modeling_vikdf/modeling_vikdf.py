@@ -3,9 +3,9 @@
 Reads as the data flows: `get_text_knowledge` / `get_image_knowledge` (frozen encoder, IQ-Former), `project_knowledge`
 (into the LLM's embedding space), `embed_prompt` (splice at the placeholders), `run_language_model`, `reply_loss`.
 
-In files of their own: how the frozen backbones are found and attached (modeling_pretrained.py) and left out of
-checkpoints (modeling_saving.py), how replies are generated (modeling_generation.py), how the text before the knowledge
-is read once (modeling_prefix.py), and gradient checkpointing (modeling_checkpointing.py).
+Separate files load and attach the frozen backbones (modeling_pretrained.py), leave them out of checkpoints
+(modeling_saving.py), generate replies (modeling_generation.py), read the text before the knowledge once
+(modeling_prefix.py), and do gradient checkpointing (modeling_checkpointing.py).
 """
 
 from dataclasses import dataclass
@@ -41,16 +41,18 @@ def reply_loss(
     smoothing: float = 0.0,
 ) -> torch.Tensor:
     """
-    Negative log-likelihood of a text under the LLM, given the knowledge in its prompt (paper, "Bidirectional
-    Variational Information Fusion", knowledge -> text).
+    Negative log-likelihood of a text under the LLM, given the knowledge in its prompt.
+
+    See the paper, "Bidirectional Variational Information Fusion", knowledge -> text.
 
     Args:
-        logits: [B, k, vocabulary]; targets: the ids that they predict, -100 for none, [B, k].
-        count: number of targets in the whole batch, where this is a part of one; default those given.
+        logits: [B, k, vocabulary]; computed in float32 whatever their dtype.
+        targets: token ids that the logits predict [B, k], int64; -100 is ignored.
+        count: number of targets in the whole batch, if this is a part of it; default: those in `targets`.
         smoothing: share of each target's probability that is spread over the vocabulary (label smoothing).
 
     Returns:
-        Scalar, in nats a token; 0 when there is no target.
+        Scalar, float32, in nats per token; 0 without targets.
     """
     loss = nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", label_smoothing=smoothing
@@ -62,11 +64,11 @@ def reply_loss(
 @dataclass
 class VikdfCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
-    The output of a causal LM of the installed transformers, whatever that calls the cache, with the knowledge.
+    `CausalLMOutputWithPast` of the installed transformers, whatever it calls the cache, and the knowledge.
 
-    loss: mean negative log-likelihood of the labels, in nats a token, scalar.
-    logits: [B, T, vocabulary]; with `labels` only the positions that predict a label of some row, [B, k, vocabulary].
-    knowledge: knowledge vectors [B, m, h]: n of the text, then n of the picture, whichever were given.
+    loss: mean negative log-likelihood of the labels, in nats per token, scalar.
+    logits: [B, T, vocabulary]; with `labels` only the positions that predict a label in any row, [B, k, vocabulary].
+    knowledge: knowledge vectors [B, m, h], float32: n of the text, then n of the picture, whichever were given.
     """
 
     knowledge: torch.Tensor | None = None
@@ -74,11 +76,11 @@ class VikdfCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMixin):
     """
-    The dialogue model. P(reply | context) = P_LLM(reply | prompt, K), K = IQ(Q; H^T) from the context's words and, if
-    there is a picture, IQ(Q; H^I) beside it.
+    The dialogue model: a frozen LLM whose prompt carries knowledge vectors at placeholder tokens.
 
-    The vector spliced in at placeholder i is base_i + gate_i * (W k_i + b). With base 0 and gate 1 that is the paper's
-    linear projection; with the gate at 0 the knowledge is silent. Without placeholders the model is its LLM.
+    P(reply | context) = P_LLM(reply | prompt, K), where K = IQ(Q; H^T) comes from the context's words; a picture adds
+    IQ(Q; H^I). The vector spliced in at placeholder i is base_i + gate_i * (W k_i + b). Base 0 and gate 1 give the
+    paper's linear projection; gate 0 silences the knowledge. Without placeholders the model is its LLM.
     """
 
     # a pre-training checkpoint also holds the heads of its objectives, which are called like this
@@ -87,7 +89,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
         n, d_llm = config.num_knowledge_tokens, config.text_config.hidden_size
-        # float32 whatever the dtype of the whole, see `_keep_in_fp32_modules_strict`
+        # float32 whatever the model's dtype, see `_keep_in_fp32_modules_strict`
         self.iqformer = VikdfIQFormer(config).float()
         self.matching_head = VikdfMatchingHead(config).float()
         self.language_projection = nn.Linear(config.iqformer_config.hidden_size, d_llm, dtype=torch.float32)
@@ -115,17 +117,20 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         Builds a new, untrained model around pretrained backbones.
 
         Args:
-            language_model, context_encoder, vision_encoder: folder, Hub id or known package of each backbone. A
-                two-tower repository (CLIP, SigLIP) may be named for both encoders.
+            language_model: folder, Hub id or known package of the LLM.
+            context_encoder: the same for the text encoder; it and `vision_encoder` may name one two-tower repository
+                (CLIP, SigLIP).
+            vision_encoder: the same for the vision encoder; `None` for a model that takes no pictures.
             processor: the `VikdfProcessor` that writes the prompts; its `num_knowledge_tokens` and
                 `knowledge_token_id` become the model's.
             revisions: role -> revision to pin, e.g. `{"language_model": "main"}`.
             iqformer_config: fields of `Blip2QFormerConfig` (layers, width, ...).
-            bert: a BERT-like checkpoint whose layers, feed-forward included, initialise the IQ-Former; its sizes are
-                the IQ-Former's unless `iqformer_config` says otherwise.
-            base_text: start with a harmless sentence in the place of knowledge: its embeddings, repeated or cut to n
-                tokens, as base vectors, and gates at `initial_gate`, 0 for silent knowledge. `None`: base 0 and gate 1
-                as in the paper.
+            bert: a BERT-like checkpoint whose layers, feed-forward included, initialise the IQ-Former, which takes
+                its sizes unless `iqformer_config` overrides them.
+            base_text: a neutral sentence whose embeddings, repeated or cut to n tokens, become the base vectors, with
+                gates at `initial_gate`. `None`: base 0 and gate 1 as in the paper.
+            initial_gate: gate with `base_text`; 0 silences the knowledge until the gate is trained.
+            dtype: of the backbones; "auto" keeps each one's saved dtype.
             config_kwargs: further fields of `VikdfConfig`.
 
         Raises:
@@ -171,7 +176,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
 
     @torch.no_grad()
     def _start_at_the_embeddings(self, processor: Any, base_text: str | None, initial_gate: float) -> None:
-        """Gives the projection the scale of the LLM's embeddings, and the base vectors those of a text."""
+        """Scales the projection to the LLM's embeddings and initialises the base vectors from a text."""
         embed = self.get_input_embeddings()  # called, not read: Gemma scales what it looks up
         device, step = embed.weight.device, max(1, embed.num_embeddings // 4096)
         # K leaves a LayerNorm, so |k| is about sqrt(h): let |W k| start at the token embeddings' mean norm
@@ -186,7 +191,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
 
     @torch.no_grad()
     def encode_context(self, context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor) -> torch.Tensor:
-        """Token states H^T [B, T, d] of the frozen text encoder; CLIP's pass CLIP's own projection."""
+        """Token states H^T [B, T, d] of the frozen text encoder; CLIP's are projected by CLIP's own projection."""
         self._require("context_encoder")
         longest = getattr(self.config.context_config, "max_position_embeddings", None)
         if longest is not None and context_input_ids.shape[1] > longest:
@@ -203,7 +208,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patch states H^I [B, P+1, d] of the frozen vision encoder; CLIP's pass CLIP's own projection."""
+        """Patch states H^I [B, P+1, d] of the frozen vision encoder; CLIP's are projected by CLIP's own projection."""
         self.attach_vision_encoder()
         encoder = self.vision_encoder
         states = encoder(pixel_values=pixel_values.to(encoder.dtype)).last_hidden_state  # [B, P+1, d_vision]
@@ -222,6 +227,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         Args:
             context_input_ids: ids of the text encoder's tokenizer [B, T].
             context_attention_mask: 1 for tokens, 0 for padding, [B, T]; default all 1.
+
+        Raises:
+            ValueError: if the text encoder is not attached, or T exceeds its maximum length.
         """
         if context_attention_mask is None:
             context_attention_mask = torch.ones_like(context_input_ids)
@@ -232,13 +240,12 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         self, context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        Which tokens the queries read: the IQ-Former's cross-attention, averaged over its layers and heads.
+        Which tokens the queries attend to: the IQ-Former's cross-attention, averaged over layers and heads.
 
-        Args:
-            context_input_ids, context_attention_mask: as for `get_text_knowledge`, [B, T].
+        Args and Raises: as for `get_text_knowledge`.
 
         Returns:
-            [B, n, T], float32; the weights of each query sum to 1, those of padding are 0.
+            [B, n, T], float32; each query's weights sum to 1, those of padding are 0.
         """
         if context_attention_mask is None:
             context_attention_mask = torch.ones_like(context_input_ids)
@@ -261,11 +268,11 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
     def get_text_embeddings(
         self, context_input_ids: torch.Tensor, context_attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Unit vectors [B, d] of texts, to be compared with those of pictures by their dot product."""
+        """Unit vectors [B, d] of texts [B, T]; their dot products with those of pictures are cosines."""
         return self.matching_head.text(self.get_text_knowledge(context_input_ids, context_attention_mask))
 
     def get_image_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Unit vectors [B, d] of pictures [B, 3, H, W]; d is `matching_dim`, with the pooling "each" n times that."""
+        """Unit vectors [B, d] of pictures [B, 3, H, W]; d is `matching_dim`, or n times that with pooling "each"."""
         return self.matching_head.image(self.get_image_knowledge(pixel_values))
 
     def get_knowledge(
@@ -274,7 +281,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         context_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """The knowledge of whatever is given, text before picture: [B, n, h], [B, 2n, h], or `None` for nothing."""
+        """Knowledge of the text, then of the picture: [B, n, h] for one of them, [B, 2n, h] for both, or `None`."""
         parts = []
         if context_input_ids is not None:
             parts.append(self.get_text_knowledge(context_input_ids, context_attention_mask))
@@ -309,19 +316,20 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
     @torch.no_grad()
     def shrink_knowledge(self, mean: torch.Tensor, share: float) -> None:
         """
-        From now on the LLM reads mean_i + share * (k_i - mean_i) where it read k_i. Folded into base and gate, it
-        costs nothing and is saved with them. What contexts evoke varies more than most words of replies bear, so a
-        share below 1, chosen on validation dialogues, can make replies likelier.
+        Shrinks knowledge towards its mean: from now on the LLM reads mean_i + share * (k_i - mean_i) for k_i.
+
+        Folded into base and gate, so it costs nothing and is saved with them. Knowledge varies more between contexts
+        than replies depend on it, so a share below 1, chosen on validation dialogues, can make replies likelier.
 
         Args:
-            mean: [n, h], the mean of the knowledge that many contexts evoke.
-            share: what remains of the differences; 1 changes nothing, 0 leaves the mean alone, a constant.
+            mean: [n, h], the mean knowledge over many contexts.
+            share: fraction of the deviations from the mean that is kept; 1 changes nothing, 0 leaves only the mean.
 
         Raises:
             ValueError: unless the share is between 0 and 1.
         """
         if not 0 <= share <= 1:
-            raise ValueError(f"share is what remains of the differences from the mean, between 0 and 1; got {share}.")
+            raise ValueError(f"share is the fraction of the deviations to keep, between 0 and 1; got {share}.")
         gate = self.knowledge_gate[:, None]  # [n, 1]
         self.knowledge_base += (1 - share) * gate * self.language_projection(mean)
         self.knowledge_gate *= share
@@ -339,16 +347,16 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         Args:
             input_ids: prompt [B, T] with one placeholder for each knowledge vector.
             knowledge: [B, m, h], m = n or 2n (text, then picture).
-            image_mask: rows that have a picture [B] (bool); in the others the last n vectors are not used.
+            image_mask: rows that have a picture [B] (bool); in the others the last n vectors are unused.
             base: base vectors [n, d_llm]; default the model's.
 
         Raises:
-            ValueError: if a row's number of placeholders is not its number of knowledge vectors.
+            ValueError: if a row's placeholders and knowledge vectors differ in number.
         """
         token_id = self.config.knowledge_token_id
         placeholders = torch.eq(input_ids, -1 if token_id is None else token_id)  # [B, T]
         if knowledge is None:
-            # a single token is a decoding step: its prompt was checked when it was read
+            # a single token is a decoding step: its prompt has been checked before
             if input_ids.shape[1] > 1 and placeholders.any():
                 raise ValueError(
                     f"The prompt holds {int(placeholders.sum())} knowledge placeholders but no knowledge was given. "
@@ -357,23 +365,23 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             return self.get_input_embeddings()(input_ids)
         if token_id is None:
             raise ValueError("config.knowledge_token_id is not set: it must be the id that the processor writes.")
-        # the placeholder's own embedding is not used, so its id may lie outside the LLM's vocabulary
+        # the placeholder's own embedding is unused, so its id may lie outside the LLM's vocabulary
         embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))  # [B, T, d_llm]
         vectors = self.project_knowledge(knowledge, base)  # [B, m, d_llm]
         keep = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)  # [B, m]
         if image_mask is not None:
             keep[:, -self.config.num_knowledge_tokens :] = image_mask.to(keep.device)[:, None]
-        found, expected = placeholders.sum(1), keep.sum(1)
-        if found.shape != expected.shape or (found != expected).any():
+        counts, expected = placeholders.sum(1), keep.sum(1)
+        if counts.shape != expected.shape or (counts != expected).any():
             hint = "Was the prompt written by this model's processor, and not truncated since?"
-            if found.shape == expected.shape and (found - expected == self.config.num_knowledge_tokens).any():
+            if counts.shape == expected.shape and (counts - expected == self.config.num_knowledge_tokens).any():
                 hint = (
-                    "There are places for a picture beside a text, but only one was given: pass context_input_ids and "
-                    "pixel_values, with a cache, too, unless it reaches behind all these places."
+                    "The prompt has placeholders for a text and a picture, but only one was given: pass both "
+                    "context_input_ids and pixel_values, also with a cache that does not cover all placeholders."
                 )
             raise ValueError(
                 f"Each row needs one placeholder (id {token_id}) for each knowledge vector: "
-                f"expected {expected.tolist()}, found {found.tolist()}. {hint}"
+                f"expected {expected.tolist()}, found {counts.tolist()}. {hint}"
             )
         return embeds.masked_scatter(placeholders[..., None], vectors[keep].to(embeds.dtype))
 
@@ -399,20 +407,27 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         **kwargs: Any,
     ) -> VikdfCausalLMOutputWithPast:
         """
+        Runs encoders, IQ-Former, projection and LLM on one batch.
+
         Args:
-            input_ids: prompt [B, T] with placeholders; or `inputs_embeds` [B, T, d_llm], already spliced.
+            input_ids: prompt [B, T] with placeholders.
             attention_mask: 1 for tokens, 0 for padding, [B, T].
-            past_key_values, cache: the LLM's cache of what comes before `input_ids`, by either of its names.
-            context_input_ids, context_attention_mask: dialogue context for the text encoder [B, C].
-            pixel_values: pictures [B, 3, H, W]; image_mask: rows that have one [B].
+            position_ids: positions for the LLM [B, T]; default: as it counts them itself.
+            past_key_values: the LLM's cache of the tokens before `input_ids`.
+            cache: the same by its other name; pass one of them.
+            inputs_embeds: spliced prompt [B, T, d_llm] instead of `input_ids`.
+            context_input_ids: dialogue context for the text encoder [B, C].
+            context_attention_mask: 1 for tokens, 0 for padding, [B, C]; default all 1.
+            pixel_values: pictures [B, 3, H, W].
+            image_mask: rows that have a picture [B] (bool).
             knowledge: precomputed knowledge [B, m, h]; then both encoders are skipped.
             base: base vectors [n, d_llm]; default the model's.
-            labels: target ids, -100 where nothing is to be learned, [B, T].
-            logits_to_keep: as in transformers; with labels by default the positions that predict some row's label.
+            labels: target ids [B, T]; -100 is ignored.
+            logits_to_keep: as in transformers; with labels by default the positions that predict a label in any row.
             num_items_in_batch: number of labels over all accumulated batches, for an exact mean.
             smoothing: label smoothing of the loss; see `reply_loss`.
-            kwargs: for the LLM; but `shift_labels`, the ids that each position predicts [B, T], -100 for none, takes
-                the place of `labels`, which are then not shifted for the loss.
+            kwargs: for the LLM; except `shift_labels` [B, T], the ids that each position predicts, -100 for none,
+                which replaces `labels` in the loss.
 
         Raises:
             ValueError: see `embed_prompt`, `project_knowledge` and `get_image_knowledge`.
@@ -429,11 +444,11 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             inputs_embeds = self.embed_prompt(input_ids, knowledge, image_mask, base)  # [B, T, d_llm]
         elif knowledge is not None:
             raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
-        # 3. the frozen LLM; `shift_labels` is no parameter, because Trainer takes every parameter with "label" in its
-        # name for one that a batch must have
+        # 3. the frozen LLM; `shift_labels` is not a parameter, because Trainer requires every parameter with "label"
+        # in its name in each batch
         targets, logits_to_keep = _choose_targets(labels, kwargs.pop("shift_labels", None), logits_to_keep)
         prefix = 0
-        # states that are asked for are those of all columns
+        # requested hidden states and attentions cover all columns
         if targets is not None and input_ids is not None and cache is None and not self._returns_states(kwargs):
             prefix = self.tokens_before_knowledge(input_ids)
         llm = {"prefix": prefix, "position_ids": position_ids, CACHE: cache, "logits_to_keep": logits_to_keep}
@@ -450,12 +465,12 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         )
 
     def _returns_states(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the LLM is asked for hidden states or attentions, by arguments or by its configuration."""
-        asked = ((kwargs.get(name), name) for name in ("output_hidden_states", "output_attentions"))
-        return any(getattr(self.language_model.config, name) if value is None else value for value, name in asked)
+        """Whether hidden states or attentions are requested, by arguments or by the LLM's configuration."""
+        flags = ((kwargs.get(name), name) for name in ("output_hidden_states", "output_attentions"))
+        return any(getattr(self.language_model.config, name) if value is None else value for value, name in flags)
 
     def tokens_before_knowledge(self, input_ids: torch.Tensor) -> int:
-        """How many columns of prompts [B, T] stand before the first placeholder of any row."""
+        """Number of columns of prompts [B, T] before the first placeholder of any row."""
         if self.config.knowledge_token_id is None:
             return 0
         columns = (input_ids == self.config.knowledge_token_id).any(0).nonzero()
@@ -472,25 +487,28 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         **kwargs: Any,
     ) -> ModelOutput:
         """
-        Runs the LLM over spliced embeddings. In training the columns before the first knowledge vector depend on
-        nothing that is trained, so they are read without gradient, which is exact and saves their backward pass. With
-        gradient checkpointing the layers keep their input alone, without dropout and with the cache of these columns.
+        Runs the LLM over spliced embeddings.
+
+        In training the columns before the first knowledge vector depend on no trained weight, so they are read
+        without gradient, which is exact and saves their backward pass. With gradient checkpointing the layers keep
+        only their input, without dropout and with the cache of these columns.
 
         Args:
             inputs_embeds: [B, T, d_llm].
             attention_mask: [B, T].
             prefix: number of columns before the first knowledge vector.
-            language_model: the LLM (default), or its decoder where no logits are wanted.
+            language_model: the LLM (default), or its decoder if no logits are needed.
             logits_to_keep: as in transformers, in columns of the whole sequence.
+            kwargs: for the LLM.
         """
         logits = {} if language_model is not None else {"logits_to_keep": logits_to_keep}
         language_model = self.language_model if language_model is None else language_model
         frozen = not any(parameter.requires_grad for parameter in self.language_model.parameters())
-        whole = isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep[0]) < prefix)
-        if language_model is self.language_model and whole:
-            prefix = 0  # logits of the prefix are wanted
+        keeps_prefix = isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep[0]) < prefix)
+        if language_model is self.language_model and keeps_prefix:
+            prefix = 0  # the prefix's own logits are requested
         if logits and isinstance(logits_to_keep, int) and logits_to_keep > 0:
-            # a copy of these columns: of a slice PyTorch on CPUs copies the frozen vocabulary head for every row
+            # indices copy these columns: for a slice PyTorch on CPUs copies the frozen vocabulary head for every row
             columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             logits["logits_to_keep"] = columns[-logits_to_keep:]
         recomputes = self.training and torch.is_grad_enabled()
@@ -519,7 +537,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
     def read_prefix(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None
     ) -> Cache:
-        """The LLM's cache of the first columns of prompts; see modeling_prefix.py."""
+        """The LLM's cache of the first P columns of prompts, `embeds` [B, P, d_llm]; see modeling_prefix.py."""
         return read_prefix(self.language_model, embeds, attention_mask, position_ids)
 
 
@@ -530,16 +548,16 @@ def _choose_targets(
     The ids that the logits predict, -100 for none, [B, k], and the columns of these logits.
 
     Args:
-        labels: ids [B, T], which position t - 1 predicts; `None` without.
-        shifted: the same where position t predicts them; then used in the place of `labels`.
-        logits_to_keep: as in transformers; with `labels` 0 stands for the columns in which some row has a target.
+        labels: ids [B, T] that position t - 1 predicts, or `None`.
+        shifted: ids [B, T] that position t predicts; replaces `labels`.
+        logits_to_keep: as in transformers; with `labels` 0 means the columns in which any row has a target.
     """
     targets = shifted
     if labels is not None:
         if targets is None:
             targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # [B, T]: position t predicts label t+1
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            # the vocabulary head is a large part of a small LLM: no logits where no row has a label
+            # the vocabulary head is a large part of a small LLM: compute logits only where some row has a label
             logits_to_keep = (targets != -100).any(0).nonzero().squeeze(1)  # [k]
     if targets is not None:
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -547,7 +565,7 @@ def _choose_targets(
     return targets, logits_to_keep
 
 
-# Trainer's label smoothing shifts the labels of the classes that are named here
+# Trainer's label smoothing shifts the labels of the classes listed here
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(VikdfConfig.model_type, VikdfForConditionalGeneration.__name__)
 
 __all__ = ["VikdfCausalLMOutputWithPast", "VikdfForConditionalGeneration", "reply_loss"]

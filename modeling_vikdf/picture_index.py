@@ -1,10 +1,10 @@
-"""Pictures that a model's knowledge can be compared with: thumbnails and matching embeddings, in one file.
+"""A searchable index of pictures: thumbnails and matching embeddings, in one file.
 
     folder, shards or dataset -> load_pictures -> PictureIndex.build -> save     (`vikdf index`)
     load -> check_model -> nearest(model.get_text_embeddings(...))               (the Space)
 
-The embeddings belong to the weights that made them, so an index remembers these by a fingerprint. The file is
-safetensors: numbers, titles and WebP thumbnails, nothing that is run when it is loaded.
+Embeddings are only comparable with those of the same weights, so an index stores these weights' fingerprint. The file
+is safetensors: numbers, titles and WebP thumbnails, no code to run on loading.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from .processing_vikdf import PICTURE_FORMATS, VikdfProcessor, read_picture
 
 
 INDEX_NAME = "index.safetensors"
-THUMBNAIL_SIZE = 128  # pixels of the longer side: 64 on the page of a screen with double resolution
+THUMBNAIL_SIZE = 128  # pixels of the longer side: shown at 64 on high-resolution screens
 
 
 class Match(NamedTuple):
-    """A picture of an index and the cosine of its embedding with the one that was asked about."""
+    """A picture of an index, and its embedding's cosine similarity with the query."""
 
     title: str
     thumbnail: bytes  # WebP
@@ -42,16 +42,16 @@ class Match(NamedTuple):
 
 class PictureIndex:
     """
-    Pictures as thumbnails and as embeddings in the space that a model's texts and pictures share.
+    Pictures as thumbnails and as embeddings in a model's shared space of texts and pictures.
 
     Args:
         embeddings: unit vectors [N, d], float32.
-        thumbnails: N WebP files.
+        thumbnails: the bytes of N WebP files.
         titles: N descriptions to show.
-        fingerprint: of the weights that made the embeddings, see [`fingerprint`].
+        fingerprint: of the weights that computed the embeddings, see [`fingerprint`].
 
     Raises:
-        ValueError: if these are not equally many, or there are none.
+        ValueError: if their numbers differ, or are 0.
     """
 
     def __init__(self, embeddings: torch.Tensor, thumbnails: Sequence[bytes], titles: Sequence[str], fingerprint: str):
@@ -80,15 +80,17 @@ class PictureIndex:
         Embeds pictures with the model's matching head.
 
         Args:
-            model: one with a vision encoder, in evaluation mode.
-            pictures: (title, whatever [`read_picture`] reads) each; `total` is how many, if that is known.
-            batch_size: pictures at a time.
+            model: a model with a vision encoder, in evaluation mode.
+            processor: its processor.
+            pictures: pairs of a title and anything that [`read_picture`] reads.
+            batch_size: pictures per batch.
+            total: number of pictures if known, for the progress bar.
 
         Raises:
             OSError: if the vision encoder cannot be found.
             ValueError: if the model was built without one, or there are no pictures.
         """
-        model.attach_vision_encoder()  # what cannot be had is said before the first picture is read
+        model.attach_vision_encoder()  # fails before the first picture is read
         device = model.iqformer.query_tokens.device
         titles, thumbnails, embeddings = [], [], []
         with tqdm(pictures, total=total, unit=" pictures", desc="Embedding") as stream:
@@ -104,22 +106,20 @@ class PictureIndex:
         return cls(torch.cat(embeddings), thumbnails, titles, fingerprint(model))
 
     def rebuild(self, model: VikdfForConditionalGeneration, processor: VikdfProcessor) -> "PictureIndex":
-        """The same thumbnails and titles, embedded by another model; errors as for `build`."""
+        """An index of the same thumbnails and titles, embedded by another model; errors as for `build`."""
         pictures = ((title, read_picture(data)) for title, data in zip(self.titles, self.thumbnails, strict=True))
         rebuilt = self.build(model, processor, pictures, total=len(self))
-        rebuilt.thumbnails = self.thumbnails  # not compressed once more
+        rebuilt.thumbnails = self.thumbnails  # not compressed a second time
         return rebuilt
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Writes the index into a folder, in one step, and returns the file."""
+        """Writes the index into a folder, atomically, and returns the file's path."""
         path = Path(folder, INDEX_NAME)
         path.parent.mkdir(parents=True, exist_ok=True)
         ends = list(itertools.accumulate(map(len, self.thumbnails), initial=0))
         tensors = {
             "embeddings": self.embeddings.contiguous(),  # [N, d]
-            "thumbnails": torch.frombuffer(
-                bytearray(b"".join(self.thumbnails)), dtype=torch.uint8
-            ),  # one after another
+            "thumbnails": torch.frombuffer(bytearray(b"".join(self.thumbnails)), dtype=torch.uint8),  # concatenated
             "thumbnail_offsets": torch.tensor(ends),  # [N + 1]
         }
         partial = path.with_name(f"{path.name}.partial")
@@ -130,7 +130,7 @@ class PictureIndex:
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "PictureIndex":
         """
-        Reads what `save` wrote.
+        Reads an index written by `save`.
 
         Raises:
             FileNotFoundError: if there is no index in the folder.
@@ -138,7 +138,7 @@ class PictureIndex:
         """
         path = Path(folder, INDEX_NAME)
         if not path.is_file():
-            raise FileNotFoundError(f"There is no {path}: make one with `vikdf index PICTURES --output {folder}`.")
+            raise FileNotFoundError(f"There is no {path}: create it by `vikdf index PICTURES --output {folder}`.")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
@@ -149,33 +149,40 @@ class PictureIndex:
                 raise ValueError("titles must be strings and embeddings float32")
             return cls(embeddings, thumbnails, titles, metadata["fingerprint"])
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no picture index, or damaged: {error}. Make it anew.") from error
+            raise ValueError(f"{path} is not a picture index, or is damaged: {error}. Create it again.") from error
 
     def check_model(self, model: VikdfForConditionalGeneration) -> None:
         """
-        Makes sure that a model's embeddings can be compared with those of this index.
+        Checks that a model's embeddings are comparable with those of this index.
 
         Raises:
-            ValueError: if other weights made them.
+            ValueError: if other weights computed them.
         """
-        if (found := fingerprint(model)) != self.fingerprint:
+        if (own := fingerprint(model)) != self.fingerprint:
             raise ValueError(
-                f"This picture index was embedded by other weights (fingerprint {self.fingerprint}) than those of the "
-                f"model at hand ({found}), so its scores would mean nothing. Embed its thumbnails anew with "
+                f"This picture index was embedded by other weights (fingerprint {self.fingerprint}) than this model's "
+                f"({own}), so scores would be meaningless. Embed its thumbnails again with "
                 "`vikdf index INDEX_FOLDER --output INDEX_FOLDER --model MODEL`."
             )
 
     def nearest(self, embeddings: torch.Tensor, k: int = 6) -> list[list[Match]]:
         """
-        For each unit vector of [B, d] the k pictures with the largest cosine, largest first.
+        The k nearest pictures of each query.
+
+        Args:
+            embeddings: unit vectors [B, d].
+            k: pictures per query; fewer if the index is smaller.
+
+        Returns:
+            B lists of matches, the largest cosine first.
 
         Raises:
             ValueError: if the embeddings have another width than those of the index.
         """
         if embeddings.dim() != 2 or embeddings.shape[1] != self.embeddings.shape[1]:
             raise ValueError(
-                f"Expected embeddings [B, {self.embeddings.shape[1]}], got {list(embeddings.shape)}: are they of the "
-                "model that embedded the pictures?"
+                f"Expected embeddings [B, {self.embeddings.shape[1]}], got {list(embeddings.shape)}: do they "
+                "come from the model that embedded the pictures?"
             )
         scores = embeddings.to(self.embeddings) @ self.embeddings.T  # [B, N]
         values, columns = scores.topk(min(k, len(self)), dim=1)  # [B, k]
@@ -186,7 +193,7 @@ class PictureIndex:
 
 
 def fingerprint(model: VikdfForConditionalGeneration) -> str:
-    """16 hexadecimal digits that tell the weights of IQ-Former and matching head, and which encoders they read."""
+    """16 hexadecimal digits that identify the weights of IQ-Former and matching head, and the encoders' names."""
     digest = hashlib.sha256()
     for role in ("context_encoder", "vision_encoder"):
         digest.update(json.dumps(model.config.backbones.get(role), sort_keys=True).encode())
@@ -201,25 +208,26 @@ def load_pictures(
     source: str | os.PathLike, report: SkipReport
 ) -> tuple[Iterator[tuple[str, Image.Image]], int | None]:
     """
-    Reads the pictures of a folder (its sub-folders, too), titled by their file names; or those of whatever
-    `load_image_text_pairs` reads (webdataset shards, a folder with `metadata.jsonl`, a Hub dataset), titled by their
-    first captions.
+    Reads the pictures of a folder or a dataset.
 
     Args:
-        report: gets to know which files could not be read.
+        source: a folder, searched recursively, whose pictures are titled by their file names; or anything that
+            `load_image_text_pairs` reads (webdataset shards, a folder with `metadata.jsonl`, a Hub dataset), titled by
+            the first captions.
+        report: records files that cannot be read.
 
     Returns:
-        (title, RGB picture) of each, and how many there may be, or `None` where that is not known beforehand.
+        An iterator of (title, RGB picture), and the number of files, or `None` if unknown.
 
     Raises:
         FileNotFoundError: if there is no such source.
-        ValueError: if nothing of it can be read.
+        ValueError: if nothing in it can be read.
     """
     folder = Path(source)
     if not folder.is_dir() or (folder / METADATA).exists():
         pairs = load_image_text_pairs(os.fspath(source), shuffle_buffer=0, report=report)
         return ((pair["captions"][0], pair["image"]) for pair in pairs), None
-    paths = sorted(path for path in folder.rglob("*") if not path.is_dir())  # what is no regular file is reported
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir())  # including what will be reported
     if not paths:
         raise ValueError(f"{folder} holds no files: expected pictures ({', '.join(PICTURE_FORMATS)}).")
     return _read_files(folder, paths, report), len(paths)

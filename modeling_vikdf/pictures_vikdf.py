@@ -1,6 +1,6 @@
-"""Pictures from anywhere, read one way: upright, RGB, what is transparent on white, 16 bits as 8, within limits.
+"""Pictures from any source, read one way: upright, 8-bit RGB, transparency on white, limited in size.
 
-    the content of a file, its path, its URL, a PIL image -> `read_picture` -> an RGB image
+    bytes of a file, its path, its URL, a PIL image -> `read_picture` -> an RGB image
 
 Knows files, URLs and Pillow; no processor, chat or model.
 """
@@ -19,27 +19,27 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, ImageChops, ImageOps
 
 
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that starts other programs, as EPS does
-MAX_PIXELS = 64_000_000  # more is taken for a decompression bomb
-MAX_PICTURE_BYTES = 2**28  # as much as that many pixels take without compression
-URL_TIMEOUT = 30.0  # seconds, without a byte and for the whole picture
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none that runs other programs, as EPS does
+MAX_PIXELS = 64_000_000  # larger pictures are treated as decompression bombs
+MAX_PICTURE_BYTES = 2**28  # the size of MAX_PIXELS without compression
+URL_TIMEOUT = 30.0  # seconds, between two reads and for the whole picture
 
 
 def read_picture(picture: bytes | str | os.PathLike | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads a picture, the same way wherever it comes from: upright, RGB, what is transparent on white, 16 bits as 8.
+    """Reads a picture the same way from any source: upright, 8-bit RGB, transparency on white.
 
     Args:
-        picture: The content of a file, its path, its `http(s)://` or `data:` URL, or a PIL image, which is read as its
-            file would be. Of an animation the first frame counts, of a PIL image the one that it is at.
-        max_pixels: Most pixels, width times height; the header tells them before anything is decoded.
+        picture: The bytes of a file, its path, its `http(s)://` or `data:` URL, or a PIL image, which is read as its
+            file would be. Of an animation the first frame is read, of a PIL image the current one.
+        max_pixels: Maximum of width times height, checked in the header before decoding.
 
     Returns:
-        A new RGB image.
+        A new image of mode RGB.
 
     Raises:
-        TypeError: If it is none of these: an array, say, has to go through `PIL.Image.fromarray`.
-        ValueError: If there is nothing to read, or it is damaged, truncated, without pixels, larger than allowed, in
-            none of `PICTURE_FORMATS`, or of floating-point values, which have no agreed white.
+        TypeError: If `picture` is none of these; convert an array by `PIL.Image.fromarray`.
+        ValueError: If it does not exist, is damaged, truncated, empty, too large, in none of `PICTURE_FORMATS`, or has
+            floating-point values, which have no agreed white.
     """
     if not isinstance(picture, Image.Image):
         picture = _open_picture(_read_content_of(picture), max_pixels)
@@ -51,7 +51,7 @@ def read_picture(picture: bytes | str | os.PathLike | Image.Image, max_pixels: i
     try:
         upright = ImageOps.exif_transpose(picture)  # which decodes it
     except Exception as error:  # damaged files make decoders raise nearly anything
-        raise ValueError(f"cannot read the picture: it is no whole {_formats()} picture ({error}).") from error
+        raise ValueError(f"cannot read the picture: it is not a complete {_formats()} ({error}).") from error
     try:
         return _to_rgb(upright)
     except ValueError as error:
@@ -63,8 +63,8 @@ def _open_picture(content: bytes, max_pixels: int) -> Image.Image:
         return Image.open(io.BytesIO(content), formats=PICTURE_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"the picture has too many pixels; at most {max_pixels} are read ({error}).") from error
-    except Exception as error:  # whose message would only name a BytesIO
-        raise ValueError(f"cannot read the picture: it is no whole {_formats()} picture.") from error
+    except Exception as error:  # its message would only name a BytesIO
+        raise ValueError(f"cannot read the picture: it is not a complete {_formats()}.") from error
 
 
 def _formats() -> str:
@@ -73,17 +73,17 @@ def _formats() -> str:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("F", "I;16N"):  # floating-point values have no agreed white, and Pillow converts I;16N wrongly
-        raise ValueError(f"values of mode {image.mode} cannot be scaled, make it 8 bits a channel, mode L or RGB")
+        raise ValueError(f"values of mode {image.mode} cannot be scaled; convert it to 8 bits, mode L or RGB")
     if image.mode.startswith("I"):
         image = _to_eight_bits(image)
-    if image.has_transparency_data:  # under which there may be anything, often black
+    if image.has_transparency_data:  # transparent pixels may have any color, often black
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 bits, which Pillow would make white, as one of 8; its transparent value becomes alpha."""
+    """Scales a 16-bit grey image to 8 bits, which Pillow would clip; its transparent value becomes alpha."""
     transparent, image = image.info.get("transparency"), image.convert("I")
     if image.getextrema()[0] < 0 or image.getextrema()[1] > 0xFFFF:
         raise ValueError(f"its values {image.getextrema()} exceed 16 bits, 0 to 65535")
@@ -95,13 +95,13 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _read_content_of(picture: Any) -> bytes:
-    """The content of a picture's file: given, at a URL, or on the disk."""
+    """The bytes of a picture's file, given, at a URL, or on the disk."""
     if isinstance(picture, bytes):
         return picture
     if not isinstance(picture, (str, os.PathLike)):
         raise TypeError(
-            "cannot read the picture: expected the content of a file, a path, an http(s):// or data: URL, or a PIL "
-            f"image, not {type(picture).__name__}. PIL.Image.fromarray makes an image of an array."
+            "cannot read the picture: expected the bytes of a file, a path, an http(s):// or data: URL, or a PIL "
+            f"image, not {type(picture).__name__}. PIL.Image.fromarray converts an array."
         )
     scheme = re.match(r"(data(?=:)|[a-z][a-z0-9+.-]*(?=://))?", str(picture), re.IGNORECASE)[0].lower()
     try:
@@ -110,21 +110,21 @@ def _read_content_of(picture: Any) -> bytes:
         if scheme in ("http", "https"):
             return _fetch(picture)
         if scheme:
-            raise ValueError(f"only http://, https:// and data: URLs are read, no {scheme}:// ones")
+            raise ValueError(f"only http://, https:// and data: URLs are supported, not {scheme}://")
         return read_file(picture, MAX_PICTURE_BYTES)
     except (OSError, ValueError, HTTPException) as error:
         raise ValueError(f"cannot read the picture: {error}.") from error
 
 
 def read_file(path: str | os.PathLike, max_bytes: int) -> bytes:
-    """The content of a regular file.
+    """The bytes of a regular file.
 
     Raises:
         OSError: If it cannot be read.
         ValueError: If it is larger than `max_bytes`, or a folder, a device or a pipe, which may never end.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{os.fspath(path)} is no regular file")
+        raise ValueError(f"{os.fspath(path)} is not a regular file")
     with open(path, "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
@@ -135,15 +135,15 @@ def read_file(path: str | os.PathLike, max_bytes: int) -> bytes:
 def _decode_data_url(url: str) -> bytes:
     head, _, data = url.partition(",")
     if not re.fullmatch(r"data:image/[^,]*;base64", head, re.IGNORECASE):
-        raise ValueError(f"its data: URL begins with {url[:40]!r}, not with data:image/...;base64,")
+        raise ValueError(f"its data: URL begins with {url[:40]!r} instead of data:image/...;base64,")
     try:
         return base64.b64decode(b"".join(unquote_to_bytes(data).split()), validate=True)
     except ValueError as error:
-        raise ValueError(f"its data: URL holds no base64 ({error})") from error
+        raise ValueError(f"its data: URL is not valid base64 ({error})") from error
 
 
 def _fetch(url: str) -> bytes:
-    opener = urllib.request.OpenerDirector()  # the usual one would follow a redirection to ftp://
+    opener = urllib.request.OpenerDirector()  # the default one would follow a redirect to ftp://
     handlers = ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect")
     for handler in (*(f"{name}Handler" for name in handlers), "HTTPErrorProcessor"):
         opener.add_handler(getattr(urllib.request, handler)())
@@ -155,19 +155,19 @@ def _fetch(url: str) -> bytes:
             if len(content) > MAX_PICTURE_BYTES:
                 raise ValueError(f"{url} has more than {MAX_PICTURE_BYTES} bytes")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{url} did not arrive within {URL_TIMEOUT:g} seconds")
+                raise TimeoutError(f"{url} took more than {URL_TIMEOUT:g} seconds")
         if response.length:
-            raise ConnectionError(f"{url} broke off {response.length} bytes before its end")
+            raise ConnectionError(f"{url} ended {response.length} bytes early")
     return bytes(content)
 
 
 def load_picture(picture: Any, row: int) -> Image.Image:
-    """`read_picture` for a row of a batch, which its errors, all of them ValueErrors, name."""
+    """`read_picture` for row `row` of a batch; raises only ValueErrors, which name the row."""
     try:
         return read_picture(picture)
     except (TypeError, ValueError) as error:
-        given = f" It was given as {str(picture)[:80]!r}." if isinstance(picture, (str, os.PathLike)) else ""
-        raise ValueError(f"row {row}: {error}{given}") from error
+        source = f" It was given as {str(picture)[:80]!r}." if isinstance(picture, (str, os.PathLike)) else ""
+        raise ValueError(f"row {row}: {error}{source}") from error
 
 
 __all__ = ["MAX_PICTURE_BYTES", "MAX_PIXELS", "PICTURE_FORMATS", "read_file", "read_picture"]

@@ -1,14 +1,14 @@
-"""The way in: chats and pictures become the tensors a VIKDF model reads.
+"""The processor: chats and pictures become the tensors a VIKDF model reads.
 
     messages -> the dialogue as text                         -> context tokenizer -> context_input_ids (text encoder)
              -> the LLM's chat template, with n placeholders -> tokenizer         -> input_ids         (LLM)
     pictures ------------------------------------------------> image processor    -> pixel_values      (vision encoder)
 
-This module knows which token holds the place of a knowledge vector, where the placeholders go and what is left out of
-a chat that is too long. It knows no model: models find the placeholders by `knowledge_token_id`.
+This module knows which token is the knowledge placeholder, where placeholders go and what is dropped from a chat that
+is too long. It knows no model: models find the placeholders by `knowledge_token_id`.
 
-What people write is text. Control tokens (`<|im_start|>`, `[SEP]`, the placeholder) come from the chat template and
-from this module alone; typed into a message they are so many ordinary characters. See `TextTokenizer`.
+User text is plain text: control tokens (`<|im_start|>`, `[SEP]`, the placeholder) come only from the chat template and
+this module; typed into a message they are ordinary characters. See `TextTokenizer`.
 """
 
 import copy
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # from the top it may want torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers' own may need torchvision
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import logging
 
@@ -36,7 +36,7 @@ from .text_vikdf import KNOWLEDGE_TOKEN, PLACEHOLDER, TextTokenizer, encode_trun
 
 logger = logging.get_logger(__name__)
 
-IGNORED = -100  # the label that the loss skips
+IGNORED = -100  # the label that the loss ignores
 
 
 class _Row(NamedTuple):
@@ -53,25 +53,23 @@ class _Row(NamedTuple):
 class VikdfProcessor(ProcessorMixin):
     """Turns chats into model inputs: prompts with knowledge placeholders, contexts for the text encoder, pictures.
 
-    The processor owns its tokenizers: it pads prompts on the left, cuts contexts on the left, and lends the
-    end-of-sequence token to a tokenizer without padding token.
+    The processor changes its tokenizers: prompts are padded on the left, contexts truncated on the left, and a
+    tokenizer without padding token pads with its end-of-sequence token.
 
     Args:
         tokenizer: The LLM's tokenizer; it must know `knowledge_token` as one special token (see `from_backbones`).
         context_tokenizer: The text encoder's tokenizer.
         image_processor: The vision encoder's image processor; without one, pictures are refused.
-        chat_template: Replaces the chat template of the LLM's tokenizer; or several by their names, "default" in use.
-        num_knowledge_tokens: Placeholders for the knowledge drawn from the text; in a chat that shows a picture, as
-            many for the picture follow them.
-        knowledge_token: The special token that holds the place of a knowledge vector; in a message it is mere text.
+        chat_template: Replaces the chat template of the LLM's tokenizer; or name -> template, "default" being used.
+        num_knowledge_tokens: n, placeholders for the text's knowledge; a chat with a picture has n more for it.
+        knowledge_token: The placeholder of a knowledge vector, a special token; typed into a message it is plain text.
         knowledge_message: The message that carries the placeholders: "system", "first_user" or "last_user".
-        knowledge_placement: Where they stand in its content: "start" or "end".
-        system_prompt: The system message of chats that bring none.
-        max_context_length: Most tokens of a context; by default what the context tokenizer says its encoder reads.
+        knowledge_placement: Their position in its content: "start" or "end".
+        system_prompt: The system message of chats without one.
+        max_context_length: Maximum number of tokens of a context; by default the context tokenizer's own.
 
     Raises:
-        ValueError: If a setting is none of the above, or `tokenizer` lacks a chat template or `knowledge_token`, or is
-            written in Python (not a "fast" one).
+        ValueError: If a setting is invalid, or `tokenizer` is not fast or lacks a chat template or `knowledge_token`.
     """
 
     def __init__(
@@ -120,12 +118,12 @@ class VikdfProcessor(ProcessorMixin):
                 "`tokenizer` and `context_tokenizer` are not swapped."
             )
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} is written in Python; take the LLM's fast tokenizer.")
-        for each in (tokenizer, context_tokenizer):
-            if each.pad_token is None:
-                each.pad_token = each.eos_token
+            raise ValueError(f"{type(tokenizer).__name__} is written in Python; pass the LLM's fast tokenizer.")
+        for part in (tokenizer, context_tokenizer):
+            if part.pad_token is None:
+                part.pad_token = part.eos_token
         tokenizer.padding_side = "left"  # replies grow on the right
-        context_tokenizer.truncation_side = "left"  # the newest words tell most about the reply
+        context_tokenizer.truncation_side = "left"  # the newest words matter most for the reply
 
     @classmethod
     def from_backbones(
@@ -138,19 +136,21 @@ class VikdfProcessor(ProcessorMixin):
         knowledge_token: str | None = None,
         **settings: Any,
     ) -> "VikdfProcessor":
-        """Builds a processor from the backbones' own parts; the tokenizers are copied and stay as they are.
+        """Builds a processor from the backbones' own parts; the tokenizers are copied, not changed.
 
-        The LLM is frozen and its embedding never resized, so the placeholder must be one of its rows: without
-        `knowledge_token` a new token in a free row, else one the vocabulary keeps in reserve, else the unknown one.
+        The LLM is frozen and its embedding never resized, so the placeholder must be one of its rows: by default a new
+        token in a free row, otherwise one that the vocabulary reserves, otherwise the unknown token.
 
         Args:
-            tokenizer, context_tokenizer, image_processor: As for `VikdfProcessor`.
-            vocab_size: Rows of the LLM's embedding; by default as many as its tokenizer has tokens.
-            knowledge_token: The token to use; it is added if it is unknown and a row is free.
-            settings: More settings of `VikdfProcessor`, such as `num_knowledge_tokens`.
+            tokenizer: As for `VikdfProcessor`.
+            context_tokenizer: As for `VikdfProcessor`.
+            image_processor: As for `VikdfProcessor`.
+            vocab_size: Rows of the LLM's embedding; by default its tokenizer's number of tokens.
+            knowledge_token: The placeholder; it is added if it is unknown and a row is free.
+            settings: Further settings of `VikdfProcessor`, such as `num_knowledge_tokens`.
 
         Raises:
-            ValueError: If no token of the vocabulary will do, or the one asked for has no row.
+            ValueError: If no token of the vocabulary is suitable, or `knowledge_token` has no row.
         """
         tokenizer, context_tokenizer = copy.deepcopy(tokenizer), copy.deepcopy(context_tokenizer)
         knowledge_token = reserve_token(tokenizer, vocab_size or len(tokenizer), knowledge_token)
@@ -158,27 +158,27 @@ class VikdfProcessor(ProcessorMixin):
 
     @property
     def knowledge_token_id(self) -> int:
-        """The id that holds the place of a knowledge vector in `input_ids`."""
+        """The id of the placeholder in `input_ids`."""
         return self.tokenizer.convert_tokens_to_ids(self.knowledge_token)
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
-        """The LLM's tokenizer for what people write, and for chats that `template` rendered."""
+        """The LLM's tokenizer for user text, and for chats rendered by `template`."""
         return TextTokenizer(self.tokenizer, self.knowledge_token_id)
 
     @cached_property
     def context_text_tokenizer(self) -> TextTokenizer:
-        """The text encoder's tokenizer for what people write: contexts and captions."""
+        """The text encoder's tokenizer for user text: contexts and captions."""
         return TextTokenizer(self.context_tokenizer)
 
     @property
     def template(self) -> ChatTemplate:
-        """The LLM's chat template, for what people write."""
+        """The LLM's chat template, which keeps user text apart from control tokens."""
         return ChatTemplate(self.tokenizer, self.text_tokenizer)
 
     @property
     def model_input_names(self) -> list[str]:
-        """What `__call__` may return, labels aside."""
+        """What `__call__` may return, except labels."""
         context_names = ["context_input_ids", "context_attention_mask"]
         return ["input_ids", "attention_mask", *context_names, "pixel_values", "image_mask"]
 
@@ -201,44 +201,43 @@ class VikdfProcessor(ProcessorMixin):
         """Prepares one chat or a batch of chats.
 
         A message is `{"role": "system" | "user" | "assistant", "content": ...}`; its content is a string or a list of
-        parts, `{"type": "text", "text": ...}` (joined by newlines) and `{"type": "image", "image": ...}` (whatever
-        [`read_picture`] reads: a PIL image, a path, a URL, ...). A chat shows at most one picture. Whatever a message
-        says is text: control tokens typed into it are not read as such. Empty assistant and system messages are left
-        out, unless the LLM's template insists on alternating turns.
+        parts, `{"type": "text", "text": ...}` (joined by newlines) and `{"type": "image", "image": ...}` (anything
+        that [`read_picture`] reads: a PIL image, a path, a URL, ...). A chat shows at most one picture. Control tokens
+        typed into a message are plain text. Empty assistant and system messages are dropped, unless the LLM's template
+        requires alternating roles.
 
         A prompt that is too long loses its oldest turns, up to the next user turn; a leading system message and the
-        newest turn stay. The context is the dialogue up to the last user turn without system messages, joined by
-        newlines; a reply after it is no part of it, for the knowledge must not have read what it helps to say.
+        newest turn are kept. The context is the dialogue up to the last user turn without system messages, joined by
+        newlines; a reply after it is excluded, because knowledge must not depend on the reply it helps to predict.
         A context that is too long loses its oldest turns, and the beginning of the newest if that alone is too long.
 
         Args:
             messages: One chat or a list of chats.
             images: One picture, or a list with a picture or None for every chat, instead of image parts.
             use_knowledge: False gives the LLM's plain prompt, token for token; pictures are ignored.
-            max_length: Most tokens of a prompt; by default what the LLM's tokenizer says it reads.
-            add_generation_prompt: Whether prompts end where the assistant speaks next; by default where they neither
-                continue the assistant's message nor `return_labels`.
-            return_labels: Whether to supervise the assistant's turns, each with its end-of-turn token. Knowledge that
-                stands before the last user turn has read the earlier replies, so these are then not supervised. Nor
-                is a turn that opens the dialogue, unless the template marks it by a `{% generation %}` block.
-            continue_final_message: Whether prompts end inside the last message, the assistant's, for the LLM to go on
-                with; by default they do if it is the assistant's and neither of the two above is asked for.
-            padding: True or "longest"; "max_length" (prompts only, contexts are as long as the longest); or False.
-            truncation: False leaves a prompt as long as it is. Contexts are always cut: encoders read no more.
+            max_length: Maximum number of tokens of a prompt; by default the LLM's tokenizer's own.
+            add_generation_prompt: Whether prompts end where the assistant speaks next; by default unless they continue
+                the assistant's message or `return_labels` is set.
+            return_labels: Whether to supervise the assistant's turns, each with its end-of-turn token. Knowledge
+                placed before the last user turn depends on earlier replies, so these are then not supervised. Nor is a
+                turn that opens the dialogue, unless the template marks it by a `{% generation %}` block.
+            continue_final_message: Whether prompts end inside the last message, the assistant's, for the LLM to
+                continue; by default if it is the assistant's and neither of the two above is set.
+            padding: True or "longest"; "max_length" (prompts only; contexts are padded to the longest); or False.
+            truncation: False never shortens prompts. Contexts are always truncated to the text encoder's limit.
             return_tensors: "pt", "np", or None for lists.
-            chat_template: A Jinja template, or the name of one of the tokenizer's, in the place of the usual one.
+            chat_template: A Jinja template, or the name of one of the tokenizer's, instead of the default.
             chat_template_kwargs: Variables of the chat template, such as `{"enable_thinking": False}`.
 
         Returns:
-            Tensors: `input_ids` and `attention_mask` [B, T], padded on the left; `labels` [B, T] if asked for; with
-            knowledge `context_input_ids` and `context_attention_mask` [B, C]; and if any chat shows a picture
-            `pixel_values` [B, 3, H, W], zeros for the others, and `image_mask` [B]. The attributes `dropped_turns` and
-            `dropped_context_turns` (lists of B numbers) say how many turns each prompt and context lost; `continued`
-            (B times True or False), which prompts end inside the last message.
+            int64 `input_ids` and `attention_mask` [B, T], padded on the left; `labels` [B, T] with `return_labels`;
+            with knowledge `context_input_ids` and `context_attention_mask` [B, C]; and if any chat shows a picture,
+            float32 `pixel_values` [B, 3, H, W], zeros for the others, and bool `image_mask` [B]. The attributes
+            `dropped_turns` and `dropped_context_turns` (lists of B integers) count the turns that each prompt and
+            context lost; `continued` (B booleans) tells which prompts end inside the last message.
 
         Raises:
-            TypeError, ValueError: If a chat, a picture or an argument is not as described above; the error names row
-                and message.
+            TypeError, ValueError: If a chat, a picture or an argument is malformed; the error names row and message.
         """
         check_choice("padding", padding, (True, False, "longest", "max_length", "do_not_pad"))
         check_choice("truncation", truncation, (True, False, "longest_first", "do_not_truncate"))
@@ -260,13 +259,13 @@ class VikdfProcessor(ProcessorMixin):
                 raise ValueError(f"row {row}: {error}") from error
         data = self._collate(rows, pictures, use_knowledge, return_labels, self._padded_length(padding, limit))
         inputs = BatchFeature({name: _convert(value, name, return_tensors) for name, value in data.items()})
-        return _tell_what_was_dropped(inputs, rows)
+        return _report_dropped_turns(inputs, rows)
 
     def pixel_values(self, pictures: Iterable[Any]) -> torch.Tensor:
-        """Pictures as the vision encoder reads them, [B, 3, H, W] in float32.
+        """Preprocessed pictures for the vision encoder, [B, 3, H, W], float32.
 
         Args:
-            pictures: At least one of what [`read_picture`] reads.
+            pictures: One or more of anything that [`read_picture`] reads.
 
         Raises:
             TypeError, ValueError: If one cannot be read, or there is no image processor.
@@ -277,7 +276,7 @@ class VikdfProcessor(ProcessorMixin):
         return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
     def decode_behind(self, before: list[int], ids: list[int], **decode_kwargs: Any) -> str:
-        """The text of ids that stand behind others; alone they may lose their first space."""
+        """The text of `ids` decoded after the ids `before`; decoded alone they may lose their leading space."""
         before_text = self.tokenizer.decode(before, **decode_kwargs)
         return self.tokenizer.decode([*before, *ids], **decode_kwargs)[len(before_text) :]
 
@@ -293,14 +292,16 @@ class VikdfProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> str | list[str] | torch.Tensor | BatchFeature:
-        """What `__call__` makes of a conversation; by default its prompt as text, whole and with the placeholders.
+        """The prompt or the model inputs of a conversation; by default the untruncated prompt with placeholders.
 
         Args:
-            conversation, chat_template, add_generation_prompt, continue_final_message: As for `__call__`.
-            tokenize: False gives the text. A text does not tell typed control tokens from the template's own: prefer
-                True for what people wrote.
-            return_dict: Whether to return all model inputs instead of the `input_ids` alone.
-            processor_kwargs: More arguments of `__call__`; without `tokenize` only `images` and `use_knowledge`.
+            conversation: One chat or a list of chats, as for `__call__`.
+            chat_template: As for `__call__`.
+            add_generation_prompt: As for `__call__`.
+            continue_final_message: As for `__call__`.
+            tokenize: Whether to return ids; in text, control tokens typed by users look like the template's own.
+            return_dict: Whether to return all model inputs instead of only the `input_ids`.
+            processor_kwargs: Further arguments of `__call__`; without `tokenize` only `images` and `use_knowledge`.
             kwargs: The same, and variables of the chat template.
 
         Raises:
@@ -321,7 +322,7 @@ class VikdfProcessor(ProcessorMixin):
     def locate_tokens(
         self, chat: list[dict[str, Any]], *, continue_final_message: bool = False
     ) -> tuple[str, list[int], list[tuple[int, int]]]:
-        """A chat's plain prompt as text, its ids, and where in the text the characters of each id are."""
+        """A chat's prompt without knowledge: its text, its ids, and the (start, stop) of each id in the text."""
         (turns,), _ = read_batch(chat, None, self.system_prompt)
         how = prompt_ending(turns, False, continue_final_message, False)
         _, rendered = self._render(turns, 0, **how, **self.template.variables(self.chat_template, None, {}))
@@ -350,7 +351,7 @@ class VikdfProcessor(ProcessorMixin):
         return texts
 
     def _render(self, turns: list[dict], slots: int, **how: Any) -> tuple[list[dict], str]:
-        """The turns that are spoken, with `slots` placeholders among them; and as the chat template writes them."""
+        """The non-empty turns with `slots` placeholders in one of them, and the rendered chat."""
         spoken = self.template.spoken(turns, **how)
         spoken = place_knowledge(spoken, slots, self.knowledge_message, self.knowledge_placement)
         return spoken, self.template.render(spoken, **how)
@@ -358,7 +359,7 @@ class VikdfProcessor(ProcessorMixin):
     def _encode_turns(
         self, turns: list[dict], slots: int, with_labels: bool, limit: int | None, **how: Any
     ) -> tuple[list[int], list[int], bool, int]:
-        """A prompt's ids, its labels if asked for, whether it continues the last message, how many turns it lost."""
+        """Ids; labels, or []; whether the prompt continues the last message; and the number of dropped turns."""
         kept, rendered, ids, dropped = self._fit(turns, slots, limit, **how)
         labels = self._label(kept, rendered, **how) if with_labels else []
         return ids, labels, how["continue_final_message"], dropped
@@ -366,9 +367,9 @@ class VikdfProcessor(ProcessorMixin):
     def _fit(
         self, turns: list[dict], slots: int, limit: int | None, **how: Any
     ) -> tuple[list[dict], str, list[int], int]:
-        """Leaves out as few of the oldest turns as it can: the turns kept, rendered, their ids, how many went."""
+        """Drops as few of the oldest turns as possible: kept turns, rendered chat, ids, number of dropped turns."""
         head = int(turns[0]["role"] == "system")
-        # Templates want a dialogue to begin with the user, so a cut is only made in front of a user turn.
+        # Templates expect a dialogue to begin with the user, so chats are only cut before a user turn.
         cuts = [head] + [index for index, turn in enumerate(turns) if turn["role"] == "user" and index > head]
 
         @cache
@@ -391,27 +392,27 @@ class VikdfProcessor(ProcessorMixin):
         ids = self.text_tokenizer.encode(rendered)
         if slots and ids.count(self.knowledge_token_id) != slots:
             raise ValueError(
-                f"{slots} times {self.knowledge_token!r} went into the chat and "
-                f"{ids.count(self.knowledge_token_id)} came out of the chat template, which must render it unchanged."
+                f"expected {slots} {self.knowledge_token!r} in the rendered chat, got "
+                f"{ids.count(self.knowledge_token_id)}: the chat template must render message contents unchanged."
             )
         return ids
 
     def _label(self, turns: list[dict], rendered: str, **how: Any) -> list[int]:
         """The prompt's ids where the assistant speaks or ends its turn, `IGNORED` elsewhere."""
         replies = self.template.locate_replies(turns, rendered, **how)
-        if self.knowledge_message != "last_user":  # the knowledge has read the earlier replies and must not whisper
+        if self.knowledge_message != "last_user":  # knowledge before earlier replies was computed from them: a leak
             final = sum(turn["role"] == "assistant" for turn in turns[last_user(turns) + 1 :])
             replies = replies[len(replies) - final :]
         ids, offsets = self.text_tokenizer.locate(rendered)
         starts, ends = zip(*offsets, strict=True)
         labels = [IGNORED] * len(ids)
         for start, stop in replies:
-            tokens = slice(bisect_right(ends, start), bisect_left(starts, stop))  # all that touch the reply
+            tokens = slice(bisect_right(ends, start), bisect_left(starts, stop))  # all that overlap the reply
             labels[tokens] = ids[tokens]
         return labels
 
     def _encode_context(self, turns: list[dict]) -> tuple[list[int], int]:
-        """The ids of as many of the newest turns as the text encoder reads, and how many older ones there are."""
+        """The ids of as many of the newest turns as the text encoder can read, and the number of dropped turns."""
         dialogue = [turn for turn in turns[: last_user(turns) + 1] if turn["role"] != "system"]
         limit = self.max_context_length or self.context_tokenizer.model_max_length
 
@@ -419,7 +420,7 @@ class VikdfProcessor(ProcessorMixin):
             spoken = [turn["content"] for turn in dialogue[first:] if not is_empty(turn)]
             return self.context_text_tokenizer("\n".join(spoken))["input_ids"]
 
-        if len(ids := encode(0)) <= limit:  # as most do
+        if len(ids := encode(0)) <= limit:  # the usual case
             return ids, 0
         ids = encode_truncated(self.context_text_tokenizer, dialogue[-1]["content"], limit)
         for older in range(len(dialogue) - 1, 0, -1):
@@ -448,13 +449,13 @@ class VikdfProcessor(ProcessorMixin):
         return data
 
     def _padded_length(self, padding: bool | str, limit: int) -> int | None:
-        """To how many tokens prompts are padded: 0 for as many as the longest has, None for not at all."""
+        """The length that prompts are padded to: 0 for the longest prompt's, None for no padding."""
         if padding == "max_length" and limit > LARGE_INTEGER:
-            raise ValueError('padding="max_length" needs max_length: the tokenizer does not say what the LLM reads.')
+            raise ValueError('padding="max_length" needs max_length: the LLM\'s tokenizer has no maximum length.')
         return {"max_length": limit, "do_not_pad": None, False: None}.get(padding, 0)
 
     def _encode_pictures(self, pictures: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels [B, 3, H, W], zeros where there is no picture, and the mask [B] of the rows with one."""
+        """Pixels [B, 3, H, W], zeros for rows without picture, and the mask [B] (bool) of rows with one."""
         loaded = [load_picture(picture, row) for row, picture in enumerate(pictures) if picture is not None]
         pixels = self.pixel_values(loaded)
         image_mask = torch.tensor([picture is not None for picture in pictures])
@@ -466,24 +467,23 @@ class VikdfProcessor(ProcessorMixin):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """The parts that are always there; `image_processor` may be None and is saved among the settings."""
+        """The required parts; `image_processor` may be None and is saved with the settings."""
         return ["tokenizer", "context_tokenizer"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings, and the sizes of the vocabularies, by which `from_pretrained` recognises the tokenizers."""
+        """The settings, and the vocabulary sizes, by which `from_pretrained` verifies the tokenizers."""
         return {**super().to_dict(), "vocabulary_sizes": [len(self.tokenizer), len(self.context_tokenizer)]}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
         """Writes tokenizers, chat template and settings.
 
-        The folder's processor is replaced as a whole or not at all, wherever the process is killed; see
-        atomic_saving.py.
+        An earlier processor is replaced as a whole or, if the process is killed, not at all; see atomic_saving.py.
 
         Returns:
-            The path of the settings, as transformers does.
+            The paths of the settings, as transformers does.
 
         Raises:
-            ValueError: For `push_to_hub=True`; there is `push_to_hub`.
+            ValueError: For `push_to_hub=True`; use the method `push_to_hub`.
         """
         if kwargs.pop("push_to_hub", False):
             raise ValueError("save_pretrained(push_to_hub=True) is not supported: call push_to_hub(repo_id) instead.")
@@ -493,15 +493,15 @@ class VikdfProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "VikdfProcessor":
-        """Loads what `save_pretrained` wrote; the context tokenizer has a folder of its own, `context_tokenizer/`.
+        """Loads a saved processor; the context tokenizer is in the sub-folder `context_tokenizer/`.
 
         Args:
             pretrained_model_name_or_path: A folder or a repository of the Hub.
-            kwargs: Where to look (`revision`, `cache_dir`, `local_files_only`, ...), and settings to override.
+            kwargs: Arguments for the Hub (`revision`, `cache_dir`, `local_files_only`, ...), and settings to override.
 
         Raises:
             OSError: If there is no VIKDF processor, or one of its files is missing.
-            TypeError: If there is no such setting.
+            TypeError: For an unknown setting.
             ValueError: If a tokenizer is not the one that was saved.
         """
         path = pretrained_model_name_or_path
@@ -509,14 +509,14 @@ class VikdfProcessor(ProcessorMixin):
         if os.path.isdir(folder) and (aside := saved_in(folder, "processor_config.json")):
             kwargs["subfolder"] = os.path.join(kwargs.get("subfolder", ""), aside)
         settings, overrides = cls.get_processor_dict(path, **kwargs)
-        if "_from_pipeline" not in kwargs:  # a pipeline passes the model's arguments to all parts
+        if "_from_pipeline" not in kwargs:  # a pipeline passes the model's arguments to all its parts
             _check_settings(overrides, inspect.signature(cls.__init__).parameters)
         if "vocabulary_sizes" not in settings:
             raise OSError(f"{path} holds no VIKDF processor; build one with VikdfProcessor.from_backbones.")
         where = {key: value for key, value in kwargs.items() if key not in overrides}
         root = where.pop("subfolder", "")
-        # Tokenizers are given a configuration so that AutoTokenizer looks for none: the one in the root is the whole
-        # model's, and `context_tokenizer/` has none. Their own files say which class they are.
+        # With an empty configuration AutoTokenizer looks for none: the one in the root is the model's, and
+        # `context_tokenizer/` has none. The tokenizers' own files name their class.
         tokenizer, context_tokenizer = (
             AutoTokenizer.from_pretrained(path, subfolder=folder, config=PreTrainedConfig(), **where)
             for folder in (root, f"{root}/context_tokenizer".lstrip("/"))
@@ -524,8 +524,8 @@ class VikdfProcessor(ProcessorMixin):
         sizes, saved_sizes = [len(tokenizer), len(context_tokenizer)], settings.pop("vocabulary_sizes")
         if sizes != saved_sizes:
             raise ValueError(
-                f"The tokenizers in {path} (the LLM's, the text encoder's) have {sizes} tokens, but those that were "
-                f"saved had {saved_sizes}. Load an unchanged copy, or save the processor again."
+                f"The tokenizers in {path} (the LLM's, the text encoder's) have {sizes} tokens, but had {saved_sizes} "
+                "when they were saved. Load an unchanged copy, or save the processor again."
             )
         image_processor = None
         if settings.pop("image_processor") is not None:
@@ -533,14 +533,14 @@ class VikdfProcessor(ProcessorMixin):
         return cls.from_args_and_dict([tokenizer, context_tokenizer, image_processor], settings, **overrides)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Commits the processor to a repository of the Hub, in one step; see `sharing.push_to_hub`.
+        """Commits the processor to a repository of the Hub, in one commit; see `sharing.push_to_hub`.
 
         Args:
             repo_id: "org/name"; created if it does not exist.
             kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message`.
 
         Raises:
-            OSError: If the Hub refuses or breaks off; the repository is then as it was.
+            OSError: If the Hub refuses or the connection breaks; the repository is then unchanged.
         """
         return push_to_hub(repo_id, processor=self, **kwargs)
 
@@ -548,22 +548,22 @@ class VikdfProcessor(ProcessorMixin):
 # ---- helpers that need no processor ----
 
 
-def _check_settings(given: dict[str, Any], known: Iterable[str]) -> None:
+def _check_settings(settings: dict[str, Any], known: Iterable[str]) -> None:
     known = {*known, "trust_remote_code", "code_revision", "return_unused_kwargs"} - {"self"}
-    for name in given.keys() - known:
+    for name in settings.keys() - known:
         nearest = difflib.get_close_matches(name, known, 1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else f" There are {', '.join(sorted(known))}."
-        raise TypeError(f"{name!r} is no setting of a VIKDF processor, nor a place to look for it.{hint}")
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Expected one of {', '.join(sorted(known))}."
+        raise TypeError(f"{name!r} is neither a setting of a VIKDF processor nor an argument for the Hub.{hint}")
 
 
 def pad(rows: list[torch.Tensor], value: float = 0, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths [T, ...] as [B, longest, ...], and their mask [B, longest], int64."""
+    """Pads rows [T, ...] of different lengths to [B, longest, ...]; also returns their mask [B, longest], int64."""
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
     return pad_sequence(rows, True, value, side), mask
 
 
 def _pad(rows: list[list[int]], value: int, side: str, length: int | None) -> torch.Tensor | list[list[int]]:
-    """Rows of different lengths as one tensor [B, the longest or `length` if that is more]; as they are with None."""
+    """Pads rows to the longest of them or to `length`, whichever is more: [B, T]. With None they stay lists."""
     if length is None:
         return rows
     missing = [max(length, *map(len, rows), 0) - len(row) for row in rows]
@@ -571,14 +571,14 @@ def _pad(rows: list[list[int]], value: int, side: str, length: int | None) -> to
     return torch.tensor([pad + row if side == "left" else row + pad for pad, row in zip(pads, rows, strict=True)])
 
 
-def _tell_what_was_dropped(inputs: BatchFeature, rows: list[_Row]) -> BatchFeature:
-    """Says which turns are missing: in attributes, not entries, which `model.generate(**inputs)` would receive."""
+def _report_dropped_turns(inputs: BatchFeature, rows: list[_Row]) -> BatchFeature:
+    """Reports dropped turns in attributes: entries would be passed on by `model.generate(**inputs)`."""
     for name in ("dropped_turns", "dropped_context_turns", "continued"):
         setattr(inputs, name, [getattr(row, name) for row in rows])
     if any(inputs.dropped_turns) or any(inputs.dropped_context_turns):
         logger.warning(
-            f"Too long: {sum(inputs.dropped_turns)} of the oldest turns were left out of the prompts and "
-            f"{sum(inputs.dropped_context_turns)} out of the contexts; see dropped_turns and dropped_context_turns."
+            f"Too long: {sum(inputs.dropped_turns)} of the oldest turns were dropped from the prompts and "
+            f"{sum(inputs.dropped_context_turns)} from the contexts; see dropped_turns and dropped_context_turns."
         )
     return inputs
 

@@ -1,6 +1,6 @@
-"""Talking in the terminal: what `vikdf chat` does with lines that are typed, piped in or given as messages.
+"""Chat in the terminal: `vikdf chat` with lines that are typed, piped in or passed as messages.
 
-Knows standard input and output; how a reply comes about is the pipeline's affair.
+Knows standard input and output; the pipeline generates the replies.
 """
 
 import sys
@@ -12,10 +12,10 @@ from .pipeline_vikdf import VikdfDialoguePipeline
 
 class Dialogue:
     """
-    A dialogue whose replies are printed as they come.
+    A dialogue whose replies are printed as they are generated.
 
     Args:
-        pipe: what replies.
+        pipe: generates the replies.
         settings: arguments of its `stream`.
     """
 
@@ -25,7 +25,7 @@ class Dialogue:
 
     def answer(self, text: str) -> None:
         """
-        Prints the reply to a user turn. A turn that gets none leaves the dialogue as it was.
+        Prints the reply to a user turn. A turn without reply leaves the dialogue unchanged.
 
         Raises:
             ValueError: for a turn that the processor refuses.
@@ -45,7 +45,7 @@ class Dialogue:
 
 
 def answer_messages(dialogue: Dialogue, texts: Sequence[str], echo: bool) -> None:
-    """Answers successive user turns, shown beside the replies if `echo`."""
+    """Answers successive user turns, which are printed, too, if `echo`."""
     for text in texts:
         if echo:
             print(f"you> {text}\nvikdf> ", end="", flush=True)
@@ -53,7 +53,7 @@ def answer_messages(dialogue: Dialogue, texts: Sequence[str], echo: bool) -> Non
 
 
 def answer_lines(dialogue: Dialogue) -> None:
-    """Answers lines of standard input until it ends, or until /exit."""
+    """Answers lines of standard input until its end or /exit."""
     terminal = sys.stdin.isatty()
     if terminal:
         print("Type a message; /reset starts a new dialogue, /exit ends.", file=sys.stderr)

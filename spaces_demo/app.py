@@ -1,13 +1,13 @@
-"""A Space to chat with a frozen LLM that pictures what is said, and to look at what it pictures.
+"""A Space to chat with a frozen LLM with visual knowledge, and to see what that knowledge pictures.
 
-    message -> Demo.take -> Demo.respond -> Demo.answer: what was pictured, then the reply, word by word
-                                            (beside it, when asked, the same LLM's without knowledge)
+    message -> Demo.send -> Demo.respond -> Demo.answer: what was pictured, then the reply, word by word
+                                            (optionally side by side with the same LLM without knowledge)
 
 Example run:
     python spaces_demo/app.py                          # the packaged checkpoint, on this machine alone
     VIKDF_MODEL=outputs/my-model python spaces_demo/app.py
 
-The page holds all there is of a dialogue and sends it along with each message, so no visitor meets another's.
+The page holds the whole dialogue and sends it with each message, so visitors share no state.
 """
 
 import base64
@@ -22,7 +22,7 @@ from typing import Any
 
 
 try:
-    import spaces  # on ZeroGPU, and there before torch
+    import spaces  # on ZeroGPU, where it must be imported before torch
 except ImportError:
     spaces = None
 import gradio as gr
@@ -38,9 +38,9 @@ from modeling_vikdf.processing_vikdf import read_picture
 
 PICTURES = Path(__file__).parent / "pictures"
 PICTURED = "What the model pictured"
-PENDING = "…"  # in the place of a reply of which there is nothing yet
+PENDING = "…"  # shown until the reply's first word
 SHOWN_PICTURES, SHOWN_WORDS = 5, 60
-RETRY_TEMPERATURE = 0.7  # the likeliest words would be the same again
+RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the same reply
 EXAMPLES = (
     "I spent the whole day at the beach with my dog.",
     "We watched the fireworks over the city last night.",
@@ -85,21 +85,21 @@ LAUNCH = {
 
 class Demo:
     """
-    The page and what happens on it.
+    The page and its event handlers.
 
     Args:
-        pipe: answers chats; its model's pictures are refused, with a note, where the vision encoder cannot be had.
-        index: the pictures to compare knowledge with; `None` shows the words alone.
+        pipe: answers chats; pictures are refused, with a note, if its model's vision encoder cannot be loaded.
+        index: the pictures to compare knowledge with; `None` shows only the words.
     """
 
     def __init__(self, pipe: VikdfDialoguePipeline, index: PictureIndex | None):
         self.pipe, self.index = pipe, index
-        self.no_pictures = ""  # why the model takes none
+        self.no_pictures = ""  # the reason if the model takes none
         try:
             pipe.model.attach_vision_encoder()  # now, not when the first visitor waits for it
         except (OSError, ValueError) as error:
             self.no_pictures = str(error).partition(" Looked in:")[0]
-        # on ZeroGPU this is what runs where the GPU is, so everything that needs the model is in it
+        # on ZeroGPU only this function has the GPU, so it does everything that needs the model
         self.answer: Callable[..., Iterator[tuple[str, str, str]]] = self._answer
         if spaces is not None:
             self.answer = spaces.GPU(self._answer)
@@ -111,23 +111,24 @@ class Demo:
         Yields (what was pictured, as HTML; the reply so far; the reply without knowledge so far).
 
         Args:
-            chat: messages up to the one to reply to; `bare` those of the dialogue without knowledge, or none.
-            picture: what the visitor showed last.
-            settings: for `generate`.
+            chat: messages up to the one to reply to.
+            bare: the same for the dialogue without knowledge; empty to skip it.
+            picture: the last picture in the chat, or `None`.
+            settings: arguments of `generate`.
         """
         pipe, texts = self.pipe, ["", ""]
         pictured = self.show_knowledge(chat, picture)
         yield pictured, *texts
-        asked = [(chat, picture, {})] + ([(bare, None, {"use_knowledge": False})] if bare else [])
-        if settings["num_beams"] > 1:  # which end before anything can be shown
-            for side, (messages, image, how) in enumerate(asked):
+        requests = [(chat, picture, {})] + ([(bare, None, {"use_knowledge": False})] if bare else [])
+        if settings["num_beams"] > 1:  # beam search cannot stream
+            for side, (messages, image, how) in enumerate(requests):
                 texts[side] = pipe(messages, image, return_full_text=False, **settings, **how)[0]["generated_text"]
                 yield pictured, *texts
             return
-        with ExitStack() as stack:  # a visitor who stops or leaves ends both
+        with ExitStack() as stack:  # closes both streams if the visitor stops or leaves
             streams = [
                 stack.enter_context(closing(pipe.stream(messages, image, **settings, **how)))
-                for messages, image, how in asked
+                for messages, image, how in requests
             ]
             running = dict(enumerate(streams))
             while running:
@@ -155,7 +156,7 @@ class Demo:
                 lines.append(render_pictures(self.index.nearest(embeddings, SHOWN_PICTURES)[0]))
         return "".join(lines)
 
-    # ---- what visitors do ----
+    # ---- visitors' actions ----
 
     def send(self, message: dict, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
         """Takes a message from the input box and replies to it."""
@@ -173,18 +174,18 @@ class Demo:
         yield from steps
 
     def send_example(self, example: gr.SelectData, *state: Any) -> Iterator[tuple]:
-        """Sends one of the messages that an empty page offers."""
+        """Sends one of the example messages of an empty page."""
         yield from self.send({"text": example.value["text"], "files": []}, *state)
 
     def retry(self, retried: gr.RetryData, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
-        """Replies once more to a message, and forgets what followed."""
+        """Replies to a message again, and drops everything after it."""
         compare, length, temperature, beams = controls
         turn = count_turns(chat[: retried.index + 1])
         controls = compare, length, max(temperature, RETRY_TEMPERATURE), 1
         yield from self.respond(until(chat, turn), until(bare, turn), *controls)
 
     def edit(self, edited: gr.EditData, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
-        """Replies to a message in another wording, and forgets what followed."""
+        """Replies to an edited message, and drops everything after it."""
         turn = count_turns(chat[: edited.index + 1])
         chat, bare = until(chat, turn), until(bare, turn)
         text, (_, files) = edited.value, read_content(chat[-1]["content"])
@@ -195,8 +196,10 @@ class Demo:
         self, chat: list[dict], bare: list[dict], compare: bool, length: int, temperature: float, beams: int
     ) -> Iterator[tuple]:
         """
-        Replies to the last message: yields what becomes of the input box, the dialogue with ever more of the reply,
-        and the dialogue without knowledge, which is empty unless it is asked for.
+        Replies to the last message.
+
+        Yields updates of the input box, of the dialogue, with the reply so far, and of the dialogue without knowledge,
+        which is empty unless `compare` is set.
         """
         messages, path = to_messages(chat)
         picture = None
@@ -221,13 +224,13 @@ class Demo:
         def say(reply: str) -> dict:
             return {"role": "assistant", "content": reply.strip() or PENDING}
 
-        # from the first moment there is a reply, so that the roles take turns whenever a visitor stops it
+        # a reply is present from the first update, so that roles alternate even if the visitor stops it at once
         yield gr.MultimodalTextbox(submit_btn=False, stop_btn=True), [*chat, say("")], [*bare, say("")] if bare else []
         try:
             for pictured, reply, bare_reply in self.answer(messages, to_messages(bare)[0], picture, settings):
                 thought = {"role": "assistant", "content": pictured, "metadata": {"title": PICTURED}}
                 yield gr.skip(), [*chat, thought, say(reply)], [*bare, say(bare_reply)] if bare else []
-        except ValueError as error:  # a message that is too long, say
+        except ValueError as error:  # for example a message that is too long
             raise gr.Error(str(error)) from error
 
     # ---- the page ----
@@ -294,7 +297,7 @@ class Demo:
             for event in running:
                 event.then(**ready, **quick)
             box.stop(**ready, cancels=running, **quick)
-            # Emptied by an event, the page could still get the last words of a reply that is being cancelled.
+            # An event that clears the page could be followed by the last words of a reply that is being cancelled.
             new.click(None, js="() => window.location.reload()", api_visibility="private")
             compare.change(
                 lambda compare, chat: (
@@ -309,17 +312,17 @@ class Demo:
         return page
 
 
-# ---- dialogues as the page holds them ----
+# ---- dialogues in the page's format ----
 
 
 def user_message(text: str, files: Sequence[str] = ()) -> dict[str, Any]:
-    """What a visitor said, under the pictures that were shown with it."""
+    """A visitor's message: its pictures, then its text."""
     pictures = [{"type": "file", "file": {"path": path, "mime_type": guess_type(path)[0]}} for path in files]
     return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
 
 
 def read_content(content: str | list[dict]) -> tuple[str, list[str]]:
-    """Text and files of a message's content: a string, as programs send it, or a list of parts, as pages do."""
+    """Text and files of a message's content: a string, as API clients send it, or a list of parts, as pages do."""
     if isinstance(content, str):
         return content, []
     texts = [part["text"] for part in content if part["type"] == "text"]
@@ -327,31 +330,30 @@ def read_content(content: str | list[dict]) -> tuple[str, list[str]]:
 
 
 def without_knowledge(chat: list[dict]) -> list[dict]:
-    """The dialogue as text alone."""
-    return [
-        {"role": each["role"], "content": read_content(each["content"])[0]} for each in chat if not is_pictured(each)
-    ]
+    """The dialogue's text only."""
+    messages = [message for message in chat if not is_pictured(message)]
+    return [{"role": message["role"], "content": read_content(message["content"])[0]} for message in messages]
 
 
 def is_pictured(message: dict) -> bool:
-    """Whether a message is not the dialogue's but shows what was pictured."""
+    """Whether a message is not part of the dialogue but shows what was pictured."""
     return (message.get("metadata") or {}).get("title") == PICTURED
 
 
 def to_messages(chat: list[dict]) -> tuple[list[dict], str | None]:
-    """The messages for the model, and the file of the picture that was shown last."""
-    files = [path for each in chat if not is_pictured(each) for path in read_content(each["content"])[1]]
+    """The messages for the model, and the file of the last picture, or `None`."""
+    files = [path for message in chat if not is_pictured(message) for path in read_content(message["content"])[1]]
     return without_knowledge(chat), files[-1] if files else None
 
 
 def count_turns(chat: list[dict]) -> int:
-    """How many messages of the user there are."""
-    return sum(each["role"] == "user" for each in chat)
+    """Number of user messages."""
+    return sum(message["role"] == "user" for message in chat)
 
 
 def until(chat: list[dict], turn: int) -> list[dict]:
-    """The dialogue up to its `turn`-th message of the user, as far as there are so many."""
-    users = [index for index, each in enumerate(chat) if each["role"] == "user"]
+    """The dialogue up to its `turn`-th user message; the whole dialogue if it has fewer."""
+    users = [index for index, message in enumerate(chat) if message["role"] == "user"]
     return chat[: users[turn - 1] + 1] if turn <= len(users) else list(chat)
 
 
@@ -362,15 +364,18 @@ def attended_words(
     processor: VikdfProcessor, chat: list[dict], inputs: BatchFeature, attention: list[float]
 ) -> list[tuple[str, float]]:
     """
-    The words of the context with the attention that their tokens get together.
+    The words of the context, each with the sum of its tokens' attention.
 
     Args:
-        inputs: what the processor made of the chat; attention: of each of its T context tokens.
+        processor: the model's processor.
+        chat: the messages.
+        inputs: the processor's output for the chat.
+        attention: weight of each of the T context tokens.
     """
-    turns = [each for each in chat if each["role"] != "system"][inputs.dropped_context_turns[0] :]
-    text = "\n".join(each["content"] for each in turns if each["role"] == "user" or each["content"].strip())
-    # The newest tokens are those in `inputs`, here with their places in the text. They are not cut by the tokenizer,
-    # whose settings all visitors share.
+    turns = [message for message in chat if message["role"] != "system"][inputs.dropped_context_turns[0] :]
+    spoken = [message for message in turns if message["role"] == "user" or message["content"].strip()]
+    text = "\n".join(message["content"] for message in spoken)
+    # The last tokens are those in `inputs`. The tokenizer does not truncate, because visitors share its settings.
     offsets = processor.context_text_tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     ids = inputs.context_input_ids[0].tolist()  # [T]
     framing = {*processor.context_tokenizer.all_special_ids} - {processor.context_tokenizer.unk_token_id}
@@ -382,18 +387,18 @@ def attended_words(
     words = []
     for word in re.finditer(r"\S+", text):
         parts = [weight for start, stop, weight in tokens if start < word.end() and stop > word.start()]
-        if parts:  # none of the words that the text encoder did not read
+        if parts:  # not a word beyond the text encoder's window
             words.append((word[0], sum(parts)))
     return words
 
 
 def render_words(words: list[tuple[str, float]]) -> str:
-    """HTML: the newest words; the more of the attention one got beyond an even share, the brighter."""
+    """HTML: the newest words, highlighted by their attention above the mean."""
     weights = [weight for _, weight in words]
-    even, most = sum(weights) / len(weights), max(weights)
+    mean, largest = sum(weights) / len(weights), max(weights)
     marked = []
     for word, weight in words[-SHOWN_WORDS:]:
-        strength = 0.65 * max(0.0, weight - even) / (most - even) if most > even else 0
+        strength = 0.65 * max(0.0, weight - mean) / (largest - mean) if largest > mean else 0
         escaped = html.escape(word)
         marked.append(f'<mark style="background: rgba(245, 158, 11, {strength:.2f})">{escaped}</mark>')
     cut = ["…"] if len(words) > SHOWN_WORDS else []
@@ -416,7 +421,7 @@ def render_pictures(matches: list[Match]) -> str:
 
 
 def load(source: str) -> Demo:
-    """The demo of a checkpoint, a folder or a Hub id; without pictures if those at hand are another model's."""
+    """The demo of a checkpoint (folder or Hub id); without pictures if the index was embedded by another model."""
     model, processor = load_model(source)
     pipe = pipeline("vikdf-dialogue", model=model, processor=processor, device=model.device)
     index = PictureIndex.load(PICTURES)

@@ -246,7 +246,7 @@ def test_a_mistyped_recipe_names_the_nearest_and_all(capsys, tmp_path):
         ("data:\nmodel: {checkpoint: nowhere}", ["data.trian=a.tar"], "for 'trian', did you mean 'train'?"),
         ("data: [a.tar]", ["data.train=b.tar"], "'data' must hold settings"),
         ("dat: {train: a.tar}", [], "for 'dat', did you mean 'data'?"),
-        ("model: {checkpoint: nowhere", [], "is no recipe"),
+        ("model: {checkpoint: nowhere", [], "is not a recipe"),
         ("model: {checkpoint: nowhere}\ndata: {train: a.tar}", [], "There is no folder 'nowhere'"),
     ],
 )

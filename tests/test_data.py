@@ -201,7 +201,7 @@ def test_what_does_not_exist_is_named(tmp_path):
         for load in (load_image_text_pairs, load_dialogues):
             with pytest.raises(FileNotFoundError, match="There is no file"):
                 load(source)
-    with pytest.raises(FileNotFoundError, match="org/gone.*no file or folder here"):
+    with pytest.raises(FileNotFoundError, match="no file or folder 'org/gone'"):
         load_image_text_pairs("org/gone")  # offline
     with pytest.raises(FileNotFoundError, match="metadata.jsonl"):
         load_image_text_pairs(tmp_path)
@@ -385,9 +385,9 @@ def test_metadata_leads_nowhere_but_to_files_of_the_folder(tmp_path, report):
     details = report.skipped()
     assert list(details) == ["unreadable image"] and len(details["unreadable image"]) == len(bad)
     for name in bad[:4]:
-        assert details["unreadable image"][f"pictures/{name}"] == "the name leads out of the folder"
+        assert details["unreadable image"][f"pictures/{name}"] == "the path is outside the folder"
     for name in ("pipe", "zero", "folder"):
-        assert details["unreadable image"][f"pictures/{name}.png"].endswith(f"{name}.png is no regular file")
+        assert details["unreadable image"][f"pictures/{name}.png"].endswith(f"{name}.png is not a regular file")
 
 
 def test_rows_of_datasets_lead_to_files_alone(tmp_path, report, monkeypatch):
@@ -400,7 +400,7 @@ def test_rows_of_datasets_lead_to_files_alone(tmp_path, report, monkeypatch):
     details = sorted(report.skipped()["unreadable image"].values())
     assert details == sorted(
         [
-            *(f"{path} is no regular file" for path in paths[:2]),
+            *(f"{path} is not a regular file" for path in paths[:2]),
             *(f"{path} has more than {len(PNG) - 1} bytes" for path in paths[2:]),
         ]
     )
@@ -866,9 +866,9 @@ FOREIGN = {
     "gzip": gzip.compress(gzip.compress(LINES)),
     "UTF-16": LINES.decode().encode("utf-16"),
     "one JSON document": ARRAY.encode(),
-    "one JSON document; JSON Lines, an object a line": b"\n \xef\xbb\xbf".strip()
+    "one JSON document, not one object per line": b"\n \xef\xbb\xbf".strip()
     + json.dumps(json.loads(ARRAY), indent=1).encode(),
-    "one JSON document; ": b"[\n" + LINES.replace(b"}\n\n", b"},\n") + b"]",
+    "one JSON document, ": b"[\n" + LINES.replace(b"}\n\n", b"},\n") + b"]",
     "one JSON": json.dumps({"turns": ["u", "a"]}, indent=1).encode(),
     "empty": b"\n \n",
 }
@@ -905,7 +905,7 @@ def test_lines_too_long_to_read_are_reported(tmp_path, report, monkeypatch):
 @pytest.mark.parametrize("content, what", [(b"\x28\xb5\x2f\xfd", "zstd"), (b"PK\x03\x04", "zip")])
 def test_shards_of_another_kind_are_named(tmp_path, report, content, what):
     (tmp_path / "s.tar.zst").write_bytes(content * 1000)
-    with pytest.raises(ValueError, match=f"it is {what}; a shard is a tar archive"):
+    with pytest.raises(ValueError, match=f"it is {what}; a shard must be a tar archive"):
         load_image_text_pairs(tmp_path / "s.tar.zst", report=report)
 
 
@@ -924,9 +924,9 @@ def test_shards_and_files_without_content_are_reported(tmp_path, report):
 def test_no_pipe_or_device_is_taken_for_a_file(tmp_path, report):
     os.mkfifo(tmp_path / "d.jsonl")
     for path in (tmp_path / "d.jsonl", "/dev/zero"):
-        with pytest.raises(ValueError, match="it is no regular file"):
+        with pytest.raises(ValueError, match="it is not a regular file"):
             load_dialogues(path, report=report)
-        with pytest.raises(ValueError, match="it is no regular file"):
+        with pytest.raises(ValueError, match="it is not a regular file"):
             load_image_text_pairs(path, report=report)
 
 

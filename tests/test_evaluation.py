@@ -664,7 +664,7 @@ def test_shrinking_to_nothing_and_not_at_all_is_said_aloud(checkpoint, many, cap
 def test_the_command_says_that_a_share_is_what_remains(capsys):
     with pytest.raises(SystemExit):
         main(["shrink", "--help"])
-    assert "share of the differences from it that remains" in " ".join(capsys.readouterr().out.split())
+    assert "share of the deviations from the mean that is kept" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_limit_that_leaves_nothing_out_is_none(checkpoint, data, tmp_path):

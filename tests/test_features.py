@@ -212,10 +212,10 @@ def test_images_are_decoded_once_and_damaged_ones_left_out(pairs, tmp_path, monk
 
 OTHER = {
     "vision_encoder.*context_encoder": lambda: (build("separate", seed=1), {}),
-    r"image_processor: .*\b32\b.*there.*\b40\b": lambda: (build("separate", size=40), {}),
-    "max_length: 512 there, 9 now": lambda: (build("separate", max_context_length=9), {}),
-    "pool_grid: None there, 2 now": lambda: (build("separate"), {"pool_grid": 2}),
-    "shard_size: 512 there, 3 now": lambda: (build("separate"), {"shard_size": 3}),
+    r"image_processor: .*\b32\b.*cached.*\b40\b": lambda: (build("separate", size=40), {}),
+    "max_length: 512 cached, 9 now": lambda: (build("separate", max_context_length=9), {}),
+    "pool_grid: None cached, 2 now": lambda: (build("separate"), {"pool_grid": 2}),
+    "shard_size: 512 cached, 3 now": lambda: (build("separate"), {"shard_size": 3}),
 }
 
 
@@ -227,7 +227,7 @@ def test_another_encoder_or_setting_is_refused(pairs, tmp_path, difference):
     with pytest.raises(ValueError, match=difference) as error:
         cache_features(*parts, pairs, tmp_path, **settings)
     assert "Choose another folder" in str(error.value)
-    assert str(error.value).count(" there, ") == difference.count(".*context") + 1  # and nothing else is blamed
+    assert str(error.value).count(" cached, ") == difference.count(".*context") + 1  # and nothing else is blamed
     assert files(tmp_path) == before
 
 
@@ -432,10 +432,10 @@ def test_a_cache_of_the_earlier_format_is_built_anew(pairs, built, whole, tmp_pa
     index = json.loads((whole / "index.json").read_text())
     del index["checksum"], index["key"]["format"]
     (tmp_path / "index.json").write_text(json.dumps(index, indent=2))
-    with pytest.raises(ValueError, match="has format 1, and format 2 is read: call cache_features again"):
+    with pytest.raises(ValueError, match="has format 1, expected format 2: call cache_features again"):
         FeatureDataset(tmp_path)
     model, processor = built
-    with pytest.raises(ValueError, match="pool_grid: 1 there, 2 now"):
+    with pytest.raises(ValueError, match="pool_grid: 1 cached, 2 now"):
         cache_features(model, processor, pairs, tmp_path, shard_size=3, pool_grid=2)
     cache_features(model, processor, pairs, tmp_path, shard_size=3, pool_grid=1)
     assert any("earlier format" in message for message in caplog.messages)
@@ -447,7 +447,7 @@ def test_only_what_differs_of_a_setting_is_told(pairs, tmp_path):
     with pytest.raises(ValueError) as error:
         cache_features(*build("separate", size=40), pairs, tmp_path)
     assert "image_processor: {" in str(error.value) and "crop_size" in str(error.value)
-    assert "image_mean" not in str(error.value) and "delete the folder to have it built anew" in str(error.value)
+    assert "image_mean" not in str(error.value) and "delete the folder to rebuild it" in str(error.value)
 
 
 def test_what_cannot_be_read_says_what_to_do(pairs, tmp_path):

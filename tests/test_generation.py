@@ -252,16 +252,16 @@ def test_a_cache_that_ends_before_the_pictures_places_needs_the_picture(model, c
     crop(cache, cut)
     context = {name: first[name] for name in ("context_input_ids", "context_attention_mask")}
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **context}
-    with pytest.raises(ValueError, match="places for a picture.*pixel_values"):
+    with pytest.raises(ValueError, match="placeholders for a text and a picture.*pixel_values"):
         model.generate(**inputs, past_key_values=cache, **GREEDY)
     expected = model.generate(**inputs, **PICTURE, **GREEDY)
     assert torch.equal(model.generate(**inputs, **PICTURE, past_key_values=cache, **GREEDY), expected)
 
 
 def test_a_picture_prompt_without_its_picture_says_so(model):
-    with pytest.raises(ValueError, match="places for a picture.*pixel_values"):
+    with pytest.raises(ValueError, match="placeholders for a text and a picture.*pixel_values"):
         model.generate(**prompt([15], sources=2), **GREEDY)
-    with pytest.raises(ValueError, match="places for a picture.*pixel_values"):
+    with pytest.raises(ValueError, match="placeholders for a text and a picture.*pixel_values"):
         model(**prompt([15], sources=2))
 
 

@@ -309,7 +309,7 @@ def test_knowledge_moves_the_logits_from_its_place_on(model):
 @pytest.mark.parametrize("share", [-0.25, 1.5, float("nan")])
 def test_a_share_that_is_none_is_refused(llama_model, share):
     gate = llama_model.knowledge_gate.clone()
-    with pytest.raises(ValueError, match=f"what remains.*got {share}"):
+    with pytest.raises(ValueError, match=f"fraction of the deviations.*got {share}"):
         llama_model.shrink_knowledge(torch.zeros(4, 32), share)
     assert torch.equal(llama_model.knowledge_gate, gate)
 

@@ -86,7 +86,7 @@ def test_a_report_says_what_it_is_and_an_old_one_is_known_by_its_keys(kind):
     assert kind_of({"kind": "study", "version": REPORT_VERSION} | dict.fromkeys(OLD[kind])) == "study"
     assert kind_of(dict.fromkeys({*OLD[kind], "more"})) == kind
     assert all(kind_of(dict.fromkeys(OLD[kind] - {key})) is None for key in OLD[kind])
-    with pytest.raises(ValueError, match=f"r.json is of version {REPORT_VERSION + 1}.*reads version {REPORT_VERSION}"):
+    with pytest.raises(ValueError, match=f"r.json has version {REPORT_VERSION + 1}.*reads version {REPORT_VERSION}"):
         kind_of({"kind": kind, "version": REPORT_VERSION + 1}, "r.json")
 
 

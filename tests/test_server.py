@@ -423,9 +423,9 @@ def test_pictures_alone_and_beside_chats_without(parts, pipe):
         ("file:///etc/passwd", "fetches nothing"),
         ("/etc/passwd", "fetches nothing"),
         ("data:image/png,AAAA", "data: URL"),
-        ("data:image/png;base64,AAAA", "no whole PNG"),
-        (data_url(picture("red"))[:-40], "no whole PNG"),
-        (data_url(picture("red"), "ICO"), "no whole PNG"),
+        ("data:image/png;base64,AAAA", "not a complete PNG"),
+        (data_url(picture("red"))[:-40], "not a complete PNG"),
+        (data_url(picture("red"), "ICO"), "not a complete PNG"),
         (data_url(Image.new("1", (6000, 5000))), "6000 x 5000 pixels"),
     ],
 )

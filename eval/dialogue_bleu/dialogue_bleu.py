@@ -27,7 +27,7 @@ class DialogueBleu(evaluate.Metric):
             description="Corpus BLEU-1 to BLEU-4 of replies against one or several references each.",
             citation=CITATION,
             inputs_description=bleu.__doc__,
-            features=[  # the first that fits, and a string would fit a list too, as its letters
+            features=[  # the first that matches is used, and a string also matches a list, of its letters
                 datasets.Features(predictions=text, references=text),
                 datasets.Features(predictions=text, references=datasets.List(text)),
             ],

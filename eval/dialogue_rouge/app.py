@@ -1,4 +1,4 @@
-"""The Space of this metric. Example run: `python app.py`."""
+"""The Space of this metric; run it by `python app.py`."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ from modeling_vikdf.metrics import rouge_l
 
 
 def compute(predictions: str, references: str) -> dict[str, float]:
-    """A line an item; several references of an item are parted by |."""
+    """Scores one item per line; several references of an item are separated by |."""
     return rouge_l(predictions.splitlines(), [line.split("|") for line in references.splitlines()])
 
 
 demo = gr.Interface(
     compute,
     inputs=[
-        gr.Textbox(label="Predictions", info="One a line", lines=4),
-        gr.Textbox(label="References", info="A line for each prediction; several parted by |", lines=4),
+        gr.Textbox(label="Predictions", info="One per line", lines=4),
+        gr.Textbox(label="References", info="One line per prediction; separate several by |", lines=4),
     ],
     outputs=gr.JSON(label="Scores"),
     examples=[["the dog runs on the beach", "the dog runs along the beach|the dog runs"]],

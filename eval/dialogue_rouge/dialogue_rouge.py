@@ -27,7 +27,7 @@ class DialogueRouge(evaluate.Metric):
             description="ROUGE-L, with beta 1.2, of replies against one or several references each.",
             citation=CITATION,
             inputs_description=rouge_l.__doc__,
-            features=[  # the first that fits, and a string would fit a list too, as its letters
+            features=[  # the first that matches is used, and a string also matches a list, of its letters
                 datasets.Features(predictions=text, references=text),
                 datasets.Features(predictions=text, references=datasets.List(text)),
             ],

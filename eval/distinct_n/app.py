@@ -1,4 +1,4 @@
-"""The Space of this metric. Example run: `python app.py`."""
+"""The Space of this metric; run it by `python app.py`."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from modeling_vikdf.metrics import distinct
 
 
 def compute(predictions: str) -> dict[str, float]:
-    """A line an item."""
+    """Scores one item per line."""
     return distinct(predictions.splitlines())
 
 
 demo = gr.Interface(
     compute,
-    inputs=gr.Textbox(label="Predictions", info="One a line", lines=4),
+    inputs=gr.Textbox(label="Predictions", info="One per line", lines=4),
     outputs=gr.JSON(label="Scores"),
     examples=[["I love the beach!\nI love my dog."]],
     title="Distinct-n",

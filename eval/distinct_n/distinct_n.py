@@ -24,7 +24,7 @@ class DistinctN(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Distinct-1 and Distinct-2: how many of the unigrams and bigrams of replies are different.",
+            description="Distinct-1 and Distinct-2: the fraction of replies' unigrams and bigrams that are distinct.",
             citation=CITATION,
             inputs_description=distinct.__doc__,
             features=datasets.Features(predictions=datasets.Value("string")),

@@ -1,4 +1,4 @@
-"""The Space of this metric. Example run: `python app.py`."""
+"""The Space of this metric; run it by `python app.py`."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from modeling_vikdf.metrics import embedding_similarity
 
 
 def compute(predictions: str, references: str, vectors: str) -> dict[str, float]:
-    """A line an item, several references of an item parted by |; vectors in GloVe's text format."""
+    """Scores one item per line, several references separated by |; vectors in GloVe's text format."""
     rows = [line.split() for line in vectors.splitlines()]
     return embedding_similarity(
         predictions.splitlines(),
@@ -21,9 +21,9 @@ def compute(predictions: str, references: str, vectors: str) -> dict[str, float]
 demo = gr.Interface(
     compute,
     inputs=[
-        gr.Textbox(label="Predictions", info="One a line", lines=4),
-        gr.Textbox(label="References", info="A line for each prediction; several parted by |", lines=4),
-        gr.Textbox(label="Word vectors", info="A line a word: the word and its numbers, as GloVe's files", lines=4),
+        gr.Textbox(label="Predictions", info="One per line", lines=4),
+        gr.Textbox(label="References", info="One line per prediction; separate several by |", lines=4),
+        gr.Textbox(label="Word vectors", info="One word per line with its numbers, as in GloVe's files", lines=4),
     ],
     outputs=gr.JSON(label="Scores"),
     examples=[["the cat runs", "the dog runs", "dog 1 0\ncat 0.8 0.6\nruns 0 -1"]],

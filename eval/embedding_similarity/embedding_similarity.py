@@ -34,7 +34,7 @@ class EmbeddingSimilarity(evaluate.Metric):
             description="Embedding Average, Vector Extrema and Greedy Matching of replies and references.",
             citation=CITATION,
             inputs_description=embedding_similarity.__doc__,
-            features=[  # the first that fits, and a string would fit a list too, as its letters
+            features=[  # the first that matches is used, and a string also matches a list, of its letters
                 datasets.Features(predictions=text, references=text),
                 datasets.Features(predictions=text, references=datasets.List(text)),
             ],

@@ -1,4 +1,4 @@
-"""What models learn from: files -> pairs and dialogues -> cached states of the frozen encoders -> batches."""
+"""Training data: files -> pairs and dialogues -> cached states of the frozen encoders -> batches."""
 
 from .collators import DialogueCollator, JointCollator, PreTrainingCollator, align_at_knowledge
 from .dialogues import load_dialogues

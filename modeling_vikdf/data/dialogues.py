@@ -1,8 +1,8 @@
-"""Text dialogues from anywhere, as plain examples.
+"""Text dialogues from any source, as plain examples.
 
     JSON Lines files, Hub datasets -> load_dialogues -> {"key", "messages", "references"}
 
-This module knows what a dialogue may look like; how files are found and read is in sources.py.
+This module knows the formats of a dialogue; sources.py finds and reads files.
 """
 
 from collections.abc import Iterator
@@ -44,21 +44,21 @@ def load_dialogues(
 ) -> Dataset | IterableDataset:
     """Loads dialogues, `{"key": str, "messages": [{"role": str, "content": str}, ...], "references": [str, ...]}`.
 
-    A source is a JSONL file (a path, glob, brace range or URL; in gzip or not), a Hub dataset or an object of
+    A source is a JSON Lines file (a path, glob, brace range or URL; plain or in gzip), a Hub dataset or an object of
     `datasets`, with
-      * `turns`, a list of strings: the last is the assistant's reply, and before it the user and the assistant take
-        turns, so that an odd number of turns begins with the assistant;
+      * `turns`, a list of strings: the last is the assistant's reply, and before it user and assistant alternate, so
+        that an odd number of turns begins with the assistant;
       * `turns` and `references`: several replies to the turns, the last of which is the user's;
-      * `messages`, with roles of their own; if there are `references` too, they may end with the user's.
-    The last of `messages` is a reply of the assistant, and the first of `references` is the same.
+      * `messages`, with roles; with `references` they may end with the user's message.
+    In the result the last of `messages` is the assistant's reply and equals the first of `references`.
 
-    Dialogues without a reply or a user's turn before it, with an empty turn or an unknown role, and malformed lines
-    are skipped and reported. Keys are unique: `file:line`, or a hash of a Hub dataset's row.
+    Dialogues without a reply, without a user turn before it, with an empty turn or an unknown role, and malformed
+    lines are skipped and reported. Keys are unique: `file:line`, or a hash of a Hub dataset's row.
 
     Args:
         sources: A source, or a list of sources.
         split: The split of Hub datasets.
-        streaming: True reads while iterating, in order; False reads now, into memory.
+        streaming: True reads while iterating, in order; False reads everything now, into memory.
         column: The column of turns or messages, if its name is unusual.
         report: Records what is skipped; by default one in a temporary folder.
 
@@ -102,7 +102,7 @@ def _try_dialogue(key: str, record: dict, column: str | None, report: SkipReport
 
 
 def _read_dialogue(record: dict[str, Any], column: str | None) -> tuple[list[dict[str, str]], list[str]]:
-    """Messages and references; a ValueError says why a dialogue is unusable."""
+    """Messages and references; raises a ValueError if the dialogue is unusable, whose text is the reason reported."""
     columns = [column] if column else DIALOGUE_COLUMNS
     turns = next(filter(None, map(record.get, columns)), None)
     if not isinstance(turns, list):
@@ -129,7 +129,7 @@ def _read_dialogue(record: dict[str, Any], column: str | None) -> tuple[list[dic
 
 
 def _read_text(content: Any) -> str:
-    """A content, or the text parts that make it up, stripped."""
+    """The stripped text of a content, a string or a list of text parts."""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "\n".join(str(part.get("text")) for part in content)
     if not isinstance(content, str):

@@ -1,12 +1,12 @@
-"""States of the frozen encoders on disk: computed once, read at random by every later run.
+"""A disk cache for states of the frozen encoders: computed once, with random access for every later run.
 
-A cache is a folder: `index.json` says what the states depend on, each shard `features-NNNNN.safetensors` holds those
-of `shard_size` pictures and of all their captions, in the order in which the pairs came. Rows of different lengths lie
-one behind the other; `*_offsets` say where each begins and ends, so an example is found without reading the others.
+A cache is a folder: `index.json` records what the states depend on, and each shard `features-NNNNN.safetensors` holds
+the states of `shard_size` pictures and all their captions, in the order of the pairs. Rows of different lengths are
+concatenated; `*_offsets` locate them, so an example is read without the others.
 
-Nothing in it is taken on trust: a shard holds hashes of the settings it was made with and of each picture, so that
-what has changed is encoded anew, and checksums of its content, so that no damaged states are returned. This module
-knows neither objectives nor batches.
+Everything is verified: a shard holds hashes of its settings and of each picture, so that changed data is encoded
+again, and checksums of its content, so that damaged states are never returned. This module knows neither objectives
+nor batches.
 """
 
 import hashlib
@@ -36,19 +36,21 @@ from .sources import SkipReport
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 2  # format 1 had neither hashes of what was encoded nor checksums
+FORMAT = 2  # format 1 had neither hashes of its inputs nor checksums
 INDEX_NAME = "index.json"
 SHARD_NAME = "features-{:05d}.safetensors"
 
 
 class FeatureDataset(Dataset):
     """
-    A cache that [`cache_features`] wrote, as a dataset. The shards are memory-mapped: nothing is read before it is
-    asked for, each process (a DataLoader worker, say) maps them for itself, and pickling takes no file along.
+    A map-style dataset over a cache written by [`cache_features`].
+
+    Shards are memory-mapped on first access, by each process (such as a DataLoader worker) for itself; pickling the
+    dataset does not copy them.
 
     Args:
         folder: the cache.
-        images: key -> content of the picture's file, for an objective that needs the pictures themselves.
+        images: key -> bytes of the picture's file, for objectives that need the pictures themselves.
 
     Raises:
         FileNotFoundError: if the folder holds no cache.
@@ -63,32 +65,34 @@ class FeatureDataset(Dataset):
             raise FileNotFoundError(f"There are no cached features in {self.folder}: write them with cache_features.")
         if index["key"].get("format") != FORMAT:
             raise ValueError(
-                f"The cache in {self.folder} has format {index['key'].get('format', 1)}, and format {FORMAT} is read: "
-                "call cache_features again to build it anew."
+                f"The cache in {self.folder} has format {index['key'].get('format', 1)}, expected format {FORMAT}: "
+                "call cache_features again to rebuild it."
             )
         if index["num_pictures"] is None:
-            raise ValueError(f"The cache in {self.folder} is not complete: call cache_features again to go on.")
+            raise ValueError(f"The cache in {self.folder} is not complete: call cache_features again to continue.")
         self.num_pictures, self.shard_size = index["num_pictures"], index["key"]["shard_size"]
         self._settings = _hash_settings(index["key"])
         self._owner, self._files = os.getpid(), {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # mapped files do not travel
+        return {**self.__dict__, "_files": {}}  # mapped files cannot be pickled
 
     def __len__(self) -> int:
         return self.num_pictures
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """
+        Reads one picture with its captions.
+
         Returns:
             `key`; `captions`, C strings; `vision_states` [S, d_vision] and `context_states`, C tensors [T, d_text],
-            float16; `context_input_ids`, C tensors [T], special tokens included; `image`, undecoded, where there are
-            `images`.
+            float16; `context_input_ids`, C tensors [T], int64, special tokens included; and with `images` the picture
+            as `image`, undecoded.
 
         Raises:
             IndexError: if there is no such picture.
-            OSError: if its shard is missing, of another cache, or what it holds of the picture is damaged, by a
-                checksum of all that is read (about 0.3 ms for 257 states of 768 numbers).
+            OSError: if its shard is missing or of another cache, or the picture's data is damaged, by a checksum
+                (which takes about 0.3 ms for 257 states of width 768).
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"Picture {index} of {len(self)}.")
@@ -113,34 +117,35 @@ def cache_features(
     report: SkipReport | None = None,
 ) -> FeatureDataset:
     """
-    Runs the frozen encoders once over each picture and each of its captions and keeps their states as float16.
+    Runs the frozen encoders once over each picture and each of its captions, and caches their states in float16.
 
-    Interrupted, it goes on where it was when it is called again, and ends with the same bytes. What is there is
-    compared with the pairs, in their order, and read once to find damage. What has changed since, or is damaged, is
-    encoded anew, with a warning: the batches of pictures and the captions of the shards concerned, and all of a cache
-    of an earlier format; shards that are left over are deleted. The end is the same as of a new cache. To open a
-    complete cache without the pairs use [`FeatureDataset`]. Of several processes one works and the others wait.
+    After an interruption a second call continues, with bitwise the same result. An existing cache is compared with
+    the pairs, in order, and read once to find damage. Data that has changed or is damaged is encoded again, with a
+    warning: the affected batches of pictures and the captions of their shards, or everything in a cache of an earlier
+    format; surplus shards are deleted. The result equals that of a new cache. To open a complete cache without the
+    pairs use [`FeatureDataset`]. Of several processes one works and the others wait.
 
     Args:
-        pairs: `{"key": str, "image": ..., "captions": [str, ...]}`; an image is the content of its file, which is
-            decoded only if its states are not there yet, or a PIL image, which is recognised by its pixels (so the two
-            are different pictures).
+        model: a model with both encoders.
+        processor: its processor.
+        pairs: `{"key": str, "image": ..., "captions": [str, ...]}`; an image is the bytes of its file, decoded only if
+            its states are not cached, or a PIL image, identified by its pixels (so the two count as different).
         folder: where to write; created if missing.
-        batch_size: pictures, or captions, in a batch of an encoder.
-        pool_grid: g averages the patch states to a grid of g x g, and keeps the class and register states before them
-            as they are; `None` keeps all.
-        shard_size: pictures in a file.
-        report: records which images cannot be decoded; they are left out.
+        batch_size: pictures, or captions, per batch.
+        pool_grid: g averages the patch states to a g x g grid, and keeps the class and register states before them;
+            `None` keeps all states.
+        shard_size: pictures per file.
+        report: records images that cannot be decoded, which are skipped.
 
     Raises:
         OSError: if an encoder cannot be found or the disk is full.
-        ValueError: if the folder holds the states of other encoders or settings, or states do not fit float16.
+        ValueError: if the folder holds states of other encoders or settings, or states exceed the range of float16.
     """
     folder, report = Path(folder), report or SkipReport()
     folder.mkdir(parents=True, exist_ok=True)
     model.attach_vision_encoder()
     for encoder in (model.vision_encoder, model.context_encoder):
-        encoder.eval()  # no dropout, also where the model was built and not loaded
+        encoder.eval()  # no dropout, even if the model was built and not loaded
     index = {
         "key": _cache_key(model, processor, pool_grid, shard_size),
         "backbones": model.config.backbones,
@@ -156,7 +161,7 @@ def cache_features(
             examples = itertools.islice(_identify(stream, old, report), shard_size)
             rows, tensors = _encode(model, processor, examples, old, batch_size, pool_grid, progress)
             if tensors:
-                if complete:  # and no longer, until all is written
+                if complete:  # no longer so until everything is written
                     _write_index(folder, index)
                     complete = False
                 changed += [path.name] if path.exists() else []
@@ -168,14 +173,14 @@ def cache_features(
         _write_index(folder, index)
     if changed:
         logger.warning(
-            f"{folder}: pictures, captions or their order had changed, or shards were damaged. Encoded anew: "
+            f"{folder}: pictures, captions or their order had changed, or shards were damaged. Encoded again: "
             f"{', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''} ({len(changed)} shards)."
         )
     return FeatureDataset(folder)
 
 
 def tokenize_captions(processor: VikdfProcessor, captions: list[str]) -> list[torch.Tensor]:
-    """The text encoder's ids of each caption [T], special tokens included, truncated to its limit."""
+    """The text encoder's ids of each caption [T], int64, special tokens included, truncated to its maximum length."""
     tokenizer, limit = processor.context_text_tokenizer, _max_length(processor)
     rows = tokenizer(captions)["input_ids"]
     return [
@@ -188,7 +193,7 @@ def tokenize_captions(processor: VikdfProcessor, captions: list[str]) -> list[to
 
 
 class _Row(NamedTuple):
-    """What identifies a picture and its captions."""
+    """The identity of a picture and its captions."""
 
     key: str
     captions: list[str]
@@ -198,7 +203,7 @@ class _Row(NamedTuple):
 def _identify(
     stream: Iterator[dict[str, Any]], old: "_Shard | None", report: SkipReport
 ) -> Iterator[tuple[_Row, dict[str, Any], bool]]:
-    """(row, pair, whether the old shard has its picture in the same place); what cannot be decoded is left out."""
+    """(row, pair, whether the old shard has this picture at this position); undecodable pictures are skipped."""
     position = 0
     for example in stream:
         row = _Row(example["key"], list(example["captions"]), _hash_picture(example["image"]))
@@ -225,11 +230,11 @@ def _encode(
     pool_grid: int | None,
     progress: tqdm,
 ) -> tuple[list[_Row], dict[str, torch.Tensor]]:
-    """The rows and tensors of a shard; no tensors if they are those of the old one, or there are no examples."""
+    """The rows and tensors of a shard; no tensors if they equal the old shard's, or there are no examples."""
     rows, vision_states = [], []
     while batch := list(itertools.islice(examples, batch_size)):
         place = slice(len(rows), len(rows) + batch_size)
-        if all(kept for *_, kept in batch) and len(batch) == len(old.rows[place]):  # as it would be encoded now
+        if all(kept for *_, kept in batch) and len(batch) == len(old.rows[place]):  # the same batch: same rounding
             vision_states.append(old.read("vision_states", place.start, place.stop))
         else:
             pictures = [pair["image"] for _, pair, _ in batch]
@@ -268,18 +273,18 @@ def _encode(
 def _encode_pictures(
     model: VikdfForConditionalGeneration, processor: VikdfProcessor, pictures: list[Any], pool_grid: int | None
 ) -> torch.Tensor:
-    """States [B, S, d_vision]."""
-    pixel_values = processor.pixel_values(pictures).to(model.iqformer.query_tokens.device)  # wherever the encoders are
+    """Vision states [B, S, d_vision], float16."""
+    pixel_values = processor.pixel_values(pictures).to(model.iqformer.query_tokens.device)  # the encoders' device
     return _to_half(_pool(model.encode_images(pixel_values), pixel_values, model, pool_grid))
 
 
 def _encode_captions(
     model: VikdfForConditionalGeneration, processor: VikdfProcessor, ids: list[torch.Tensor], batch_size: int
 ) -> torch.Tensor:
-    """States [tokens, d_text] of the captions, one after another."""
+    """Text states [tokens, d_text] of the captions, concatenated, float16."""
     device = model.iqformer.query_tokens.device  # the encoders', wherever a device map put the LLM
     context_states = [None] * len(ids)
-    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # so that little is padding
+    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # minimises padding
     for start in range(0, len(ids), batch_size):
         rows = by_length[start : start + batch_size]
         batch_ids, mask = pad([ids[i] for i in rows], processor.context_tokenizer.pad_token_id)  # [B, T]
@@ -292,7 +297,7 @@ def _encode_captions(
 def _pool(
     states: torch.Tensor, pixel_values: torch.Tensor, model: VikdfForConditionalGeneration, pool_grid: int | None
 ) -> torch.Tensor:
-    """The patch states of [B, S, d] averaged to a grid, those before them (class, registers) as they are."""
+    """Averages the patch states in [B, S, d] to a grid; class and register states before them are kept."""
     if pool_grid is None:
         return states
     patch = model.config.vision_config.patch_size
@@ -309,8 +314,8 @@ def _to_half(states: torch.Tensor) -> torch.Tensor:
     half = states.to("cpu", torch.float16)
     if not half.isfinite().all():
         raise ValueError(
-            f"States of an encoder (largest magnitude {states.abs().max().item():.3g}) do not fit float16 and cannot "
-            "be cached: train without a cache."
+            f"An encoder's states (largest magnitude {states.abs().max().item():.3g}) exceed the range of float16 and "
+            "cannot be cached: train without a cache."
         )
     return half
 
@@ -328,37 +333,39 @@ def _write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, aside)
         os.replace(aside, path)
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}). With room on the disk cache_features goes on.") from error
+        raise OSError(
+            f"{path} cannot be written ({error}). Free disk space and call cache_features again: it continues."
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
 
 
 class _Shard:
     """
-    A shard's file, mapped. What is read of a picture is compared with its checksum, at several gigabytes a second.
+    A shard's memory-mapped file. A picture's data is verified by its checksum, at several gigabytes per second.
 
     Raises:
-        OSError: if it is missing or damaged, or was made with other settings.
+        OSError: if the file is missing or damaged, or was written with other settings.
     """
 
     def __init__(self, path: Path, settings: bytes):
         self.path = path
         try:
             self._file = safe_open(path, framework="pt")
-            made_with = self.read("settings").numpy().tobytes()
+            written_with = self.read("settings").numpy().tobytes()
             self._checksums = self.read("checksums").tolist()
         except (SafetensorError, FileNotFoundError) as error:
             raise self._error(str(error)) from error
-        if made_with != settings:
-            raise self._error("it is damaged, or was made with other settings than the index says")
+        if written_with != settings:
+            raise self._error("it is damaged, or was written with other settings than the index")
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
-        """Rows of a tensor, not compared with anything."""
-        # a copy: on its way to another process a view would take the whole file along
+        """Rows of a tensor, unverified."""
+        # a copy: sending a view to another process would send the whole file
         return self._file.get_slice(name)[start:stop].clone()
 
     def read_example(self, row: int) -> dict[str, Any]:
-        """What [`FeatureDataset`] returns of a picture."""
+        """A picture as [`FeatureDataset`] returns it."""
         parts = self._read_verified(row)
         lengths = parts["lengths"].tolist()
         key, captions, _ = json.loads(parts["texts"].numpy().tobytes())
@@ -372,7 +379,7 @@ class _Shard:
 
     @cached_property
     def rows(self) -> list[_Row]:
-        """What the pictures are recognised by; reads and checks all of the shard."""
+        """The identities of the pictures; reads and verifies the whole shard."""
         parts = (self._read_verified(row) for row in range(len(self._checksums)))
         return [_Row(*json.loads(part["texts"].numpy().tobytes())) for part in parts]
 
@@ -381,19 +388,19 @@ class _Shard:
             parts = _read_parts(self.read, row)
             if _checksum(parts) == self._checksums[row]:
                 return parts
-        except (SafetensorError, RuntimeError, ValueError, IndexError) as error:  # offsets that lead nowhere
+        except (SafetensorError, RuntimeError, ValueError, IndexError) as error:  # damaged offsets
             raise self._error(f"its row {row} is damaged: {error}") from error
         raise self._error(f"its row {row} is damaged")
 
     def _error(self, what: str) -> OSError:
         return OSError(
-            f"{self.path} cannot be read ({what}). Call cache_features again with the same pairs: it makes what is "
-            "damaged anew."
+            f"{self.path} cannot be read ({what}). Call cache_features again with the same pairs: it rebuilds damaged "
+            "shards."
         )
 
 
 def _open_verified(path: Path, settings: bytes) -> _Shard | None:
-    """A shard that is whole and was made with these settings, or none."""
+    """The shard if it is undamaged and was written with these settings, otherwise `None`."""
     try:
         shard = _Shard(path, settings)
         return shard if shard.rows else None
@@ -402,7 +409,7 @@ def _open_verified(path: Path, settings: bytes) -> _Shard | None:
 
 
 def _read_parts(read: Callable[[str, int, int], torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """All that a shard holds of a picture and its captions; `lengths` [C] are those of the captions."""
+    """A shard's data of a picture and its C captions; `lengths` [C] are the captions' in tokens."""
     first, last = read("caption_offsets", row, row + 2).tolist()
     offsets = read("token_offsets", first, last + 1)
     start, stop = offsets[[0, -1]].tolist()
@@ -428,7 +435,7 @@ def _as_tensor(data: bytes) -> torch.Tensor:
 
 
 def _delete_shards(folder: Path, first: int) -> list[str]:
-    """Deletes the shards from a number on; -> their names."""
+    """Deletes the shards from number `first` on, and returns their names."""
     names = []
     for number in itertools.count(first):
         path = folder / SHARD_NAME.format(number)
@@ -439,19 +446,19 @@ def _delete_shards(folder: Path, first: int) -> list[str]:
 
 
 def _begin(folder: Path, index: dict[str, Any]) -> bool:
-    """Whether there is a complete cache; where there is none to go on with, its index is written."""
+    """Whether the folder holds a complete cache; starts a new one unless it holds one to continue."""
     try:
         existing = _read_index(folder)
     except OSError as error:
         logger.warning(str(error))
-        existing = None  # each shard records what it was made with
+        existing = None  # each shard records its settings, too
     if existing is not None:
         earlier = existing["key"].get("format", 1) < FORMAT
         _check_key({**existing["key"], "format": FORMAT} if earlier else existing["key"], index["key"], folder)
         if not earlier:
             return existing["num_pictures"] is not None
         logger.warning(
-            f"The cache in {folder} is of an earlier format, which cannot tell whether it is stale: it is built anew."
+            f"The cache in {folder} has an earlier format, which does not tell whether it is stale: it is rebuilt."
         )
     _write_index(folder, index)
     return False
@@ -466,10 +473,10 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
         checksum = index.pop("checksum", None)
         if checksum is None and "format" not in index["key"] or checksum == _hash_settings(index).hex():
             return index
-        error = "its checksum is another"
+        error = "its checksum differs"
     except (ValueError, LookupError, TypeError, AttributeError) as caught:
         error = caught
-    raise OSError(f"{path} is damaged ({error}). Call cache_features again with the same pairs: it writes it anew.")
+    raise OSError(f"{path} is damaged ({error}). Call cache_features again with the same pairs: it is rewritten.")
 
 
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
@@ -483,7 +490,7 @@ def _hash_settings(settings: dict[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
 
 
-# ---- what the states depend on ----
+# ---- identity of the states ----
 
 
 def _cache_key(
@@ -505,10 +512,11 @@ def _cache_key(
 
 def _fingerprint(encoder: nn.Module) -> str:
     """
-    A hash of an encoder's weights, for what its name and revision point to may change or move. Of their values, for
-    float16 weights loaded as float32 are the same encoder.
+    A hash of an encoder's weights, because its name and revision may come to mean another.
+
+    It hashes float32 values, so that float16 weights loaded as float32 count as the same encoder.
     """
-    digests = sorted(  # the parts' names and order are the library's, and a pooler that was not saved is random
+    digests = sorted(  # names and order depend on the library's version, and a pooler that was not saved is random
         hashlib.sha256(weight.float().cpu().numpy().tobytes()).hexdigest()
         for name, weight in encoder.state_dict().items()
         if "pooler" not in name
@@ -516,19 +524,19 @@ def _fingerprint(encoder: nn.Module) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _check_key(cached: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+def _check_key(cached: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     differences = []
-    for name in {**cached, **wanted}:
-        there, now = cached.get(name), wanted.get(name)
-        if isinstance(there, dict) and isinstance(now, dict):  # only what differs of it
-            names = [key for key in {**there, **now} if there.get(key) != now.get(key)]
-            there, now = ({key: value.get(key) for key in names} for value in (there, now))
-        if there != now:
-            differences.append(f"{name}: {there} there, {now} now")
+    for name in {**cached, **current}:
+        old, new = cached.get(name), current.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):  # show only the fields that differ
+            names = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            old, new = ({key: value.get(key) for key in names} for value in (old, new))
+        if old != new:
+            differences.append(f"{name}: {old} cached, {new} now")
     if differences:
         raise ValueError(
             f"{folder} holds features of other encoders or settings ({'; '.join(differences)}). Choose another "
-            "folder, set these as they were, or delete the folder to have it built anew."
+            "folder, restore these settings, or delete the folder to rebuild it."
         )
 
 

@@ -1,8 +1,8 @@
-"""Image-text pairs from anywhere, as plain examples streamed through `datasets`.
+"""Image-text pairs from any source, as plain examples streamed through `datasets`.
 
     webdataset shards, image folders, Hub datasets -> load_image_text_pairs -> {"key", "image", "captions"}
 
-This module knows which files and columns belong to one picture; how files are found and read is in sources.py.
+This module knows which files and columns belong to one picture; sources.py finds and reads files.
 """
 
 import itertools
@@ -43,7 +43,7 @@ from .sources import (
 METADATA = "metadata.jsonl"
 IMAGE_COLUMNS = ("image", "img", "picture", *IMAGE_EXTENSIONS)
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentence", "text", "txt", "raw", "json")
-LINE_END = re.compile(r"\r\n|\r|\n")  # `splitlines` takes some characters within a caption for one, too
+LINE_END = re.compile(r"\r\n|\r|\n")  # `splitlines` would also split at some characters within a caption
 
 PAIRS = Features(key=Value("string"), image=Value("large_binary"), captions=List(Value("string")))
 DECODED_PAIRS = Features({**PAIRS, "image": datasets.Image(mode="RGB")})
@@ -67,39 +67,40 @@ def load_image_text_pairs(
 
     A source is one of these, or a list of them that counts as one:
       * webdataset shards: a path, a glob, a brace range (`train-{00000..00005}.tar`) or a URL (`https://`, `hf://`,
-        ...). Consecutive files of the same name are one sample: `.jpg`, `.jpeg`, `.png` or `.webp`, and `.txt` (a
-        caption a line) or, if that has none, `.json` (as a line of `metadata.jsonl`). Names may hold dots
-        (`cat.v2.jpg`, `cat.v2.txt`), and files that add to the name of a sample (`cat.jpg`, `cat.txt`,
-        `cat.mask.png`) must follow each other, too;
-      * a folder of images with `metadata.jsonl`, an object a line: `file_name`, the path of a file within the folder
-        (links are followed), and its captions, a string or a list of strings, in the first of `captions`, `caption`,
-        `sentences`, `sentence`, `text`, `txt` and `raw` that is not empty; nothing else in a line is read. Several
-        lines about one file are put together;
+        ...). Consecutive files of the same name are one sample: `.jpg`, `.jpeg`, `.png` or `.webp`, and `.txt` (one
+        caption per line) or, if that has none, `.json` (as a line of `metadata.jsonl`). Names may contain dots
+        (`cat.v2.jpg`, `cat.v2.txt`); files that extend a sample's name (`cat.jpg`, `cat.txt`, `cat.mask.png`) must be
+        consecutive, too;
+      * a folder of images with `metadata.jsonl`, one object per line: `file_name`, the path of a file within the
+        folder (links are followed), and its captions, a string or a list of strings, in the first non-empty one of
+        `captions`, `caption`, `sentences`, `sentence`, `text`, `txt` and `raw`; other fields are ignored. Several
+        lines about one file are merged;
       * a Hub dataset (`org/name`, `org/name:config`, `org/name@revision`), or an object of `datasets`.
 
-    Keys are unique: `shard/KEY`, `folder/file_name`, or a hash of a Hub dataset's row. What is unreadable (an image, a
-    caption, the rest of a truncated shard, a URL that failed four times) is skipped and reported. So is every other
-    file that is part of no pair, one of a kind: `shard/*.cls` stands for all that end in `.cls`. Images are decoded
-    behind the shuffle buffer, which holds their files.
+    Keys are unique: `shard/KEY`, `folder/file_name`, or a hash of a Hub dataset's row. Unreadable data (an image, a
+    caption, the rest of a truncated shard, a URL that failed four times) is skipped and reported. So are files that
+    belong to no pair, one per extension: `shard/*.cls` stands for all that end in `.cls`. Images are decoded after the
+    shuffle buffer, which holds their files.
 
     Streams are shuffled by `seed` and `set_epoch`, and `split_dataset_by_node` and DataLoader workers give each
-    example to one worker of one process. Workers without a shard are idle, and processes that can't have equally many
-    shards all read everything; `num_shards` = processes x workers avoids both. `state_dict` resumes exactly only
-    where nothing is buffered (`shuffle_buffer=0`).
+    example to one worker of one process. Workers without a shard are idle, and if the number of shards is not a
+    multiple of the processes, each process reads everything; `num_shards` = processes x workers avoids both.
+    `state_dict` resumes exactly only without a buffer (`shuffle_buffer=0`).
 
     Args:
         sources: A source, or a list of sources.
         split: The split of Hub datasets.
         streaming: False reads all files now into a `Dataset` in memory, unshuffled, which decodes images on access.
-        shuffle_buffer: How many examples, of up to ten shards, are shuffled at a time; 0 keeps their order, though
-            from epoch 1 on `datasets` shuffles the shards all the same.
-        seed: Of shuffling and mixture.
-        probabilities: Of the sources, in a mixture that ends when all of each were seen; smaller ones start again. By
-            default the sources take turns and every example comes once.
-        num_shards: Files are cut into parts until their number is a multiple of this (Hub datasets are not). Local
-            files are not read more for it, but a URL is downloaded for each of its parts.
-        image_column, captions_column: Columns of Hub datasets, if their names are unusual.
-        decode: False streams each image as the content of its file, for a reader that may not need it.
+        shuffle_buffer: Number of examples, from up to ten shards, to shuffle at a time; 0 keeps their order, although
+            from epoch 1 on `datasets` still shuffles the shards.
+        seed: Seed of shuffling and mixture.
+        probabilities: Of each source in a mixture that ends when every example was seen; smaller sources repeat. By
+            default sources alternate and every example comes once.
+        num_shards: Files are split into parts until their number is a multiple of this (Hub datasets are not split).
+            That is free for local files, but a URL is downloaded once per part.
+        image_column: Image column of Hub datasets, if its name is unusual.
+        captions_column: Caption column of Hub datasets, if its name is unusual.
+        decode: False streams each image as the bytes of its file.
         report: Records what is skipped; by default one in a temporary folder.
 
     Raises:
@@ -110,9 +111,9 @@ def load_image_text_pairs(
     sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
     if probabilities is not None:
         if not streaming or len(probabilities) != len(sources) or min(probabilities) <= 0:
-            raise ValueError(f"Give streaming=True and a positive probability for each of the {len(sources)} sources.")
+            raise ValueError(f"Pass streaming=True and a positive probability for each of the {len(sources)} sources.")
         probabilities = [probability / sum(probabilities) for probability in probabilities]
-    # Without probabilities all files are one stream, for that is shuffled and split best.
+    # Without probabilities all files are one stream, which shuffles and splits best.
     groups = [find_sources(source, split) for source in (sources if probabilities else [sources])]
     names = name_files([path for paths, _ in groups for path in paths])
     columns = {"image_column": image_column, "captions_column": captions_column}
@@ -155,7 +156,7 @@ def _decode_images(pairs: IterableDataset, report: SkipReport) -> IterableDatase
 
 
 def decode_pair(row: dict[str, Any], report: SkipReport) -> dict[str, Any] | None:
-    """The pair with its image decoded, if that is the content of a file; `None`, reported, if it can't be."""
+    """The pair with its image decoded if that is the bytes of a file; `None`, reported, if it cannot be decoded."""
     if not isinstance(row["image"], bytes):
         return row
     try:
@@ -187,7 +188,7 @@ def _try_pair(
 
 
 def _clean_captions(captions: Any) -> list[str]:
-    """The captions that are not blank in a string or record, or in a list of them (COCO's `[{"raw": ...}, ...]`)."""
+    """The non-blank captions of a string or record, or of a list of them (COCO's `[{"raw": ...}, ...]`)."""
 
     def unwrap(value: Any) -> Any:
         return next(filter(None, map(value.get, CAPTION_COLUMNS)), None) if isinstance(value, dict) else value
@@ -202,7 +203,7 @@ def _clean_captions(captions: Any) -> list[str]:
 
 
 def _read_webdataset(name: str, path: str, part: int, parts: int, report: SkipReport) -> Iterator[tuple]:
-    """(key, image, captions, what to know if one is missing) of the samples in one part of a shard."""
+    """(key, image, captions, detail for the report if one is missing) of each sample in one part of a shard."""
     unused = UnusedFiles(name, report)
     members = read_with_retries(lambda: read_tar(path, part, parts, unused), name, path, report)
     for _, group in itertools.groupby(members, key=lambda member: member[0]):
@@ -223,8 +224,9 @@ def _read_webdataset(name: str, path: str, part: int, parts: int, report: SkipRe
 
 def _split_group(group: Iterable[tuple[int, str, bytes]], unused: UnusedFiles) -> dict[str, dict[str, bytes]]:
     """
-    KEY -> extension -> content of files whose names are equal up to the first dot: those of one sample, or of several
-    with dots in their names. Pictures and texts that only add to the name of a sample (`cat.mask.png`) are no more.
+    Splits files whose names are equal up to the first dot into samples: KEY -> extension -> content.
+
+    There are several if names contain dots. Files that only extend a sample's name (`cat.mask.png`) are reported.
     """
     samples: dict[str, dict[str, bytes]] = {}
     for _, file_name, content in group:
@@ -234,25 +236,25 @@ def _split_group(group: Iterable[tuple[int, str, bytes]], unused: UnusedFiles) -
             unused.report.add("an earlier file of the same name", f"{unused.name}/{file_name}")
         files[extension] = content
     kinds = {sample: {extension in IMAGE_EXTENSIONS for extension in files} for sample, files in samples.items()}
-    whole = tuple(f"{sample}." for sample in samples if len(kinds[sample]) == 2)
-    for sample in [name for name in samples if name.startswith(whole) and f"{name}." not in whole]:
+    complete = tuple(f"{sample}." for sample in samples if len(kinds[sample]) == 2)  # with a picture and a text
+    for sample in [name for name in samples if name.startswith(complete) and f"{name}." not in complete]:
         for extension in samples.pop(sample):
             unused.add(f"{sample}.{extension}", ", whose name adds to that of a sample")
     return samples
 
 
 def _read_captions(files: dict[str, bytes]) -> tuple[list[str], str]:
-    """The captions of a sample, and the extension of the file that they are from."""
+    """The captions of a sample, and the extension of the file they come from."""
     if captions := _clean_captions(LINE_END.split(files.get("txt", b"").decode("utf-8-sig"))):
         return captions, "txt"
     return _clean_captions(json.loads(files.get("json", b"null"))), "json"
 
 
 def _read_folder(name: str, path: str, part: int, parts: int, report: SkipReport) -> Iterator[tuple]:
-    """(key, image, captions) of every `parts`-th file that an image folder's metadata names."""
+    """(key, image, captions) of every `parts`-th file in an image folder's metadata."""
     metadata = os.path.join(path, METADATA)
     if not os.path.exists(metadata):
-        raise FileNotFoundError(f"There is no {metadata}, which says what the pictures of the folder show.")
+        raise FileNotFoundError(f"There is no {metadata}, which must hold the captions of the folder's pictures.")
     captions: dict[str, list[str]] = {}
     for _, record in read_records(f"{name}/{METADATA}", metadata, report, required="file_name"):
         file_name = str(PurePath(str(record["file_name"])))
@@ -260,7 +262,7 @@ def _read_folder(name: str, path: str, part: int, parts: int, report: SkipReport
     for file_name in itertools.islice(captions, part, None, parts):
         try:
             if PurePath(file_name).is_absolute() or ".." in PurePath(file_name).parts:
-                raise ValueError("the name leads out of the folder")
+                raise ValueError("the path is outside the folder")
             image = read_file(os.path.join(path, file_name), MAX_PICTURE_BYTES)
         except (OSError, ValueError) as error:
             report.add("unreadable image", f"{name}/{file_name}", str(error))
@@ -288,7 +290,7 @@ def _read_pair(row: dict[str, Any], name: str, image: str, captions: str, report
 
 
 def _read_path(path: str) -> bytes:
-    """The content of a picture's file on whatever file system."""
+    """The bytes of a picture's file, on any file system."""
     if "://" not in path:
         return read_file(path, MAX_PICTURE_BYTES)
     with fsspec.open(path, "rb") as file:

@@ -1,9 +1,9 @@
-"""Where examples are and how their files are read: globs, URLs, Hub datasets; tar archives and JSON Lines.
+"""Sources of examples and their file formats: globs, URLs, Hub datasets; tar archives and JSON Lines.
 
     find_sources -> paths and datasets -> read_tar, read_records -> members and records -> stream_shards -> a stream
 
-What cannot be read is skipped and recorded in a `SkipReport`. This module knows files and their faults; it knows
-neither what a pair or a dialogue is (pairs.py, dialogues.py) nor a tokenizer, a model or a batch.
+Unreadable data is skipped and recorded in a `SkipReport`. This module knows files and how they can be damaged; it does
+not know what a pair or a dialogue is (pairs.py, dialogues.py), nor any tokenizer, model or batch.
 """
 
 import codecs
@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("txt", "json")
-MAX_TEXT_BYTES = 2**24  # of a caption file, and of a line of JSON: more would only fill the memory
+MAX_TEXT_BYTES = 2**24  # of a caption file, and of a line of JSON
 SIZE_LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_PICTURE_BYTES) | dict.fromkeys(TEXT_EXTENSIONS, MAX_TEXT_BYTES)
 HUB_ID = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<name>[^@]+))?(@(?P<revision>.+))?")
 FILE_SUFFIX = re.compile(r"(\.tar|\.tgz|\.jsonl?)?(\.gz|\.bz2|\.xz|\.zst)?$")
@@ -51,7 +51,7 @@ EXTENDED_HEADERS = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
-# First bytes that no text starts with.
+# First bytes of a file -> its format; no text begins with them.
 SIGNATURES = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -63,20 +63,20 @@ SIGNATURES = {
 }
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 HTTP_HEADERS = {"User-Agent": "modeling_vikdf"}  # some servers refuse urllib's own
-HTTP_TIMEOUT = 30.0  # seconds without a byte
-RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds to wait before a URL is tried again
+HTTP_TIMEOUT = 30.0  # seconds without receiving a byte
+RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before each retry of a URL
 ONCE_EACH = "all_exhausted_without_replacement"
 
 
 class SkipReport:
-    """Counts what was skipped, by reason, over all processes that share its folder: ranks and DataLoader workers.
+    """Counts skipped data by reason, over all processes that share its folder: ranks and DataLoader workers.
 
-    Each process appends to a file of its own, line by line, so that nothing is lost with a process that is killed.
-    What is skipped again, in another epoch or on another rank, counts once. The first three of each reason are logged
-    as they happen; when to log `summary()` is up to the caller.
+    Each process appends to a file of its own, line by line, so that nothing is lost if it is killed. Data skipped
+    repeatedly, in another epoch or on another rank, counts once. The first three of each reason are logged at once;
+    logging `summary()` is up to the caller.
 
     Args:
-        folder: Where to write, on a disk that the processes share; by default a temporary folder, made when needed.
+        folder: Where to write, on a disk that the processes share; by default a temporary folder, created on demand.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
@@ -85,11 +85,11 @@ class SkipReport:
         self._file, self._owner = None, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_owner": None}  # open files do not travel
+        return {**self.__dict__, "_file": None, "_owner": None}  # open files cannot be pickled
 
     def add(self, reason: str, key: str, detail: str = "") -> None:
         """Records that the example, file or shard `key` was skipped."""
-        key = key.encode(errors="backslashreplace").decode()  # names of files may hold anything
+        key = key.encode(errors="backslashreplace").decode()  # file names may contain any bytes
         self._logged[reason] = self._logged.get(reason, 0) + 1
         if self._logged[reason] <= 3:
             further = f"; further ones are only recorded in {self.folder}" if self._logged[reason] == 3 else ""
@@ -115,20 +115,21 @@ class SkipReport:
         return details
 
     def counts(self) -> dict[str, int]:
-        """Reason -> how many different examples, lines or shards were skipped for it."""
+        """Reason -> number of distinct examples, lines or shards skipped for it."""
         return {reason: len(keys) for reason, keys in self.skipped().items()}
 
     def summary(self, num_examples: int = 3) -> str:
-        """A line for each reason with its count and some of the keys, or "Skipped nothing."."""
+        """One line per reason, with its count and up to `num_examples` keys; or "Skipped nothing."."""
         lines = []
         for reason, keys in sorted(self.skipped().items()):
-            some = itertools.islice(keys.items(), num_examples)
-            some = [key + (f" ({detail})" if detail else "") for key, detail in some]
-            lines.append(f"  {len(keys)} x {reason}: {', '.join(some)}{', ...' if len(keys) > len(some) else ''}")
+            examples = itertools.islice(keys.items(), num_examples)
+            examples = [key + (f" ({detail})" if detail else "") for key, detail in examples]
+            more = ", ..." if len(keys) > len(examples) else ""
+            lines.append(f"  {len(keys)} x {reason}: {', '.join(examples)}{more}")
         return "\n".join(["Skipped:", *lines]) if lines else "Skipped nothing."
 
 
-# ---- where they are ----
+# ---- finding sources ----
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -138,17 +139,28 @@ def expand_braces(pattern: str) -> list[str]:
         return [pattern]
     first, last, choices = match.groups()
     if choices is not None:
-        chosen = choices.split(",")
+        values = choices.split(",")
     else:
         width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
         step = 1 if int(first) <= int(last) else -1
-        chosen = [str(number).zfill(width) for number in range(int(first), int(last) + step, step)]
+        values = [str(number).zfill(width) for number in range(int(first), int(last) + step, step)]
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [path for choice in chosen for path in expand_braces(before + choice + after)]
+    return [path for value in values for path in expand_braces(before + value + after)]
 
 
 def find_sources(source: Any, split: str) -> tuple[list[str], list[tuple[str, IterableDataset]]]:
-    """The paths of files, image folders and URLs, and the (name, dataset) of datasets, that a source consists of."""
+    """Resolves a source, or nested lists of sources.
+
+    Args:
+        source: A path, glob, brace range, URL, Hub dataset or an object of `datasets`.
+        split: The split of Hub datasets.
+
+    Returns:
+        The paths of files, image folders and URLs without duplicates, and (name, dataset) of each dataset.
+
+    Raises:
+        FileNotFoundError: If a file, folder or Hub dataset does not exist.
+    """
     paths: list[str] = []
     hub: list[tuple[str, IterableDataset]] = []
     for item in source if isinstance(source, (list, tuple)) else [source]:
@@ -177,48 +189,61 @@ def _find_files(pattern: str) -> list[str]:
     for path in expand_braces(pattern):
         matches = [path] if "://" in path or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
-            raise FileNotFoundError(f"There is no file {path!r}, which {pattern!r} asks for.")
+            raise FileNotFoundError(f"There is no file {path!r}, as required by {pattern!r}.")
         paths += matches
     return paths
 
 
 def _open_hub(source: str, split: str) -> IterableDataset:
     dataset = HUB_ID.fullmatch(source).groupdict()
-    # only what is on the Hub has configurations and revisions
+    # only Hub datasets have configurations and revisions
     if not (dataset["name"] or dataset["revision"] or may_be_on_hub(dataset["path"])):
-        raise FileNotFoundError(f"There is no file or folder {source!r}, and a Hub dataset is called ORG/NAME.")
+        raise FileNotFoundError(f"There is no file or folder {source!r}, and Hub datasets are named ORG/NAME.")
     try:
         return datasets.load_dataset(**dataset, split=split, streaming=True)
     except OSError as error:
-        raise FileNotFoundError(f"{source!r} is no file or folder here, and as a Hub dataset: {error}") from error
+        raise FileNotFoundError(
+            f"There is no file or folder {source!r}, and it cannot be loaded as a Hub dataset: {error}"
+        ) from error
 
 
 def name_files(paths: list[str]) -> dict[str, str]:
-    """A short unique name for every path, for keys: the file's without suffix, or if two are called so the path."""
+    """A short unique name for every path, for keys: the file's without suffix, or the path if these collide."""
     stems = [FILE_SUFFIX.sub("", os.path.basename(path.split("?")[0].rstrip("/"))) for path in paths]
     return dict(zip(paths, stems if len(set(stems)) == len(set(paths)) else paths, strict=True))
 
 
 def find_column(dataset: IterableDataset, wanted: str | None, usual: tuple[str, ...], name: str, argument: str) -> str:
-    """The column that is wanted, or else the first of the usual ones that there is."""
+    """The column `wanted`, or by default the first of the `usual` ones that the dataset has.
+
+    Args:
+        dataset: The dataset.
+        wanted: A column's name, or None.
+        usual: Usual names, in order of preference.
+        name: The dataset's name in errors.
+        argument: The argument by which the caller chooses a column, for errors.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
     columns = dataset.column_names or []
     column = next((column for column in ([wanted] if wanted else usual) if column in columns), None)
     if column is None:
         raise ValueError(
-            f"{name} has the columns {columns}, and none of them is called {wanted or ' or '.join(usual)}. "
-            f"Name the right one by {argument}=."
+            f"{name} has the columns {columns}, and none of them is named {wanted or ' or '.join(usual)}. "
+            f"Choose one by {argument}=."
         )
     return column
 
 
 def stream_shards(generate: Callable, shards: list[tuple], features: Features, report: SkipReport) -> IterableDataset:
-    """What `generate(shards, report)` yields of any part of the shards, as a stream that is split by them."""
+    """The rows that `generate(shards, report)` yields, as a stream that can be split by shards."""
     gen_kwargs = {"shards": shards, "report": report}  # a list is what `datasets` shuffles and splits
     return IterableDataset.from_generator(generate, features=features, gen_kwargs=gen_kwargs)
 
 
 def map_or_drop(dataset: IterableDataset, function: Callable, features: Features, **fn_kwargs: Any) -> IterableDataset:
-    """What `function` makes of the rows, without those of which it makes None."""
+    """Maps the rows by `function`, and drops those for which it returns None."""
     fn_kwargs = {"function": function, **fn_kwargs}
     columns = dataset.column_names
     settings = {"batched": True, "batch_size": 1, "remove_columns": columns, "features": features}
@@ -231,17 +256,17 @@ def _apply_or_drop(rows: dict[str, list], function: Callable, **kwargs: Any) -> 
 
 
 def interleave(streams: list[IterableDataset], **settings: Any) -> IterableDataset:
-    """One stream of them all, mixed by `datasets.interleave_datasets` with these settings."""
+    """Mixes streams by `datasets.interleave_datasets` with these settings; a ValueError for none."""
     if not streams:
         raise ValueError("No sources were given.")
     return datasets.interleave_datasets(streams, **settings) if len(streams) > 1 else streams[0]
 
 
 def require_example(stream: IterableDataset, sources: list[str], report: SkipReport) -> None:
-    """Raises a ValueError that names the sources where the stream has no example."""
+    """Raises a ValueError that names the sources if the stream has no example."""
     if next(iter(stream), None) is None:
-        named = ", ".join(sources[:5]) + (", ..." if len(sources) > 5 else "")
-        raise ValueError(f"Nothing is readable in at least one of: {named}. {report.summary()}")
+        names = ", ".join(sources[:5]) + (", ..." if len(sources) > 5 else "")
+        raise ValueError(f"Nothing is readable in at least one of: {names}. {report.summary()}")
 
 
 # ---- reading files ----
@@ -252,12 +277,12 @@ def _open(path: str) -> Any:
     if path.startswith(("http://", "https://")):
         return urllib.request.urlopen(urllib.request.Request(path, headers=HTTP_HEADERS), timeout=HTTP_TIMEOUT)
     if "://" not in path and not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     return fsspec.open(path, "rb") if "://" in path else open(path, "rb")
 
 
 def _signature(file: Any) -> str:
-    """The kind of a file by its first bytes, or "" where they are not in `SIGNATURES`."""
+    """A file's format by its first bytes, or "" if these are not in `SIGNATURES`."""
     head = file.read(max(map(len, SIGNATURES)))
     file.seek(0)
     return next((name for signature, name in SIGNATURES.items() if head.startswith(signature)), "")
@@ -267,13 +292,13 @@ def _signature(file: Any) -> str:
 
 
 class UnusedFiles:
-    """Reports the files that are part of no pair, one of a kind, for there may be one beside every picture."""
+    """Reports files that belong to no pair, one per extension, because there may be one beside every picture."""
 
     def __init__(self, name: str, report: SkipReport):
         self.name, self.report, self.kinds = name, report, set()
 
     def add(self, file_name: str, why: str = "") -> None:
-        """Reports a file, unless another with its extension was reported."""
+        """Reports a file, unless another with its extension has been reported."""
         kind = f"*{posixpath.splitext(file_name)[1].lower()}"
         if kind not in self.kinds:
             self.kinds.add(kind)
@@ -281,11 +306,25 @@ class UnusedFiles:
 
 
 def read_tar(path: str, part: int, parts: int, unused: UnusedFiles) -> Iterator[tuple[int, str, bytes]]:
-    """(number of the group, name, content) of the pictures and texts of every `parts`-th group; see `_split_group`."""
-    mode = "r|*" if "://" in path else "r:*"  # what comes over the network is read in one go
+    """The pictures and texts in one part of a tar archive.
+
+    Args:
+        path: A file or URL.
+        part: Which part, from 0.
+        parts: Number of parts; consecutive files of one name up to the first dot are a group, and every `parts`-th
+            group belongs to one part.
+        unused: Reports the other files.
+
+    Yields:
+        (number of the group, file name, content).
+
+    Raises:
+        OSError, ValueError, tarfile.TarError: If the archive is damaged, truncated or of another format.
+    """
+    mode = "r|*" if "://" in path else "r:*"  # URLs are read sequentially
     with _open(path) as file:
         if mode == "r:*" and (kind := _signature(file)) in ("zstd", "zip", "UTF-16"):
-            raise ValueError(f"it is {kind}; a shard is a tar archive, as it is or in gzip, bzip2 or xz")
+            raise ValueError(f"it is {kind}; a shard must be a tar archive, plain or in gzip, bzip2 or xz")
         with tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictTarInfo) as tar:
             number, previous, member = -1, None, None
             for member in itertools.filterfalse(tarfile.TarInfo.isdir, tar):
@@ -303,7 +342,7 @@ def read_tar(path: str, part: int, parts: int, unused: UnusedFiles) -> Iterator[
 
 
 def _is_readable(member: tarfile.TarInfo, file_name: str, unused: UnusedFiles) -> bool:
-    """Whether a file is a picture or text, and not too large to be read; reported if not."""
+    """Whether a file is a picture or text, and not too large; reported otherwise."""
     limit = SIZE_LIMITS.get(posixpath.splitext(file_name)[1][1:].lower())
     if limit is None:
         unused.add(file_name)
@@ -321,19 +360,19 @@ def _report_odd_member(member: tarfile.TarInfo, file_name: str, unused: UnusedFi
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Raises where `tarfile` would see the archive's end: at a damaged header, or where the file stops."""
+    """Raises where `tarfile` would assume the archive's end: at a damaged header, or where the file ends early."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_StrictTarInfo":
         try:
             member = super().frombuf(buf, encoding, errors)
-            if member.type in EXTENDED_HEADERS and member.size > MAX_TEXT_BYTES:  # which `tarfile` reads into memory
-                raise tarfile.ReadError(f"holds a header of {member.size} bytes")
+            if member.type in EXTENDED_HEADERS and member.size > MAX_TEXT_BYTES:  # `tarfile` reads these into memory
+                raise tarfile.ReadError(f"has a header of {member.size} bytes")
             return member
         except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the zeros that do end an archive
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):  # the zeros that mark the end
                 raise
-            raise tarfile.ReadError(f"ends in the middle or is damaged ({error})") from error
+            raise tarfile.ReadError(f"is truncated or damaged ({error})") from error
 
 
 # ---- JSON Lines ----
@@ -342,31 +381,38 @@ class _StrictTarInfo(tarfile.TarInfo):
 def read_records(
     name: str, path: str, report: SkipReport, required: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(NAME:line, JSON object) of the lines of a JSON Lines file."""
+    """(NAME:line, JSON object) of each line of a JSON Lines file; invalid lines are reported.
+
+    Args:
+        name: The file's name in keys.
+        path: A file or URL, plain or in gzip.
+        report: Records lines and files that cannot be read.
+        required: A field that every object must have.
+    """
     for number, line in read_with_retries(lambda: _read_lines(path), name, path, report):
         if record := _parse(line, f"{name}:{number}", report, required):
             yield f"{name}:{number}", record
 
 
 def _read_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, numbered from 1, of a JSON Lines file, in gzip or not."""
+    """The non-blank lines of a JSON Lines file, plain or in gzip, numbered from 1."""
     with _open(path) as file:
-        # Reading all at once fails if the connection breaks; reading line by line takes that for the end.
+        # Reading all at once fails if the connection breaks; reading line by line would see the end of the file.
         file = io.BytesIO(file.read()) if "://" in path else file
         file = gzip.open(file) if _signature(file) == "gzip" else file
         if kind := _signature(file):
-            raise ValueError(f"it is {kind}; JSON Lines are read in UTF-8, as they are or in gzip, once")
+            raise ValueError(f"it is {kind}; expected JSON Lines in UTF-8, plain or in gzip once")
         lines = _number_lines(file)
         first = list(itertools.islice(lines, 2))
         if not first:
             raise ValueError("it is empty")
         if _begins_document([line for _, line in first]):
-            raise ValueError("it is one JSON document; JSON Lines, an object a line, are read: jq -c '.[]' makes them")
+            raise ValueError("it is one JSON document, not one object per line (JSON Lines): jq -c '.[]' converts it")
         yield from itertools.chain(first, lines)
 
 
 def _number_lines(file: Any) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, numbered from 1; one that is too long is cut just beyond the limit."""
+    """The non-blank lines, numbered from 1; lines that are too long are cut just beyond the limit."""
     for number in itertools.count(1):
         rest = line = file.readline(MAX_TEXT_BYTES + 1)
         while len(line) > MAX_TEXT_BYTES and rest and not rest.endswith(b"\n"):
@@ -378,7 +424,7 @@ def _number_lines(file: Any) -> Iterator[tuple[int, bytes]]:
 
 
 def _begins_document(lines: list[bytes]) -> bool:
-    """Whether the first lines, one or two, are those of a JSON array, or of an object over several lines."""
+    """Whether the first one or two lines begin a JSON array, or an object that spans several lines."""
     start = lines[0].removeprefix(codecs.BOM_UTF8).strip()
     if not start.startswith(b"["):
         return start == b"{"
@@ -392,7 +438,7 @@ def _begins_document(lines: list[bytes]) -> bool:
 def read_with_retries(
     read: Callable[[], Iterator[tuple]], name: str, path: str, report: SkipReport
 ) -> Iterator[tuple]:
-    """What `read()` yields. After an error a URL is read again, from there on; what remains unreadable is reported."""
+    """Yields the items of `read()`, resuming a URL after errors; what remains unreadable is reported."""
     done, delays = 0, iter(RETRY_DELAYS)
     while True:
         before = done
@@ -402,18 +448,18 @@ def read_with_retries(
                 yield item
             return
         except Exception as error:  # damaged archives and broken connections make readers raise nearly anything
-            gone = isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404, 410)
-            gone |= type(error) is ValueError  # raised here, about the kind of file
-            delays = iter(RETRY_DELAYS) if done > before else delays  # it broke at another place
+            permanent = isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404, 410)
+            permanent |= type(error) is ValueError  # raised here, about the file's format
+            delays = iter(RETRY_DELAYS) if done > before else delays  # it got further than before
             delay = next(delays, None)
-            if "://" not in path or gone or delay is None:
+            if "://" not in path or permanent or delay is None:
                 return report.add("truncated shard" if done else "unreadable shard", name, f"{path}: {error}")
             logger.warning(f"Reading {path} again in {delay} seconds, after: {error}")
         time.sleep(delay)
 
 
 def _parse(line: bytes, where: str, report: SkipReport, required: str | None = None) -> dict[str, Any] | None:
-    """The JSON object in a line."""
+    """The JSON object in a line; None, reported, if there is none."""
     if len(line) > MAX_TEXT_BYTES:
         return report.add("malformed JSON", where, f"more than {MAX_TEXT_BYTES} bytes")
     try:
@@ -426,12 +472,12 @@ def _parse(line: bytes, where: str, report: SkipReport, required: str | None = N
 
 
 def replace_surrogates(text: str) -> str:
-    """The text with `?` for lone surrogates, which JSON may hold and neither Arrow nor tokenizers accept."""
+    """Replaces lone surrogates, which JSON may contain but neither Arrow nor tokenizers accept, by `?`."""
     return text.encode(errors="replace").decode()
 
 
 def hash_values(*values: Any) -> str:
-    """A short key of what the values are, whatever their types."""
+    """A hash, 20 hexadecimal digits, of values of any types."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(value if isinstance(value, bytes) else repr(value).encode())

@@ -1,1 +1,1 @@
-"""Measures: the likelihood and rank of replies, replies themselves, retrieval, visual probes, and their statistics."""
+"""Evaluation: likelihood, ranking and generation of replies, retrieval, visual probes, and their statistics."""

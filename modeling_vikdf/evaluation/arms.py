@@ -1,4 +1,4 @@
-"""The arms of an experiment: whose knowledge a dialogue or a probe's item gets. Knows nothing of what is measured."""
+"""The arms of an experiment: whose knowledge a dialogue or probe item gets. Knows no metrics."""
 
 from collections.abc import Hashable, Sequence
 
@@ -11,14 +11,14 @@ from .statistics import number_labels
 
 
 KNOWLEDGE_ARMS = ("own", "shuffled", "mean", "none")
-ENCODER_BATCH = 64  # contexts that the text encoder reads at a time
+ENCODER_BATCH = 64  # contexts per batch of the text encoder
 
 
 @torch.no_grad()
 def compute_knowledge(
     model: VikdfForConditionalGeneration, processor: VikdfProcessor, contexts: list[list[int]]
 ) -> torch.Tensor:
-    """The knowledge [N, n, h] that contexts (token ids of the text encoder) evoke, in float32 on the CPU."""
+    """The knowledge [N, n, h], float32 on the CPU, of N contexts given as token ids of the text encoder."""
     tokenizer, device = processor.context_tokenizer, model.iqformer.query_tokens.device
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
     parts = []
@@ -36,11 +36,12 @@ def arm_knowledge(
     The knowledge that an arm of an experiment gives to each example.
 
     Args:
-        knowledge: [N, n, h].
-        arm: "own"; "shuffled", a derangement, so that each row's knowledge goes to exactly one other row; "mean", the
-            mean over the rows, for all of them. The arm "none" has prompts without knowledge (`use_knowledge=False`).
+        knowledge: the examples' own knowledge [N, n, h].
+        arm: "own"; "shuffled", a derangement, so that each row's knowledge goes to exactly one other row; or "mean",
+            the mean over the rows, for all of them. The arm "none" has prompts without knowledge
+            (`use_knowledge=False`).
         seed: of the derangement.
-        groups: N values; a row never gets the knowledge of a row of its own group (the same photograph, say).
+        groups: N labels; a row never gets the knowledge of a row of its own group, such as the same photograph.
 
     Returns:
         [N, n, h].
@@ -53,8 +54,8 @@ def arm_knowledge(
     if arm == "mean":
         return knowledge.mean(0, keepdim=True).expand_as(knowledge)
     if arm != "shuffled":
-        why = "has no knowledge: write its prompts with use_knowledge=False" if arm == "none" else "is unknown"
-        raise ValueError(f"The arm {arm!r} {why}; expected one of {', '.join(KNOWLEDGE_ARMS[:-1])}.")
+        reason = "has no knowledge: write its prompts with use_knowledge=False" if arm == "none" else "is unknown"
+        raise ValueError(f"The arm {arm!r} {reason}; expected one of {', '.join(KNOWLEDGE_ARMS[:-1])}.")
     rows = len(knowledge)
     group = number_labels(range(rows) if groups is None else groups)  # [N]
     sizes = group.bincount()
@@ -62,7 +63,7 @@ def arm_knowledge(
         raise ValueError(f"Cannot shuffle {rows} rows of knowledge, {int(sizes.max())} of them of the same group.")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(rows, generator=generator)
-    # groups side by side, in random order: a shift by the size of the largest lands in another group
+    # with groups contiguous, in random order, a shift by the largest group's size ends in another group
     order = order[torch.randperm(len(sizes), generator=generator)[group[order]].argsort(stable=True)]  # [N]
     source = torch.empty_like(order)
     source[order] = order.roll(int(sizes.max()))
@@ -70,7 +71,7 @@ def arm_knowledge(
 
 
 def pad_rows(rows: list[list[int]], value: int, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths as one tensor [B, longest], padded on a side, and their mask [B, longest]."""
+    """Pads rows to [B, longest], int64, on `side` ("left" or "right"); also returns their mask [B, longest], int64."""
     ids, mask = pad([torch.tensor(row) for row in rows], value, side)
     return ids.to(device), mask.to(device)
 

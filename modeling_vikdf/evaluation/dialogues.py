@@ -1,4 +1,4 @@
-"""How good are the replies to text dialogues, and is it the knowledge that makes them so?
+"""Evaluates replies to text dialogues, with the dialogue's own knowledge or that of a control arm.
 
     dialogues -> prepare (prompts, candidate replies)          -> Example
               -> compute_knowledge, arm_knowledge              -> K [N, n, h]
@@ -8,8 +8,8 @@
               -> summarise (reports.py) -> metrics with 95 % intervals
 
 Finished work is recorded in a `Journal` (journal.py), so that an interrupted evaluation resumes where it stopped. Arms
-(arms.py) differ in the knowledge alone: a dialogue's own, another's, the mean of all, or none. What records come to is
-the business of reports.py: nothing here knows a metric beyond a dialogue's own sums and ranks.
+(arms.py) differ only in knowledge: a dialogue's own, another's, the mean of all, or none. This module computes each
+dialogue's sums and ranks; reports.py turns them into metrics.
 """
 
 import copy
@@ -44,9 +44,9 @@ from .journal import Journal, hash_file, identify
 from .reports import REPORT_VERSION, summarise
 
 
-DISTRACTORS = 9  # replies of other dialogues that the true one is ranked among
+DISTRACTORS = 9  # replies of other dialogues among which the true one is ranked
 DECODING = {"num_beams": 3, "no_repeat_ngram_size": 3, "max_new_tokens": 32, "do_sample": False}  # the paper's
-END_OF_TURN = 8  # tokens, at most, that a chat template writes behind a reply
+END_OF_TURN = 8  # maximum number of tokens that a chat template writes after a reply
 WORKERS = 4  # batches at a time on a CPU; more would contend for the interpreter
 WORD = re.compile(r"\w+")
 
@@ -54,15 +54,23 @@ WORD = re.compile(r"\w+")
 @dataclass(frozen=True)
 class EvaluationSettings:
     """
-    knowledge: the arm, one of `KNOWLEDGE_ARMS`.
-    system_prompt: replaces the processor's.
-    limit: evaluate the first dialogues only; distractors come from all.
-    all_references: the perplexity of every reference and not of the first alone.
-    ranking, generation: whether to do these in addition to the perplexity.
-    visual_words: file with one word per line; the likelihood of its words and of the other tokens is reported apart.
-    word_vectors: file with `word v1 v2 ...` per line, like GloVe's; for the embedding metrics.
-    batch_size: dialogues in a batch, and candidates in one.
-    seed: of distractors, shuffled knowledge and resamples.
+    Settings of an evaluation.
+
+    Args:
+        knowledge: the arm, one of `KNOWLEDGE_ARMS`.
+        system_prompt: replaces the processor's.
+        limit: number of dialogues to evaluate, from the first; distractors are drawn from all.
+        all_references: whether perplexity covers every reference instead of only the first.
+        ranking: whether to rank the true reply among distractors.
+        generation: whether to generate replies.
+        visual_words: file with one word per line; the likelihoods of these words and of the other tokens are reported
+            separately.
+        word_vectors: file with `word v1 v2 ...` per line, like GloVe's; for the embedding metrics.
+        batch_size: dialogues per batch, and candidates per batch.
+        seed: of distractors, shuffled knowledge and resamples.
+
+    Raises:
+        ValueError: for an unknown arm, or a limit or batch size below 1.
     """
 
     knowledge: str = "own"
@@ -93,9 +101,10 @@ class Example:
     """
     A dialogue as token ids. Candidates are the true reply, further references and distractors, in this order.
 
-    prompt: asks for the reply; context: what the text encoder reads; prefix: what the chats with each candidate begin
-    with; candidates: what follows the prefix in each, up to the end of the turn; tokens: how many tokens at the end of
-    each candidate are the reply's; visual: for each reference to score, which of these belong to visual words.
+    prompt: up to the reply to generate; context: the text encoder's input; prefix: common beginning of the chats with
+    each candidate; candidates: continuation of the prefix in each, up to the end of the turn; tokens: number of
+    tokens at the end of each candidate that are the reply's; visual: for each scored reference, which of these belong
+    to visual words.
     """
 
     key: str
@@ -108,24 +117,26 @@ class Example:
     visual: list[list[bool]]
 
 
-# ---- the whole ----
+# ---- evaluation ----
 
 
 def evaluate_file(
     model_source: str | Path, data: str | Path, output: str | Path, settings: EvaluationSettings
 ) -> dict[str, Any]:
     """
-    Evaluates a model on a file of dialogues and writes the report, whole or not at all. Finished work is kept in
-    `OUTPUT.partial.jsonl` meanwhile; a run started after an interruption resumes from there.
+    Evaluates a model on a file of dialogues and writes the report atomically.
+
+    Until then finished work is kept in `OUTPUT.partial.jsonl`, from which a run after an interruption resumes.
 
     Args:
         model_source: folder or Hub id of a VIKDF model with its processor.
-        data: JSONL of dialogues as [`load_dialogues`] reads them.
+        data: JSON Lines of dialogues as [`load_dialogues`] reads them.
         output: JSON file to write.
+        settings: what to evaluate, and how.
 
     Returns:
-        The report: its `kind`, "dialogues", and `version`; what was evaluated (`model`, `data`, their hashes, the
-        settings, `versions`); and what [`evaluate_dialogues`] returns.
+        The report: its `kind`, "dialogues", and `version`; its identity (`model`, `data`, their hashes, the settings,
+        `versions`); the `command`; and the result of [`evaluate_dialogues`].
 
     Raises:
         OSError: if something cannot be read or written.
@@ -137,14 +148,14 @@ def evaluate_file(
     data_hash = hash_file(data)
     dialogues = list(load_dialogues(str(data), report=report))
     if settings.limit is not None and settings.limit >= len(dialogues):
-        settings = replace(settings, limit=None)  # it leaves nothing out: the same evaluation as without
+        settings = replace(settings, limit=None)  # it excludes nothing: the same evaluation as without
     model, processor = load_model(model_source)
     identity = identify(model_source, model, data, data_hash, asdict(settings))
     partial = output.with_name(output.name + ".partial.jsonl")
-    # word vectors measure replies that are there
+    # word vectors only affect metrics of finished replies
     with Journal(partial, {name: value for name, value in identity.items() if "word_vectors" not in name}) as journal:
         figures = evaluate_dialogues(model, processor, dialogues, settings, journal, report)
-    # the name of a path alone: where something lies on one machine is of no use on another
+    # file names without folders, which mean nothing on another machine
     command = ["vikdf", *(Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:])]
     result = {"kind": "dialogues", "version": REPORT_VERSION, **identity, "command": shlex.join(command), **figures}
     unfinished = output.with_name(output.name + ".tmp")
@@ -166,16 +177,20 @@ def evaluate_dialogues(
     Evaluates a model on dialogues.
 
     Args:
-        dialogues: `{"key", "messages", "references"}` as [`load_dialogues`] gives them.
-        journal: records finished work; by default in memory, for this call alone.
-        report: collects the dialogues that are skipped; may already hold malformed ones.
+        model: the dialogue model.
+        processor: its processor.
+        dialogues: `{"key", "messages", "references"}` as from [`load_dialogues`].
+        settings: what to evaluate, and how.
+        journal: records finished work; by default in memory, for this call only.
+        report: records skipped dialogues; may already contain malformed ones.
 
     Returns:
         `metrics` and `confidence_95`, see [`summarise`]; `num_dialogues`; `skipped`, reason -> number;
-        `shortened_prompts` and `shortened_contexts`, how many lost their oldest turns; `dialogues`, the records.
+        `shortened_prompts` and `shortened_contexts`, the numbers that lost their oldest turns; `dialogues`, the
+        records.
 
     Raises:
-        ValueError: if no dialogue is usable, or there are too few replies to rank among.
+        ValueError: if no dialogue is usable, or there are too few distractors.
     """
     settings, journal, report = settings or EvaluationSettings(), journal or Journal(), report or SkipReport()
     visual_words = None
@@ -194,18 +209,18 @@ def evaluate_dialogues(
         groups = [tuple(example.context) for example in examples]
         knowledge = arm_knowledge(knowledge, settings.knowledge, settings.seed, groups)
 
-    def evaluate(batch: list[int]) -> list[dict[str, Any]]:
-        chosen, vectors = [examples[i] for i in batch], None if knowledge is None else knowledge[batch]
-        prefixes = prefill(model, processor, chosen, vectors)
-        scores = score_candidates(model, processor, chosen, settings.batch_size, prefixes)
+    def evaluate(indices: list[int]) -> list[dict[str, Any]]:
+        batch, vectors = [examples[i] for i in indices], None if knowledge is None else knowledge[indices]
+        prefixes = prefill(model, processor, batch, vectors)
+        scores = score_candidates(model, processor, batch, settings.batch_size, prefixes)
         split = visual_words is not None
-        records = [_likelihood_record(example, row, split) for example, row in zip(chosen, scores, strict=True)]
+        records = [_likelihood_record(example, row, split) for example, row in zip(batch, scores, strict=True)]
         if settings.generation:
-            replies = generate_replies(model, processor, chosen, vectors, prefixes)
+            replies = generate_replies(model, processor, batch, vectors, prefixes)
             records = [{**record, "reply": reply} for record, reply in zip(records, replies, strict=True)]
         return records
 
-    # the longest first, so that what does not fit into memory fails at once
+    # the longest first, so that running out of memory happens at once
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
     batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
     keys = [example.key for example in examples]
@@ -217,13 +232,15 @@ def evaluate_dialogues(
 
 def map_batches(model: nn.Module, work: Callable[[Any], Any], batches: Sequence[Any]) -> Iterator[Any]:
     """
-    Yields `work(batch)` for each batch, in order. On a CPU several batches run at a time, each on a share of the
-    cores, which wait less for each other than if all worked on one batch.
+    Yields `work(batch)` for each batch, in order.
+
+    On a CPU several batches run concurrently, each on a share of the cores, which is faster than all cores on one
+    batch.
     """
     threads = torch.get_num_threads()
-    # an accelerator is parallel in itself, and weights that are moved in and out serve one batch at a time
-    alone = model.device.type != "cpu" or hasattr(model, "hf_device_map")
-    workers = 1 if alone else min(threads, WORKERS)
+    # an accelerator is already parallel, and offloaded weights serve one batch at a time
+    sequential = model.device.type != "cpu" or hasattr(model, "hf_device_map")
+    workers = 1 if sequential else min(threads, WORKERS)
     if workers == 1:
         yield from map(work, batches)
         return
@@ -232,7 +249,7 @@ def map_batches(model: nn.Module, work: Callable[[Any], Any], batches: Sequence[
         yield from pool.map(work, batches)
     finally:
         pool.shutdown(cancel_futures=True)  # after an error no further batch starts
-        torch.set_num_threads(threads)  # threads that start later inherit the full number again
+        torch.set_num_threads(threads)  # later threads inherit the full number again
 
 
 # ---- dialogues -> examples ----
@@ -247,10 +264,21 @@ def prepare(
     report: SkipReport,
 ) -> tuple[list[Example], dict[str, int]]:
     """
-    The usable dialogues as token ids, and how many prompts and contexts are shortened.
+    Tokenizes the usable dialogues.
+
+    Args:
+        model: its LLM's window limits the prompts.
+        processor: tokenizes prompts, contexts and candidates.
+        dialogues: `{"key", "messages", "references"}`.
+        settings: what will be evaluated.
+        visual_words: lower-case words to mark in the references, or `None`.
+        report: records unusable dialogues.
+
+    Returns:
+        The examples, and the numbers `shortened_prompts` and `shortened_contexts`.
 
     Raises:
-        ValueError: if no dialogue is usable, or there are too few replies to rank among.
+        ValueError: if no dialogue is usable, or there are too few distractors.
     """
     pool = sorted({dialogue["references"][0] for dialogue in dialogues})
     window = getattr(model.config.text_config, "max_position_embeddings", None) or processor.tokenizer.model_max_length
@@ -278,13 +306,13 @@ def prepare(
 
 
 def _draw_distractors(dialogue: dict[str, Any], pool: list[str], seed: int) -> list[str]:
-    """Replies of other dialogues, drawn by the key alone, so that a limit or another arm changes nothing."""
+    """Replies of other dialogues; they depend on the key and the seed only, not on the limit or the arm."""
     rng, own = random.Random(f"{seed}/{dialogue['key']}"), dialogue["references"]
     others = [text for text in rng.sample(pool, min(len(pool), DISTRACTORS + len(own))) if text not in own]
     if len(others) < DISTRACTORS:
         raise ValueError(
             f"Ranking needs {DISTRACTORS} different replies of other dialogues for each dialogue, but the data have "
-            f"only {len(pool)} in all. Use more dialogues, or leave the ranking out (--no-ranking)."
+            f"only {len(pool)} in all. Use more dialogues, or skip the ranking (--no-ranking)."
         )
     return others[:DISTRACTORS]
 
@@ -297,64 +325,62 @@ def _prepare_example(
     visual_words: set[str] | None,
     window: int,
 ) -> tuple[Example, tuple[int, int]]:
-    """An example, and how many turns its prompt and its context lost. Raises a ValueError if it is unusable."""
+    """An example, and the numbers of turns dropped from prompt and context; a ValueError if it is unusable."""
     messages, references = dialogue["messages"][:-1], dialogue["references"]
     if messages[-1]["role"] != "user":
         raise ValueError("the turn before the reply is not the user's")
     scored = references if settings.all_references else references[:1]
     texts = [*scored, *distractors]
-    # room for the longest reply, so that all candidates, and what is generated, follow the same turns
+    # room for the longest reply, so that all candidates, and the generated reply, follow the same turns
     longest = max(map(len, processor.text_tokenizer(texts, add_special_tokens=False)["input_ids"]))
     room, use_knowledge = max(longest + END_OF_TURN, DECODING["max_new_tokens"]), settings.knowledge != "none"
-    asked = processor(messages, use_knowledge=use_knowledge, max_length=window - room)
+    prompt = processor(messages, use_knowledge=use_knowledge, max_length=window - room)
     head = int(messages[0]["role"] == "system")
-    messages = messages[:head] + messages[head + asked.dropped_turns[0] :]
+    messages = messages[:head] + messages[head + prompt.dropped_turns[0] :]
     chats = [[*messages, {"role": "assistant", "content": text}] for text in texts]
     answered = processor(chats, use_knowledge=use_knowledge, max_length=window, return_labels=True)
 
-    whole, starts = [], []  # each chat's ids up to the end of the reply, and where the reply begins
+    rows, starts = [], []  # each chat's ids up to the end of the reply, and the reply's position in them
     visual = []
     for row, chat in enumerate(chats):
         real = answered["attention_mask"][row] == 1
         ids, labels = answered["input_ids"][row][real].tolist(), answered["labels"][row][real]
         start, stop = _last_run(labels != IGNORED)
-        whole.append(ids[:stop])
+        rows.append(ids[:stop])
         starts.append(start)
         if row < len(scored):
             visual.append([False] * (stop - start))
             if visual_words:
-                # without placeholders, and behind them the same tokens
+                # located without placeholders; the tokens after these are the same
                 text, _, offsets = processor.locate_tokens(chat)
                 earlier = len(ids) - len(offsets)
                 visual[-1] = _touches(offsets[start - earlier : stop - earlier], text, visual_words)
     # the token before a reply predicts its first one, so it is not part of the prefix
-    shared = min(len(os.path.commonprefix(whole)), min(starts) - 1)
+    shared = min(len(os.path.commonprefix(rows)), min(starts) - 1)
     example = Example(
         key=dialogue["key"],
         references=references,
-        prompt=asked["input_ids"][0].tolist(),
-        context=asked["context_input_ids"][0].tolist() if use_knowledge else [],
-        prefix=whole[0][:shared],
-        candidates=[ids[shared:] for ids in whole],
-        tokens=[len(ids) - start for ids, start in zip(whole, starts, strict=True)],
+        prompt=prompt["input_ids"][0].tolist(),
+        context=prompt["context_input_ids"][0].tolist() if use_knowledge else [],
+        prefix=rows[0][:shared],
+        candidates=[ids[shared:] for ids in rows],
+        tokens=[len(ids) - start for ids, start in zip(rows, starts, strict=True)],
         visual=visual,
     )
-    return example, (asked.dropped_turns[0], asked.dropped_context_turns[0])
+    return example, (prompt.dropped_turns[0], prompt.dropped_context_turns[0])
 
 
 def _last_run(labelled: torch.Tensor) -> tuple[int, int]:
-    """Start and end of the last run of true values [T]: the last reply, where earlier ones are labelled, too."""
+    """Start and end of the last run of true values [T]: the last reply, if earlier ones are labelled, too."""
     positions = labelled.nonzero().squeeze(1)
     gaps = (positions.diff() > 1).nonzero().squeeze(1)
     return int(positions[gaps[-1] + 1 if len(gaps) else 0]), int(positions[-1]) + 1
 
 
 def _touches(offsets: list[tuple[int, int]], text: str, words: set[str]) -> list[bool]:
-    """Whether the tokens at the offsets share a character with one of the words in the text."""
+    """For each token's span in the text, whether it overlaps an occurrence of one of the words."""
     spans = [match.span() for match in WORD.finditer(text) if match[0].lower() in words]
     return [any(start < end and stop > begin for begin, end in spans) for start, stop in offsets]
-
-
 
 
 # ---- likelihood ----
@@ -368,10 +394,13 @@ def prefill(
     knowledge: torch.Tensor | None,
 ) -> tuple[Cache, torch.Tensor]:
     """
-    Reads the prefix that each example's candidates share: all but the last token of what a reply is generated from.
+    Reads the prefix that each example's candidates share: usually all but the last token of its prompt.
 
     Args:
-        knowledge: [B, n, h], or `None` for prompts without.
+        model: the dialogue model.
+        processor: its processor.
+        examples: B examples.
+        knowledge: [B, n, h], or `None` for prompts without knowledge.
 
     Returns:
         The LLM's cache, and the mask of its columns, [B, P].
@@ -383,7 +412,7 @@ def prefill(
         prefixes, mask = aligned["input_ids"], aligned["attention_mask"]
     embeds, positions = model.embed_prompt(prefixes, knowledge), (mask.cumsum(1) - 1).clamp(min=0)
     cache, before = None, model.tokens_before_knowledge(prefixes)
-    if before:  # the start that all rows share, a system prompt, is read once
+    if before:  # a beginning that all rows share, such as a system prompt, is read once
         cache = model.read_prefix(embeds[:, :before], mask, positions)
     outputs = model.language_model.base_model(
         inputs_embeds=embeds[:, before:],
@@ -404,15 +433,20 @@ def score_candidates(
     prefixes: tuple[Cache, torch.Tensor],
 ) -> list[list[torch.Tensor]]:
     """
-    Log-likelihoods of candidate replies, in nats. Candidates continue copies of their prefix's cache, those of similar
-    length together, which wastes little on padding.
+    Log-likelihoods of candidate replies, in nats.
+
+    Candidates continue copies of their prefix's cache, batched by length to minimise padding.
 
     Args:
-        batch_size: candidates at a time.
+        model: the dialogue model.
+        processor: its processor.
+        examples: B examples.
+        batch_size: candidates per batch.
         prefixes: the examples' prefixes, from [`prefill`].
 
     Returns:
-        For each example and candidate, those of the reply's tokens, end of turn included: [tokens], float32.
+        For each example and candidate the log-likelihoods of the reply's tokens, end of turn included: [tokens],
+        float32 on the CPU.
     """
     (cache, mask), padding = prefixes, processor.tokenizer.pad_token_id  # mask [B, P]
     device = mask.device
@@ -422,7 +456,7 @@ def score_candidates(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         candidates = [examples[b].candidates[c] for b, c in batch]
-        # the last token is predicted and need not be read
+        # the last token is only predicted
         ids, ids_mask = pad_rows([ids[:-1] for ids in candidates], padding, "right", device)  # [R, S]
         owners = torch.tensor([b for b, _ in batch], device=device)
         past, past_mask = select_rows(cache, owners), mask[owners]  # [R, P]
@@ -435,7 +469,7 @@ def score_candidates(
         for (b, c), ids, predicted in zip(batch, candidates, logits, strict=True):
             tokens = examples[b].tokens[c]
             targets = torch.tensor(ids[-tokens:], device=predicted.device)
-            # in float32 row by row: all rows at once would take much memory
+            # converted to float32 row by row to save memory
             predicted = predicted[len(ids) - 1 - tokens : len(ids) - 1].float()  # [tokens, vocabulary]
             scores[b][c] = -nn.functional.cross_entropy(predicted, targets, reduction="none").cpu()
     return scores
@@ -450,11 +484,18 @@ def score_replies(
     name: str,
 ) -> list[torch.Tensor]:
     """
-    Log-likelihoods of the tokens of each example's only candidate, in nats, [tokens] each.
+    Log-likelihoods of each example's only candidate, in nats.
 
     Args:
+        model: the dialogue model.
+        processor: its processor.
+        examples: N examples with one candidate each.
         knowledge: [N, n, h].
-        name: what the progress bar says.
+        batch_size: examples per batch.
+        name: label of the progress bar.
+
+    Returns:
+        For each example the log-likelihoods of the reply's tokens [tokens], float32 on the CPU.
     """
 
     def score(start: int) -> list[torch.Tensor]:
@@ -468,7 +509,7 @@ def score_replies(
 
 
 def _likelihood_record(example: Example, scores: list[torch.Tensor], split: bool) -> dict[str, Any]:
-    """Sums over an example's references, in nats and tokens, and the rank of the first among the distractors."""
+    """Sums over an example's references, in nats and tokens, and the first one's rank among the distractors."""
     references = [-reference.double() for reference in scores[: len(example.visual)]]
     nll = torch.cat(references)
     record = {
@@ -500,11 +541,14 @@ def generate_replies(
     prefixes: tuple[Cache, torch.Tensor] | None = None,
 ) -> list[str]:
     """
-    Replies by the paper's beam search (`DECODING`).
+    Generates a reply to each prompt by the paper's beam search (`DECODING`).
 
     Args:
-        knowledge: [B, n, h], or `None` for prompts without.
-        prefixes: the examples' prefixes from [`prefill`], if they have been read already.
+        model: the dialogue model.
+        processor: its processor.
+        examples: B examples.
+        knowledge: [B, n, h], or `None` for prompts without knowledge.
+        prefixes: the examples' prefixes from [`prefill`], if already read.
     """
     tokenizer, device = processor.tokenizer, model.get_input_embeddings().weight.device
     defaults = model.generation_config
@@ -516,12 +560,12 @@ def generate_replies(
     )
     ids, mask = pad_rows([example.prompt for example in examples], tokenizer.pad_token_id, "left", device)  # [B, T]
     read = {}
-    # a template may render the request for a reply differently from a reply that is there
+    # a template may render a generation prompt differently from the beginning of a reply
     if prefixes is not None and all(example.prompt[:-1] == example.prefix for example in examples):
         past, past_mask = prefixes
         beams = torch.arange(len(examples), device=device).repeat_interleave(DECODING["num_beams"])
         read[CACHE] = select_rows(past, beams)
-        mask = nn.functional.pad(past_mask, (0, 1), value=1)  # [B, P + 1], as the cache has its columns
+        mask = nn.functional.pad(past_mask, (0, 1), value=1)  # [B, P + 1], aligned with the cache
         ids = nn.functional.pad(ids, (mask.shape[1] - ids.shape[1], 0), value=tokenizer.pad_token_id)
     written = model.generate(input_ids=ids, attention_mask=mask, knowledge=knowledge, generation_config=config, **read)
     replies = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)

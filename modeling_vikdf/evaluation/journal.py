@@ -1,4 +1,4 @@
-"""What identifies an evaluation, and a journal of its work. Knows neither what a dialogue is nor what is measured."""
+"""The identity of an evaluation, and a journal of its finished work. Knows neither dialogues nor metrics."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from ..modeling_vikdf import VikdfForConditionalGeneration
 
 class Journal:
     """
-    Finished work, one line of JSON per dialogue, under a header that identifies the evaluation.
+    Finished work of an evaluation, one line of JSON per dialogue, after a header that identifies the evaluation.
 
     Args:
-        path: file to keep it in; by default it is kept in memory alone.
-        identity: everything that the work depends on.
+        path: file to append to; by default the journal is in memory only.
+        identity: everything that the results depend on.
 
     Raises:
         OSError: if the file cannot be written.
@@ -34,7 +34,7 @@ class Journal:
             return
         self._file = open(path, "a+b")
         self._file.seek(0)
-        # a process that was killed may have left its last line incomplete
+        # the last line is incomplete if the process was killed
         lines = [line for line in self._file if line.endswith(b"\n")]
         self._file.truncate(sum(map(len, lines)))
         identity = json.loads(json.dumps(identity))
@@ -59,16 +59,22 @@ class Journal:
         keys: list[str],
     ) -> list[dict[str, Any]]:
         """
-        The record of each key, computed where it is missing. Batches are repeated whole: in any other batch
-        rounding would differ.
+        The record of each key, computed if it is missing.
+
+        Incomplete batches are repeated as a whole, because rounding depends on the batch.
 
         Args:
-            work: takes batches of indices into keys, and yields the records of one batch after the other.
+            work: takes batches of indices into `keys`, and yields the records of each batch.
+            batches: all keys' indices, in batches.
+            keys: the dialogues' keys.
+
+        Returns:
+            The records in the order of `keys`.
         """
-        left = [batch for batch in batches if not all(keys[i] in self._done for i in batch)]
-        done = len(keys) - sum(map(len, left))
+        remaining = [batch for batch in batches if not all(keys[i] in self._done for i in batch)]
+        done = len(keys) - sum(map(len, remaining))
         with tqdm(desc="Evaluating", unit=" dialogues", total=len(keys), initial=done) as bar:
-            for batch, results in zip(left, work(left), strict=True):
+            for batch, results in zip(remaining, work(remaining), strict=True):
                 records = dict(zip([keys[i] for i in batch], results, strict=True))
                 self._write([{"key": key, "record": record} for key, record in records.items()])
                 self._done |= records
@@ -86,7 +92,7 @@ class Journal:
     def __exit__(self, *error: Any) -> None:
         if self._file is not None:
             self._file.close()
-            if any(error) and not self._done:  # refused before there was anything to resume
+            if any(error) and not self._done:  # failed before there was anything to resume
                 os.unlink(self._file.name)
 
 
@@ -98,14 +104,14 @@ def identify(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """
-    All that an evaluation depends on: the model and its weights, the data, the settings and their files, `versions`.
+    The identity of an evaluation: the model and its weights, the data, the settings and their files, `versions`.
 
     Raises:
         OSError: if a file that the settings name cannot be read.
     """
     files = {name: settings[name] for name in ("visual_words", "word_vectors") if settings[name] is not None}
     return {
-        "model": "/".join(Path(model_source).parts[-2:]),  # a Hub id as it is; of a folder not where it happens to be
+        "model": "/".join(Path(model_source).parts[-2:]),  # a Hub id, or a folder without its location
         "weights_sha256": _hash_weights(model),
         "data": Path(data).name,
         "data_sha256": data_hash,

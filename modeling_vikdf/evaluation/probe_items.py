@@ -1,6 +1,6 @@
-"""What a probe asks: lines of JSON and templates -> questions, the ways in which replies may begin, choices.
+"""Probe items: lines of JSON and templates -> questions, beginnings of replies, and choices.
 
-Knows neither models nor tokens; probes.py asks.
+Knows neither models nor tokens; probes.py scores the items.
 """
 
 import itertools
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 
-# Relation -> questions, beginnings of the reply, and the text that evokes the knowledge (the first is used). X is the
-# subject with its article, CONTEXT a caption; a cloze marked "(action)" is for items of that category alone.
+# Relation -> questions, beginnings of the reply, and texts that evoke the knowledge, of which the first is used. X is
+# the subject with its article, CONTEXT a caption; a cloze marked "(action)" is only for items of that category.
 TEMPLATES = {
     "color": {
         "chat": ["What color is X?"],
@@ -41,35 +41,38 @@ TEMPLATES = {
         "k_text": ["CONTEXT"],
     },
 }
-CLOZE = re.compile(r"(?:CONTEXT )?(?:\((\w+)\) )?(.+)", re.DOTALL)  # the user has said the context already
-NOTHING = {"Most X": "it", "X": "it", "CONTEXT": "..."}  # what a question without subject asks about
-FIELDS = {  # task -> what its items must have besides an id
+CLOZE = re.compile(r"(?:CONTEXT )?(?:\((\w+)\) )?(.+)", re.DOTALL)  # drops the context, which is in the question
+NOTHING = {"Most X": "it", "X": "it", "CONTEXT": "..."}  # subject-free replacements
+FIELDS = {  # task -> required fields of its items, besides an id
     "pair": {"relation": str, "choices": list, "answer": int, "context": str},
     "choice": {"relation": str, "choices": list, "answer": int, "subject": str},
     "dist": {"relation": str, "choices": list, "answer": int, "subject": str, "dist": list},
     "rank": {"context": list, "positives": list, "adversarial": list, "random": list},
 }
 NEGATIVES = ("random", "adversarial")
-MISSING_REPLY = "Repeated"  # what DailyDialog++ has in place of a reply that it lacks
+MISSING_REPLY = "Repeated"  # DailyDialog++'s marker for a missing reply
 
 
 @dataclass(frozen=True)
 class Question:
-    """A chat, messages as (role, content), and the ways in which its reply may begin before a choice."""
+    """A chat, messages as (role, content), and the beginnings of its reply that may precede a choice."""
 
     chat: tuple[tuple[str, str], ...]
     beginnings: tuple[str, ...] = ("",)
 
     @property
     def messages(self) -> list[dict[str, str]]:
+        """The chat as messages for the processor."""
         return [{"role": role, "content": content} for role, content in self.chat]
 
 
 @dataclass
 class ProbeItem:
     """
-    One line of a probe's file: `fields`, what it says; `task`; the `questions` to ask; `unconditional`, the same
-    without their subject; `evoking`, the chat whose words evoke the knowledge; the `choices` to score.
+    One line of a probe's file.
+
+    fields: its JSON object; task: see `load_items`; questions: to score; unconditional: the same without their
+    subject; evoking: the chat whose words evoke the knowledge; choices: continuations to score.
     """
 
     fields: dict[str, Any]
@@ -81,12 +84,12 @@ class ProbeItem:
 
     @property
     def cluster(self) -> str:
-        """Items of the same photograph or subject are not independent."""
+        """The photograph, subject or id: items that share it are not independent."""
         return str(next(self.fields[key] for key in ("image", "subject", "id") if key in self.fields))
 
     @property
     def subsets(self) -> list[str]:
-        """Names of the parts of the probe that the item belongs to, for breakdowns."""
+        """Names of the subsets that the item belongs to, for breakdowns."""
         keys = ("relation", "category", "group", "text_nb_correct")
         names = ["all", *(f"{key}={str(self.fields[key]).lower()}" for key in keys if key in self.fields)]
         if "flickr8k_subject" in self.fields:
@@ -99,24 +102,26 @@ def load_items(
     path: str | Path, templates: dict[str, dict[str, list[str]]] | None = None, limit: int | None = None
 ) -> list[ProbeItem]:
     """
-    Reads a probe: JSON Lines, all of one task. Every item has an `id`; further fields by task:
+    Reads a probe: JSON Lines, all of one task.
 
-      * "pair": `relation`, `context` (a caption), `choices`, `answer` (index of the right choice);
+    Every item has an `id`, and further fields by its `task`:
+      * "pair": `relation`, `context` (a caption), `choices`, `answer` (index of the correct choice);
       * "choice": `relation`, `subject`, `choices`, `answer`;
-      * "dist": the same and `dist`, the share of people or pictures that go with each choice;
+      * "dist": the same and `dist`, the share of people or pictures for each choice;
       * "rank", for items without `task`: `context` (turns, the last one the user's), `positives`, `adversarial` and
         `random` (replies).
 
     Args:
+        path: the file.
         templates: relation -> `chat`, `cloze` and `k_text`, lists of templates as in `TEMPLATES` (default). `chat`
-            has the questions; without it the first `k_text` is the question. The reply begins with each `cloze` that
-            fits the item's category (those marked with it if there are any, else the unmarked ones) and, if there is
+            has the questions; without it the first `k_text` is the question. The reply begins with each `cloze` of
+            the item's category (those marked with it if there are any, otherwise the unmarked ones) and, if there is
             a `chat`, with the choice itself.
-        limit: items to read; default all.
+        limit: number of items to read; default all.
 
     Raises:
-        OSError: if there is no such file.
-        ValueError: if an item is not as described above, or its relation has no templates; it names the line.
+        OSError: if the file cannot be read.
+        ValueError: if an item is malformed, or its relation has no templates; the error names the line.
     """
     items, lines_of_ids = [], {}
     with open(path, encoding="utf-8") as lines:
@@ -124,7 +129,7 @@ def load_items(
             try:
                 item = _read_item(json.loads(line), TEMPLATES if templates is None else templates)
                 if items and item.task != items[0].task:
-                    raise ValueError(f"task {item.task!r} after {items[0].task!r}; a file has one task alone.")
+                    raise ValueError(f"task {item.task!r} after {items[0].task!r}; a file must have a single task.")
                 if (first := lines_of_ids.setdefault(item.fields["id"], number)) != number:
                     raise ValueError(f"the id {item.fields['id']!r} is already used on line {first}.")
             except ValueError as error:
@@ -159,7 +164,7 @@ def _read_item(fields: Any, templates: dict[str, dict[str, list[str]]]) -> Probe
         raise ValueError(f"no templates for the relation {relation!r}, only for {', '.join(templates)}.")
     words = {}
     if "subject" in fields:
-        # "the" goes with what can be counted and what cannot, "a" does not
+        # "the" is right for countable and uncountable nouns
         noun = " ".join(filter(None, [fields.get("descriptor"), fields["subject"]]))
         words = {"Most X": f"Most {fields.get('plural') or noun}", "X": f"the {noun}"}
     if "context" in fields:
@@ -181,7 +186,7 @@ def _read_item(fields: Any, templates: dict[str, dict[str, list[str]]]) -> Probe
 
 
 def _read_dialogue(fields: dict[str, Any]) -> ProbeItem:
-    """Replies to rank in a dialogue: the choices are all replies, and the reply begins with nothing else."""
+    """An item of the task "rank": the choices are whole replies, without a beginning."""
     for key in FIELDS["rank"]:
         if not all(isinstance(text, str) and text.strip() for text in fields[key]):
             raise ValueError(f"{key!r} must be a list of texts, not {fields[key]!r}.")
@@ -193,7 +198,7 @@ def _read_dialogue(fields: dict[str, Any]) -> ProbeItem:
 
 
 def _fill(template: str, words: dict[str, str]) -> str:
-    """A template as a sentence. Raises ValueError if it mentions something that the item does not have."""
+    """Fills a template and capitalises it; raises a ValueError if the item lacks one of its variables."""
 
     def word(match: re.Match) -> str:
         if match[0] not in words:

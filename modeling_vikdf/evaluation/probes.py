@@ -1,13 +1,13 @@
-"""Is the knowledge knowledge of what things look like? Asked by multiple choice: how likely is each choice as a reply?
+"""Visual probes: does the knowledge say what things look like? Multiple choice by the likelihood of each choice.
 
-    JSONL, templates -> items: questions, the ways in which replies may begin, choices         probe_items.py
+    JSONL, templates -> items: questions, beginnings of replies, choices                       probe_items.py
                      -> log P of every choice under every arm of knowledge                     `choice_log_likelihoods`
-                     -> scores `raw` and `pmi` -> accuracy and the like, one record an item    `probe`
-                     -> means, intervals, own minus other knowledge; one model minus another `compare_probes`
+                     -> scores `raw` and `pmi` -> accuracy and so on, one record per item      `probe`
+                     -> means, intervals, own minus other knowledge; one model minus another   `compare_probes`
 
-The user's turn holds the question, with the knowledge wherever the processor puts it; the assistant's reply begins
-with a cloze ("The color of the banana is") or with nothing, and a choice comes next. The question is the same in all
-arms, so nothing but the knowledge can make them differ.
+The user's turn holds the question, with the knowledge where the processor puts it; the assistant's reply begins with a
+cloze ("The color of the banana is") or with nothing, followed by a choice. The question is the same in all arms, so
+they differ only in knowledge.
 """
 
 import itertools
@@ -46,17 +46,21 @@ def choice_log_likelihoods(
     progress: bool = True,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    log P(choice | question, knowledge, beginning of the reply), summed over the choice's tokens; what comes after it,
-    the end of the turn for instance, is not scored.
+    Scores choices by log P(choice | question, knowledge, beginning of the reply), summed over the choice's tokens.
+
+    Tokens after the choice, such as the end of the turn, are not scored.
 
     Args:
-        questions: N questions, of b beginnings each.
-        choices: c choices of each question, c may differ.
-        knowledge: knowledge of each question [n, h]; `None` for the bare LLM.
-        batch_size: prompts, and then replies, at a time.
+        model: the dialogue model.
+        processor: its processor.
+        questions: N questions, with b beginnings each.
+        choices: c choices for each question; b and c may differ between questions.
+        knowledge: knowledge [n, h] for each question; `None` for the bare LLM.
+        batch_size: prompts, and then replies, per batch.
+        progress: whether to show a progress bar.
 
     Returns:
-        For each question the log-likelihoods in nats and the numbers of tokens of the choices, both [b, c].
+        For each question the log-likelihoods in nats, float32, and the numbers of tokens, of its choices: [b, c] each.
 
     Raises:
         ValueError: if a question does not fit the processor, or its chat template begins a reply differently from how
@@ -68,15 +72,15 @@ def choice_log_likelihoods(
     def prompt(chat: tuple[tuple[str, str], ...], use_knowledge: bool) -> torch.Tensor:
         return processor(Question(chat).messages, use_knowledge=use_knowledge)["input_ids"][0]  # [P]
 
-    # Prompts of one length need no padding, and those of one kind begin alike.
+    # Prompts of equal length need no padding; with and without knowledge they are batched apart.
     prompts = [
         prompt(question.chat, vectors is not None) for question, vectors in zip(questions, knowledge, strict=True)
     ]
-    alike = defaultdict(list)
+    groups = defaultdict(list)
     for index, ids in enumerate(prompts):
-        alike[len(ids), knowledge[index] is None].append(index)
+        groups[len(ids), knowledge[index] is None].append(index)
     batches = [
-        indices[i : i + batch_size] for _, indices in sorted(alike.items()) for i in range(0, len(indices), batch_size)
+        group[i : i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)
     ]
     results: list[Any] = [None] * len(prompts)
     training = model.training
@@ -88,10 +92,11 @@ def choice_log_likelihoods(
             if knowledge[batch[0]] is not None:
                 vectors = torch.stack([knowledge[index] for index in batch])  # [B, n, h]
             sums = _score(model, torch.stack([prompts[index] for index in batch]), vectors, replies, batch_size)
-            sums_by_question = sums.split([len(some) for some in replies])
-            for index, log_p, some in zip(batch, sums_by_question, replies, strict=True):
+            sums_by_question = sums.split([len(question_replies) for question_replies in replies])
+            for index, log_p, question_replies in zip(batch, sums_by_question, replies, strict=True):
                 shape = len(questions[index].beginnings), len(choices[index])
-                results[index] = log_p.view(shape), torch.tensor([count for _, count in some]).view(shape)
+                counts = torch.tensor([count for _, count in question_replies])
+                results[index] = log_p.view(shape), counts.view(shape)
             bar.update(len(batch))
     model.train(training)
     return results
@@ -100,8 +105,8 @@ def choice_log_likelihoods(
 def _encode_replies(
     processor: VikdfProcessor, question: Question, choices: tuple[str, ...]
 ) -> list[tuple[tuple[int, ...], int]]:
-    """Of each beginning with each choice the reply's ids, as in training, and how many at its end are the choice's."""
-    asked = processor(question.messages, use_knowledge=False)["input_ids"][0].tolist()
+    """For each beginning and choice the reply's ids, as in training, and the choice's number of tokens at its end."""
+    prompt = processor(question.messages, use_knowledge=False)["input_ids"][0].tolist()
     pairs = itertools.product(question.beginnings, choices)
     endings = [(beginning, f" {choice}" if beginning else choice) for beginning, choice in pairs]
     chats = [
@@ -110,14 +115,14 @@ def _encode_replies(
     replies = []
     for chat, (beginning, choice) in zip(chats, endings, strict=True):
         text, ids, offsets = processor.locate_tokens(chat, continue_final_message=True)
-        if ids[: len(asked)] != asked or not text.endswith(choice):
+        if ids[: len(prompt)] != prompt or not text.endswith(choice):
             raise ValueError(
                 f"The chat template renders the reply {choice!r} differently from how it continues the prompt for it, "
                 "so its tokens cannot be identified. Pass the processor another chat_template=."
             )
         start = len(text) - len(choice) if beginning else 0
-        count = sum(end > start for _, end in offsets[len(asked) :])
-        replies.append((tuple(ids[len(asked) :]), count))
+        count = sum(end > start for _, end in offsets[len(prompt) :])
+        replies.append((tuple(ids[len(prompt) :]), count))
     return replies
 
 
@@ -129,20 +134,22 @@ def _score(
     batch_size: int,
 ) -> torch.Tensor:
     """
-    Log-likelihoods, one after the other, of all replies to each prompt [B, P]. Each prompt is read once. A reply's
-    last token is predicted but never read, so the replies that differ in it alone, or begin another, are one row.
+    Log-likelihoods of the choices in all replies to each prompt [B, P], concatenated.
+
+    Each prompt is read once. A reply's last token is predicted but not read, so replies that differ only in it, or
+    are a prefix of another, share a row.
     """
     embed = model.get_input_embeddings()
     device = embed.weight.device
     embeds = model.embed_prompt(prompts.to(device), knowledge)  # [B, P, d]
     past = model.read_prefix(embeds[:, :-1], torch.ones_like(prompts, device=device), None)
-    rows: list[tuple[int, tuple[int, ...]]] = []  # prompt, tokens that are read after it
+    rows: list[tuple[int, tuple[int, ...]]] = []  # (prompt, tokens to read after it)
     targets = defaultdict(list)  # row -> (column, token that the column predicts, reply)
     number = itertools.count()
-    for index, some in enumerate(replies):
-        read = sorted({ids[:-1] for ids, _ in some})
+    for index, prompt_replies in enumerate(replies):
+        read = sorted({ids[:-1] for ids, _ in prompt_replies})
         read = [ids for i, ids in enumerate(read) if i + 1 == len(read) or read[i + 1][: len(ids)] != ids]
-        for ids, count in some:
+        for ids, count in prompt_replies:
             row, reply = len(rows) + bisect_left(read, ids[:-1]), next(number)
             # column 0 is the prompt's last token, so column t predicts the reply's token t
             targets[row] += [(t, ids[t], reply) for t in range(len(ids) - count, len(ids))]
@@ -151,13 +158,13 @@ def _score(
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        wanted = [(i, *target) for i, row in enumerate(batch) for target in targets[row]]
-        i, column, token, reply = torch.tensor(wanted, device=device).T
+        batch_targets = [(i, *target) for i, row in enumerate(batch) for target in targets[row]]
+        i, column, token, reply = torch.tensor(batch_targets, device=device).T
         columns, column = column.unique(return_inverse=True)
         owner = torch.tensor([rows[row][0] for row in batch], device=device)
         read, _ = pad([torch.tensor(rows[row][1], dtype=torch.long) for row in batch])
         logits = model.language_model(
-            # padding on the right is seen by nothing that is scored
+            # no scored token attends to the padding on the right
             inputs_embeds=torch.cat([embeds[owner, -1:], embed(read.to(device))], dim=1),  # [R, 1 + T, d]
             use_cache=True,
             logits_to_keep=columns,
@@ -181,31 +188,35 @@ def probe(
     progress: bool = True,
 ) -> dict[str, Any]:
     """
-    Asks all items under each arm of knowledge.
+    Scores all items under each arm of knowledge.
 
     Scores of a choice, each the mean over questions and beginnings:
-      * `raw`: log P(choice | question) [nats]; of whole replies, which differ in length, its mean a token;
+      * `raw`: log P(choice | question) in nats; for whole replies, which differ in length, nats per token;
       * `pmi`: `raw` minus the same after the question without its subject ("it", or "..." for a caption or a
         dialogue), the domain-conditional PMI of Holtzman et al. 2021 (Surface Form Competition). That question comes
-        with the mean knowledge, which is about no item in particular; in the arm "none" with none.
+        with the mean knowledge, or without knowledge in the arm "none".
 
-    Measures, as shares unless noted; ties count against the model:
-      * `accuracy`: the right choice has the highest score;
-      * `spearman`, `kl` (tasks with `dist`): rank correlation of the scores with the given shares, and KL divergence
-        [nats] from them to the softmax of the scores;
-      * `hits_at_1_*`, `mrr_*` (task "rank"): each good reply is ranked among the random, or adversarial, ones.
+    Measures, as fractions unless noted; ties count against the model:
+      * `accuracy`: the correct choice has the highest score;
+      * `spearman`, `kl` (tasks with `dist`): rank correlation of the scores with the shares in `dist`, and KL
+        divergence in nats from these to the softmax of the scores;
+      * `hits_at_1_*`, `mrr_*` (task "rank"): each positive reply is ranked among the random, or adversarial, ones.
 
     Args:
+        model: the dialogue model.
+        processor: its processor.
+        items: items of one task, from `load_items`.
         arms: of `KNOWLEDGE_ARMS`; "shuffled" gives an item the knowledge of another photograph or subject.
+        batch_size: prompts, and then replies, per batch.
         seed: of the shuffled knowledge and of the statistics.
+        progress: whether to show a progress bar.
 
     Returns:
-        A report: its `kind`, "probe", and `version`;
-        `task`, `arms`; `subsets`: name -> `items`, `majority` (accuracy of always taking the choice that is right most
-        often in the subset) and `chance`, where there is an answer, `arms` (arm -> score -> measure -> `mean`,
-        `confidence_95`) and `own_minus` (other arm -> score -> measure -> `mean`, `confidence_95`, `p_value`);
-        intervals are bootstrapped and differences randomised over photographs, subjects or dialogues. `records`: of
-        each item `id`, `cluster`, `subsets`, `choices`, `answer`, `scores` and `measures`.
+        A report: its `kind`, "probe", and `version`; `task`, `arms`; `subsets`: name -> `items` (their number),
+        `majority` (accuracy of the choice that is correct most often in the subset) and `chance`, if items have an
+        answer, `arms` (arm -> score -> measure -> `mean`, `confidence_95`) and `own_minus` (other arm -> score ->
+        measure -> `mean`, `confidence_95`, `p_value`); intervals and p-values resample photographs, subjects or
+        dialogues. `records`: for each item `id`, `cluster`, `subsets`, `choices`, `answer`, `scores` and `measures`.
 
     Raises:
         ValueError: for an unknown arm, or if knowledge cannot be shuffled.
@@ -218,22 +229,22 @@ def probe(
         groups = [item.cluster for item in items]
         knowledge |= {arm: arm_knowledge(own, arm, seed, groups) for arm in (*arms, "mean") if arm != "none"}
 
-    asked: list[tuple[Question, tuple[str, ...], torch.Tensor | None]] = []
+    queries: list[tuple[Question, tuple[str, ...], torch.Tensor | None]] = []
     for arm in arms:
         for item, evoked in zip(items, knowledge[arm], strict=True):
-            asked += [(question, item.choices, evoked) for question in item.questions]
-    # Questions without subject are few: each is asked once, with the choices of all items that share it.
+            queries += [(question, item.choices, evoked) for question in item.questions]
+    # Questions without subject are few: each is scored once, with the choices of all items that share it.
     shared: dict[tuple[bool, Question], dict[str, None]] = defaultdict(dict)
     for arm, item in itertools.product(arms, items):
         for question in item.unconditional:
             shared[arm != "none", question] |= dict.fromkeys(item.choices)
     for (has_knowledge, question), choices in shared.items():
-        asked.append((question, tuple(choices), knowledge["mean"][0] if has_knowledge else None))
+        queries.append((question, tuple(choices), knowledge["mean"][0] if has_knowledge else None))
 
-    scored = iter(choice_log_likelihoods(model, processor, *zip(*asked, strict=True), batch_size, progress))
+    scored = iter(choice_log_likelihoods(model, processor, *zip(*queries, strict=True), batch_size, progress))
 
     def score() -> torch.Tensor:
-        """Of the next question, the mean over the beginnings of its reply [c]."""
+        """The choices' scores for the next question [c], averaged over beginnings."""
         log_p, tokens = next(scored)  # [b, c]
         return (log_p / tokens if items[0].task == "rank" else log_p).mean(0)
 
@@ -261,6 +272,7 @@ def _record(
     An item's record: its scores and measures under each arm.
 
     Args:
+        item: the item.
         raw: arm -> scores of the choices [c].
         unconditional: (with knowledge, question without subject) -> choice -> score.
     """
@@ -268,10 +280,10 @@ def _record(
     if item.task != "rank":
         record |= {"choices": list(item.choices), "answer": item.fields["answer"]}
     record |= {"scores": {}, "measures": {}}
-    for arm, given in raw.items():
+    for arm, raw_scores in raw.items():
         bases = [unconditional[arm != "none", question] for question in item.unconditional]
         without = torch.tensor([[base[choice] for choice in item.choices] for base in bases]).mean(0)  # [c]
-        scores = {"raw": given, "pmi": given - without}
+        scores = {"raw": raw_scores, "pmi": raw_scores - without}
         record["scores"][arm] = {name: values.tolist() for name, values in scores.items()}
         record["measures"][arm] = {name: _measures(item, values) for name, values in scores.items()}
     return record
@@ -280,7 +292,7 @@ def _record(
 def _evoke(
     model: VikdfForConditionalGeneration, processor: VikdfProcessor, chats: list[list[dict]], batch_size: int
 ) -> torch.Tensor:
-    """The knowledge [N, n, h] that the words of each chat evoke."""
+    """The knowledge [N, n, h] of the words of each chat."""
     device, parts = model.iqformer.query_tokens.device, []
     training = model.training
     model.eval()
@@ -292,7 +304,7 @@ def _evoke(
 
 
 def _measures(item: ProbeItem, scores: torch.Tensor) -> dict[str, float | None]:
-    """Measures of one item with scores [c]; `None` where one is not defined."""
+    """Measures of one item with scores [c]; `None` for undefined ones."""
     if item.task == "rank":
         measures = {}
         positives, *negatives = scores.split([len(item.fields[key]) for key in ("positives", *NEGATIVES)])
@@ -311,7 +323,7 @@ def _measures(item: ProbeItem, scores: torch.Tensor) -> dict[str, float | None]:
 
 
 def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float | None:
-    """Spearman's correlation of two [c], ties at their mean rank; `None` if one is constant."""
+    """Spearman's correlation of two vectors [c], with ties at their mean rank; `None` if one is constant."""
     ranks = torch.stack([(v[:, None] > v).sum(1) - (v[:, None] < v).sum(1) for v in (x, y)]).double()  # [2, c]
     return torch.corrcoef(ranks)[0, 1].item() if ranks.any(1).all() else None
 
@@ -321,16 +333,18 @@ def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float | None:
 
 def compare_probes(a: dict[str, Any], b: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     """
-    Two models on the same items, each with its own knowledge.
+    Compares two models on the same items, each with its own knowledge.
 
     Args:
-        a, b: what `probe` returned for each, or `average_probes` for several trainings of each.
+        a: the result of `probe` for one model, or of `average_probes` for several training runs of it.
+        b: the same for the other.
+        seed: of the statistics.
 
     Returns:
         Subset -> score -> measure -> `mean` of a minus b, its `confidence_95` and `p_value`.
 
     Raises:
-        ValueError: if the two do not have the same items, choices included, or one has no records or no arm "own".
+        ValueError: if items or their choices differ, or one has no records or no arm "own".
     """
     pairs = [{**record, "measures": {"own": ours, "b": theirs}} for record, (ours, theirs) in _align([a, b], "own")]
     return {name: subset["own_minus"]["b"] for name, subset in _summarise(pairs, ("own", "b"), seed).items()}
@@ -338,17 +352,18 @@ def compare_probes(a: dict[str, Any], b: dict[str, Any], seed: int = 0) -> dict[
 
 def average_probes(probes: Sequence[dict[str, Any]], arm: str = "own", seed: int = 0) -> dict[str, Any]:
     """
-    Several trainings of a model in the mean, under one arm of knowledge: a system to compare with others.
+    Averages several training runs of a model under one arm of knowledge, for `compare_probes`.
 
     Args:
-        probes: what `probe` returned for each training.
+        probes: the result of `probe` for each run.
         arm: which of their arms.
+        seed: of the statistics.
 
     Returns:
-        `task`, `arms`, `subsets`, `records` as of [`probe`], with the mean of each item's measures as the arm "own".
+        `task`, `arms`, `subsets`, `records` as of [`probe`], with each item's mean measures as the arm "own".
 
     Raises:
-        ValueError: if they do not have the same items, choices included, or one has no records or lacks the arm.
+        ValueError: if items or their choices differ, or a result has no records or lacks the arm.
     """
     records = []
     for record, trainings in _align(probes, arm):
@@ -366,7 +381,7 @@ def average_probes(probes: Sequence[dict[str, Any]], arm: str = "own", seed: int
 
 
 def _align(probes: Sequence[dict[str, Any]], arm: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each item's record in the first of the probes, and what it measured under the arm in each of them."""
+    """Each item's record in the first probe, and its measures under the arm in each probe."""
     if not all(report.get("records") for report in probes):
         raise ValueError("There are no records to compare; `vikdf probe` writes them.")
     indexed = [{record["id"]: record for record in report["records"]} for report in probes]
@@ -375,35 +390,36 @@ def _align(probes: Sequence[dict[str, Any]], arm: str) -> list[tuple[dict[str, A
         raise ValueError("The probes do not have the same items.")
     aligned = []
     for name, record in indexed[0].items():
-        same = [records[name] for records in indexed]
-        if not all(arm in other["measures"] for other in same):
+        item_records = [records[name] for records in indexed]
+        if not all(arm in item["measures"] for item in item_records):
             raise ValueError(f"Models are compared under one arm of knowledge: probe all with the arm {arm!r}.")
-        if any(other.get(key) != record.get(key) for key in ("choices", "answer") for other in same):
+        if any(item.get(key) != record.get(key) for key in ("choices", "answer") for item in item_records):
             raise ValueError(f"The item {name!r} does not have the same choices and answer in all probes.")
-        aligned.append((record, [other["measures"][arm] for other in same]))
+        aligned.append((record, [item["measures"][arm] for item in item_records]))
     return aligned
 
 
 def _summarise(records: list[dict[str, Any]], arms: Sequence[str], seed: int) -> dict[str, Any]:
-    """Means, intervals and differences of each subset; a subset of all records is left out."""
+    """Means, intervals and differences of each subset; subsets equal to "all" are omitted."""
     members = defaultdict(list)
     for record in records:
         for name in record["subsets"]:
             members[name].append(record)
     summary = {}
-    for name, some in sorted(members.items()):
-        if name != "all" and len(some) == len(records):
+    for name, subset in sorted(members.items()):
+        if name != "all" and len(subset) == len(records):
             continue
-        summary[name] = {"items": len(some)}
-        if "answer" in some[0]:
-            right = Counter(record["choices"][record["answer"]] for record in some)
-            most = [max(record["choices"], key=right.__getitem__) for record in some]
-            hits = sum(word == record["choices"][record["answer"]] for word, record in zip(most, some, strict=True))
-            summary[name]["majority"] = hits / len(some)
-            summary[name]["chance"] = sum(1 / len(record["choices"]) for record in some) / len(some)
-        clusters = [record["cluster"] for record in some]
-        values = {arm: _table(some, arm) for arm in arms}  # arm -> [N, scores, measures]
-        measures = list(some[0]["measures"][arms[0]]["raw"])
+        summary[name] = {"items": len(subset)}
+        if "answer" in subset[0]:
+            answers = [record["choices"][record["answer"]] for record in subset]
+            frequencies = Counter(answers)
+            guesses = [max(record["choices"], key=frequencies.__getitem__) for record in subset]
+            hits = sum(guess == answer for guess, answer in zip(guesses, answers, strict=True))
+            summary[name]["majority"] = hits / len(subset)
+            summary[name]["chance"] = sum(1 / len(record["choices"]) for record in subset) / len(subset)
+        clusters = [record["cluster"] for record in subset]
+        values = {arm: _table(subset, arm) for arm in arms}  # arm -> [N, scores, measures]
+        measures = list(subset[0]["measures"][arms[0]]["raw"])
         summary[name]["arms"] = {arm: _estimate(table, clusters, measures, seed) for arm, table in values.items()}
         if "own" in arms:
             summary[name]["own_minus"] = {
@@ -415,7 +431,7 @@ def _summarise(records: list[dict[str, Any]], arms: Sequence[str], seed: int) ->
 
 
 def _table(records: list[dict[str, Any]], arm: str) -> torch.Tensor:
-    """The measures of an arm [N, scores, measures], NaN where one is not defined."""
+    """The measures of an arm [N, scores, measures], float64, with NaN for undefined ones."""
     rows = [[list(record["measures"][arm][score].values()) for score in SCORES] for record in records]
     return torch.tensor([[[torch.nan if v is None else v for v in s] for s in row] for row in rows]).double()
 
@@ -424,8 +440,10 @@ def _estimate(
     values: torch.Tensor, clusters: list[str], measures: list[str], seed: int, paired: bool = False
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """
-    Score -> measure -> mean of the values [N, scores, measures], interval and, if paired, p-value of mean 0; without
-    measures that no item has.
+    Mean, interval and, if paired, p-value of mean 0, of values [N, scores, measures].
+
+    Returns:
+        Score -> measure -> estimates; measures that are undefined for all items are omitted.
     """
     flat = values.flatten(1)  # [N, k]
     low, high = bootstrap_interval(flat.nan_to_num(), ~flat.isnan(), clusters, seed=seed)

@@ -1,9 +1,9 @@
-"""What the records of an evaluation come to, how two evaluations differ, and what kinds of reports there are.
+"""Reports: their kinds, metrics over the records of an evaluation, and comparison of two evaluations.
 
 records of dialogues -> summarise -> metrics with 95 % intervals
 two reports          -> compare   -> paired differences, approximate randomisation
 
-Knows no model: everything here is computed from what was written down.
+Knows no model: everything is computed from records.
 """
 
 import json
@@ -30,7 +30,7 @@ from .statistics import (
 
 
 class Metric(NamedTuple):
-    """How a metric is shown, and which of two values is the better one; `short` heads the columns of wide tables."""
+    """How a metric is displayed, and which of two values is better; `short` is the column header in wide tables."""
 
     label: str
     decimals: int
@@ -38,7 +38,7 @@ class Metric(NamedTuple):
     short: str | None = None
 
 
-# Every metric of every report, in the order in which they are shown.
+# Every metric of every report, in display order.
 METRICS = {
     "perplexity": Metric("perplexity", 2, "lower"),
     "perplexity_per_example": Metric("perplexity, mean over replies", 2, "lower"),
@@ -69,7 +69,7 @@ METRICS = {
 }
 
 REPORT_VERSION = 1
-# What reports hold that were written before they said what they are.
+# Keys that identify the kind of reports written before these had a `kind`.
 KEYS_BY_KIND = {
     "dialogues": {"metrics", "confidence_95", "knowledge", "data", "num_dialogues"},
     "study": {"arms", "reference", "data"},
@@ -77,9 +77,9 @@ KEYS_BY_KIND = {
     "probe": {"task", "subsets", "records"},
 }
 
-NOT_SURE = re.compile(r"i['’]m not sure", re.IGNORECASE)  # how bland replies begin
+NOT_SURE = re.compile(r"i['’]m not sure", re.IGNORECASE)  # a common beginning of bland replies
 
-# Metrics that are sum(values) / sum(weights) over dialogues: what the sums are called in a dialogue's record.
+# Metrics that are sum(values) / sum(weights) over dialogues -> the names of both in a dialogue's record.
 RATIOS = {
     "nll": ("nll", "tokens"),
     "nll_per_example": ("mean_nll", "examples"),
@@ -98,31 +98,31 @@ RATIOS = {
         )
     },
 }
-PERPLEXITIES = {"perplexity": "nll", "perplexity_per_example": "nll_per_example"}  # exp of
+PERPLEXITIES = {"perplexity": "nll", "perplexity_per_example": "nll_per_example"}  # perplexity = exp(NLL)
 
-# What reports must have in common to be compared, and what if they have it at all.
+# Keys that must be equal in compared reports, and keys that must be equal if present.
 SAME, SAME_IF_ANY = ("data_sha256", "limit", "all_references"), ("visual_words_sha256", "word_vectors_sha256")
 
 
 def metric_label(name: str) -> str:
-    """What a metric is called in prose; of one that is not in `METRICS`, its name."""
+    """A metric's label in `METRICS`, or its name if it has none."""
     return METRICS[name].label if name in METRICS else name
 
 
 def kind_of(report: Any, source: str | Path = "The report") -> str | None:
     """
-    What a report is of: `kind`, one of `KEYS_BY_KIND`; of one that lacks it, what its keys tell.
+    The kind of a report: its `kind`, or by its keys if it was written without one.
 
     Args:
-        report: JSON as it was read.
-        source: what an error calls it.
+        report: the parsed JSON.
+        source: its name in errors.
 
     Returns:
         "dialogues" (`vikdf evaluate`), "retrieval", "probe" or "study" (eval/study/collect.py); `None` for anything
         else.
 
     Raises:
-        ValueError: if the report is of a version that this release does not read.
+        ValueError: if this release does not support the report's version.
     """
     if not isinstance(report, dict):
         return None
@@ -133,8 +133,8 @@ def kind_of(report: Any, source: str | Path = "The report") -> str | None:
         return None
     if report.get("version") != REPORT_VERSION:
         raise ValueError(
-            f"{source} is of version {report.get('version')}, and this release reads version {REPORT_VERSION}: "
-            "update modeling_vikdf."
+            f"{source} has version {report.get('version')}, but this release reads version {REPORT_VERSION}: update "
+            "modeling_vikdf."
         )
     return kind
 
@@ -149,17 +149,16 @@ def summarise(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Metrics over dialogues, and their 95 % intervals over resamples of dialogues. Each record gets the metrics of its
-    reply.
+    Metrics over dialogues, with 95 % intervals over resamples of dialogues.
 
-    `nll` is in nats a token, end of turn included, and `perplexity` its exponential; `perplexity_per_example` is that
-    of the mean over replies of each one's mean, as the authors' code has it. `bleu_n` and `distinct_n` are of all
-    replies together. Resampling repeats replies, which lowers Distinct, so its interval is by the delete-a-group
-    jackknife.
+    The metrics of each reply are added to its record. `nll` is in nats per token, end of turn included, and
+    `perplexity` its exponential; `perplexity_per_example` is that of the mean over replies of per-reply means, as in
+    the authors' code. `bleu_n` and `distinct_n` are corpus metrics. Resampling repeats replies, which lowers
+    Distinct, so its interval uses the delete-a-group jackknife.
 
     Args:
-        records: what each dialogue came to [N].
-        references: those of each dialogue [N].
+        records: the N dialogues' records, changed in place.
+        references: the N dialogues' references.
         word_vectors: file for the embedding metrics of the replies, see [`load_word_vectors`].
         seed: of the resampling.
 
@@ -184,7 +183,7 @@ def summarise(
 
 
 def _sums(records: list[dict[str, Any]], value: str, weight: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each dialogue the two sums whose ratio over all is a metric, [N] each."""
+    """The values and weights [N] of each dialogue, float64; a metric is the ratio of their sums."""
     return (
         torch.tensor([record[value] for record in records]).double(),
         torch.tensor([1 if weight is None else record[weight] for record in records]).double(),
@@ -194,8 +193,8 @@ def _sums(records: list[dict[str, Any]], value: str, weight: str | None) -> tupl
 def _summarise_replies(
     records: list[dict[str, Any]], references: list[list[str]], word_vectors: str | Path | None, seed: int
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """BLEU and Distinct of all replies, and their intervals; what is a mean over replies goes into the records."""
-    from ..metrics import (  # NLTK comes with the extra `eval`, and cards read reports without it
+    """Corpus BLEU and Distinct with their intervals; metrics that are means over replies are added to the records."""
+    from ..metrics import (  # needs NLTK, of the extra `eval`; cards read reports without it
         bleu_from_statistics,
         bleu_statistics,
         distinct_from_statistics,
@@ -234,19 +233,20 @@ def _summarise_replies(
 
 def load_word_vectors(path: str | Path, words: set[str]) -> dict[str, list[float]]:
     """
-    The vectors of some words from a text file with `word v1 v2 ...` per line, like GloVe's and fastText's.
+    Reads the vectors of the given words from a text file with `word v1 v2 ...` per line, like GloVe's and fastText's.
 
     Raises:
-        OSError, ValueError: if it cannot be read, or a line has no such numbers.
+        OSError: if the file cannot be read.
+        ValueError: if the line of such a word is malformed, or there is none.
     """
     vectors, width = {}, None
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             fields = line.rstrip().split(" ")
-            if number == 1 and len(fields) == 2:  # fastText's first line has its numbers of words and dimensions
+            if number == 1 and len(fields) == 2:  # fastText's header: numbers of words and dimensions
                 continue
             width = width or len(fields) - 1
-            word = " ".join(fields[:-width])  # some of GloVe's words have spaces
+            word = " ".join(fields[:-width])  # some of GloVe's words contain spaces
             if word in words:
                 try:
                     vectors[word] = [float(value) for value in fields[-width:]]
@@ -264,21 +264,24 @@ def load_word_vectors(path: str | Path, words: set[str]) -> dict[str, list[float
 
 def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> dict[str, Any]:
     """
-    Pairs the dialogues of two systems, each evaluated on the same data, once or with several training seeds, over
-    which a dialogue's values are averaged first.
+    Compares two systems on the same dialogues, paired.
+
+    With several training runs of a system a dialogue's values are averaged over them first.
 
     Args:
-        a, b: reports that `vikdf evaluate` wrote.
+        a: files that `vikdf evaluate` wrote for system A, one per training run.
+        b: the same for system B.
+        seed: of the statistics.
 
     Returns:
-        `a`, `b`: what was evaluated; `num_dialogues`; `metrics`: for each that both have, but perplexity (see `nll`),
-        its value in `a` and `b`, the `difference` a minus b, its paired interval `confidence_95` by bootstrap over
-        dialogues (of BLEU and Distinct by jackknife), the `p_value` of approximate randomisation, and `p_value_holm`,
-        corrected for all the metrics.
+        `a`, `b`: the evaluated models; `num_dialogues`; `metrics`: for each common metric except perplexity (see
+        `nll`) its values `a` and `b`, the `difference` a minus b, its paired interval `confidence_95` by bootstrap
+        over dialogues (BLEU and Distinct by jackknife), the `p_value` of approximate randomisation, and
+        `p_value_holm`, corrected for the number of metrics.
 
     Raises:
         OSError: if a report cannot be read.
-        ValueError: if one is not a report, or they are not on the same data.
+        ValueError: if a file is not a report, or the reports are not on the same data.
     """
     sides = [[_read_report(path) for path in paths] for paths in (a, b)]
     reports = [report for side in sides for report in side]
@@ -331,24 +334,29 @@ def compare(a: Sequence[str | Path], b: Sequence[str | Path], seed: int = 0) -> 
 
 
 def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict[str, dict[str, Any]]:
-    """BLEU and Distinct, which are of all replies together, of the records [N] of each report of either side."""
+    """Compares the corpus metrics BLEU and Distinct.
+
+    Args:
+        sides: for A and B, the N records of each report.
+        seed: of the randomisation.
+    """
     from ..metrics import bleu_from_statistics, distinct_from_statistics, distinct_statistics, tokenize
 
     pairs = []
-    for number in range(math.lcm(*map(len, sides))):  # so that each report of a side counts as much as the others
+    for number in range(math.lcm(*map(len, sides))):  # each report of a side has equal weight
         records = [record for side in sides for record in side[number % len(side)]]  # [2N]
         replies = [" ".join(tokenize(record["reply"])) for record in records]
         pairs.append((np.array([record["bleu"] for record in records]), distinct_statistics(replies, tokenized=True)))
 
     def measure(chosen: np.ndarray) -> dict[str, np.ndarray]:
-        """Metrics [R] of the chosen ones [R, 2N] of both sides' replies."""
+        """Metrics [R] of the chosen replies [R, 2N] (bool) among those of both sides."""
         values = [
             bleu_from_statistics(chosen @ bleu) | distinct_from_statistics(ngrams, chosen) for bleu, ngrams in pairs
         ]
         return {name: np.mean([metrics[name] for metrics in values], axis=0) for name in values[0]}
 
     def measure_sides(dialogues: np.ndarray, swapped: np.ndarray) -> tuple[dict[str, np.ndarray], ...]:
-        """Metrics [R] of A and of B in some dialogues [R, N], where in the swapped ones each has the other's reply."""
+        """Metrics [R] of A and B on the masked dialogues [R, N], with replies exchanged in the swapped ones [R, N]."""
         own, others = dialogues & ~swapped, dialogues & swapped
         return measure(np.concatenate([own, others], axis=1)), measure(np.concatenate([others, own], axis=1))
 
@@ -358,7 +366,7 @@ def _compare_corpora(sides: list[list[list[dict[str, Any]]]], seed: int) -> dict
     rng, extreme = np.random.default_rng(seed), dict.fromkeys(a, 0)
     for rows in torch.arange(RANDOMISATIONS).split(CHUNK):
         other_a, other_b = measure_sides(everything, rng.random((len(rows), everything.size)) < 0.5)
-        for name in a:  # a tie by another order of summation is a tie
+        for name in a:  # ties may differ by rounding
             bound = abs(a[name] - b[name]) * (1 - 1e-9)
             extreme[name] += int((abs(other_a[name] - other_b[name]) >= bound).sum())
     return {

@@ -1,6 +1,6 @@
-"""Retrieval between texts and pictures: embeds both, ranks, reports recall with its intervals.
+"""Text-image retrieval: embeds both, ranks, and reports recall with confidence intervals.
 
-Ties count against the model, so embeddings that are all alike (or not numbers) find nothing.
+Ties count against the model, so constant (or NaN) embeddings retrieve nothing.
 """
 
 import itertools
@@ -17,20 +17,23 @@ from .reports import REPORT_VERSION
 
 
 KS = (1, 5, 10)
-TIE = 1e-6  # dot products of equal unit vectors may differ by rounding; this is more
-CHUNK = 256  # queries that are compared with all answers at a time
+TIE = 1e-6  # exceeds the rounding error between dot products of equal unit vectors
+CHUNK = 256  # queries that are compared with all candidates at a time
 
 
 def retrieval_recall(
     text_embeddings: torch.Tensor, image_embeddings: torch.Tensor, text_to_image: torch.Tensor, ks: Sequence[int] = KS
 ) -> dict[str, dict[str, float]]:
     """
-    Recall at k, in %: for how many queries a right answer is among the k nearest. Right for a text is its picture, for
-    a picture any of its texts; pictures without texts can be retrieved but are no queries.
+    Recall at k in %: the share of queries with a correct answer among the k nearest candidates.
+
+    Correct for a text is its picture, for a picture any of its texts; pictures without texts are candidates only.
 
     Args:
-        text_embeddings, image_embeddings: unit vectors [N_t, d], [N_i, d].
-        text_to_image: index of each text's picture [N_t].
+        text_embeddings: unit vectors [N_t, d].
+        image_embeddings: unit vectors [N_i, d].
+        text_to_image: index of each text's picture [N_t], int64.
+        ks: the values of k.
 
     Returns:
         `{"text_to_image": {"recall_at_1": ...}, "image_to_text": {...}}`.
@@ -54,8 +57,9 @@ def retrieval_intervals(
     seed: int = 0,
 ) -> dict[str, dict[str, list[float]]]:
     """
-    95 % bootstrap intervals of `retrieval_recall`, in the same layout. Photographs are drawn with replacement,
-    each with all its texts, which are not independent of each other; what is searched stays the same.
+    95 % bootstrap intervals of `retrieval_recall`, in the same layout.
+
+    Queries are resampled by photograph, each with all its (dependent) texts; the candidates stay the same.
     """
     count = len(image_embeddings)
     draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
@@ -63,11 +67,11 @@ def retrieval_intervals(
     times.scatter_add_(1, draws, torch.ones_like(times))
     intervals = {}
     for direction, (rank, picture) in _ranks(text_embeddings, image_embeddings, text_to_image).items():
-        asked = times @ picture.bincount(minlength=count).double()  # [resamples]
+        queries = times @ picture.bincount(minlength=count).double()  # [resamples]
         intervals[direction] = {}
         for k in ks:
             hits = times @ picture.bincount((rank < k).double(), minlength=count)  # [resamples]
-            recall = 100 * hits / asked
+            recall = 100 * hits / queries
             intervals[direction][f"recall_at_{k}"] = recall.quantile(recall.new_tensor([0.025, 0.975])).tolist()
     return intervals
 
@@ -75,7 +79,7 @@ def retrieval_intervals(
 def _ranks(
     text_embeddings: torch.Tensor, image_embeddings: torch.Tensor, text_to_image: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Direction -> of each query, how many wrong answers are as near as the right one, and its picture's index."""
+    """Direction -> each query's correct answer's rank, from 0 (ties count as nearer), and its picture's index."""
     texts, images, own = text_embeddings.float().cpu(), image_embeddings.float().cpu(), text_to_image.cpu()
     if own.shape != texts.shape[:1] or not ((own >= 0) & (own < len(images))).all():
         raise ValueError(f"text_to_image must name one of {len(images)} pictures for each of {len(texts)} texts.")
@@ -84,12 +88,12 @@ def _ranks(
     for rows in torch.arange(len(texts)).split(CHUNK):
         scores = texts[rows] @ images.T  # [c, N_i]
         farther = scores < scores.gather(1, own[rows, None]) - TIE
-        ranks["text_to_image"].append((~farther).sum(1) - 1)  # without the right one itself
+        ranks["text_to_image"].append((~farther).sum(1) - 1)  # without the correct one itself
     for rows in pictures.split(CHUNK):
         scores = images[rows] @ texts.T  # [c, N_t]
-        right = own == rows[:, None]  # [c, N_t]
-        farther = scores < scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True) - TIE
-        ranks["image_to_text"].append((~farther & ~right).sum(1))
+        correct = own == rows[:, None]  # [c, N_t]
+        farther = scores < scores.masked_fill(~correct, -torch.inf).amax(1, keepdim=True) - TIE
+        ranks["image_to_text"].append((~farther & ~correct).sum(1))
     queries = {"text_to_image": own, "image_to_text": pictures}
     return {direction: (torch.cat(parts), queries[direction]) for direction, parts in ranks.items()}
 
@@ -106,8 +110,11 @@ def embed_pairs(
     Embeds every picture and every one of its captions with the model's matching head.
 
     Args:
-        pairs: `{"image": PIL.Image, "captions": [str, ...]}`; or cached features, which spare the encoders.
-        batch_size: pictures, or captions, at a time.
+        model: a model with a vision encoder.
+        processor: its processor.
+        pairs: `{"image": PIL.Image, "captions": [str, ...]}`; or cached features, which skip the encoders.
+        batch_size: pictures, or captions, per batch.
+        progress: whether to show a progress bar.
 
     Returns:
         Unit vectors of the captions [N_t, d] and of the pictures [N_i, d], and the index of each caption's picture
@@ -159,8 +166,8 @@ def evaluate_retrieval(
     Recall of the matching head over all pairs; arguments and errors as for [`embed_pairs`].
 
     Returns:
-        A report: its `kind`, "retrieval", and `version`;
-        what `retrieval_recall` does; `confidence_95`, what `retrieval_intervals` does; `num_pictures`, `num_captions`.
+        A report: its `kind`, "retrieval", and `version`; the result of `retrieval_recall`; `confidence_95`, that of
+        `retrieval_intervals`; `num_pictures`, `num_captions`.
     """
     embeddings = embed_pairs(model, processor, pairs, batch_size)
     texts, images, _ = embeddings

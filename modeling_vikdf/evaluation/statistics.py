@@ -1,4 +1,4 @@
-"""Intervals and p-values, by resampling dialogues, photographs or subjects whole: items of one are not independent.
+"""Confidence intervals and p-values, by resampling clusters (dialogues, photographs, subjects) of dependent items.
 
 Knows neither models nor metrics.
 """
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-CHUNK = 250  # resamples at a time, which bounds the memory to CHUNK x clusters numbers
+CHUNK = 250  # resamples at a time, which bounds memory to CHUNK x clusters numbers
 JACKKNIFE = 20  # groups of dialogues that are left out in turn
 RANDOMISATIONS = 10_000  # random assignments of two systems' results
 
@@ -23,16 +23,18 @@ def bootstrap_interval(
     seed: int = 0,
 ) -> tuple[float, float] | tuple[list[float], list[float]]:
     """
-    95 % percentile bootstrap interval of sum(values) / sum(weights), of k such ratios over the same resamples at once.
+    95 % percentile bootstrap interval of sum(values) / sum(weights), for one or k such ratios over shared resamples.
 
     Args:
         values: [N] or [N, k].
-        weights: [N] or [N, k]; default 1, which makes it the interval of a mean.
-        clusters: N values; rows of the same cluster (a dialogue, a photograph) are drawn together. Default: each row
-            is a cluster.
+        weights: [N] or [N, k]; default 1, which gives the interval of a mean.
+        clusters: N labels; rows of the same cluster (a dialogue, a photograph) are drawn together. Default: each row
+            is its own cluster.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
 
     Returns:
-        Lower and upper end: numbers, or for [N, k] lists of k. NaN where no resample has weight.
+        Lower and upper bound: floats, or for [N, k] lists of k. NaN if no resample has weight.
 
     Raises:
         ValueError: if there are no rows.
@@ -55,7 +57,7 @@ def bootstrap_interval(
 
 
 def bootstrap_counts(clusters: int, resamples: int = 2000, seed: int = 0) -> Iterator[torch.Tensor]:
-    """How often each cluster is drawn in each resample: parts [at most CHUNK, clusters] of the resamples in turn."""
+    """Yields how often each resample draws each cluster, in chunks [up to CHUNK, clusters], float64."""
     generator = torch.Generator().manual_seed(seed)
     for rows in torch.arange(resamples).split(CHUNK):
         draws = torch.randint(clusters, (len(rows), clusters), generator=generator)
@@ -63,13 +65,13 @@ def bootstrap_counts(clusters: int, resamples: int = 2000, seed: int = 0) -> Ite
 
 
 def leave_groups_out(count: int) -> np.ndarray:
-    """The delete-a-group jackknife: for each group of dialogues, a mask of those outside it [groups, count]."""
+    """Delete-a-group jackknife: for each group of `count` dialogues the mask of those outside it [groups, count]."""
     groups = min(JACKKNIFE, count)
     return (np.arange(count) % groups != np.arange(groups)[:, None]) | (groups == 1)
 
 
 def jackknife_interval(value: float, without: np.ndarray) -> list[float]:
-    """95 % interval of a figure: `value` over all dialogues, `without` [groups] over all but one group each."""
+    """95 % jackknife interval of a statistic: `value` of all dialogues, `without` [groups] with one group left out."""
     deviations, groups = without - without.mean(), len(without)
     error = math.sqrt((groups - 1) / groups * (deviations**2).sum())
     return [value - 1.96 * error, value + 1.96 * error]
@@ -77,12 +79,14 @@ def jackknife_interval(value: float, without: np.ndarray) -> list[float]:
 
 def paired_randomisation(differences: torch.Tensor, R: int = RANDOMISATIONS, seed: int = 0) -> float:
     """
-    Two-sided p-value of approximate randomisation (Noreen 1989): how often the sum of the differences would be at
-    least as large if it were chance which of the two systems a whole dialogue's difference is in favour of.
+    Two-sided p-value of paired approximate randomisation (Noreen 1989).
+
+    That is the probability of a sum of differences at least as large if the sign of each difference were random.
 
     Args:
-        differences: system A minus system B, one for each cluster (dialogue), [C].
-        R: random assignments of signs.
+        differences: system A minus system B for each cluster (dialogue), [C].
+        R: number of random sign assignments.
+        seed: of these assignments.
 
     Returns:
         (1 + assignments at least as extreme) / (1 + R).
@@ -93,7 +97,7 @@ def paired_randomisation(differences: torch.Tensor, R: int = RANDOMISATIONS, see
     if not len(differences):
         raise ValueError("There are no differences to test.")
     differences = differences.double().cpu()
-    observed = differences.sum().abs() * (1 - 1e-9)  # a tie by another order of summation is a tie
+    observed = differences.sum().abs() * (1 - 1e-9)  # ties may differ by rounding
     generator = torch.Generator().manual_seed(seed)
     extreme = 0
     for rows in torch.arange(R).split(CHUNK):
@@ -103,7 +107,7 @@ def paired_randomisation(differences: torch.Tensor, R: int = RANDOMISATIONS, see
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979), in their order."""
+    """p-values corrected for multiple comparisons (Holm 1979), in their order."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
@@ -112,7 +116,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def number_labels(labels: Iterable[Hashable]) -> torch.Tensor:
-    """Labels numbered in the order in which they appear, [N]."""
+    """Labels as integers in order of first appearance, [N], int64."""
     numbers: dict[Hashable, int] = {}
     return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
 

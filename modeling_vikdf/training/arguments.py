@@ -1,6 +1,6 @@
-"""Settings of a training: those of `TrainingArguments`, learning rates by parameter name, and what is refused and why.
+"""Training arguments: `TrainingArguments` with learning rates by parameter name, and settings that are refused.
 
-Knows nothing of models and data: `VikdfTrainer` checks what depends on them.
+Knows neither models nor data: `VikdfTrainer` checks what depends on them.
 """
 
 import dataclasses
@@ -13,23 +13,23 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 
-# What of Trainer's settings cannot be used: name -> the values that can, and why no others.
+# Restricted settings of the Trainer: name -> usable values, and the reason against others.
 UNUSABLE = {
     "remove_unused_columns": ([False], "the collators read raw columns"),
     "label_names": ([None, ["labels"]], "the collators call them labels"),
     "train_sampling_strategy": (
         ["random", "sequential", "group_by_length", "batch_rebalance"],
-        "Trainer would take it for 'random'",
+        "Trainer would treat it as 'random'",
     ),
-    "hub_strategy": (["end", "every_save"], "what is committed is the model, never the state of its training"),
-    "optim_target_modules": ([None], "optimizers that choose modules know nothing of learning_rates"),
-    "parallelism_config": ([None], "a prompt that is cut up loses its knowledge; DDP and FSDP work"),
+    "hub_strategy": (["end", "every_save"], "only the model is committed, never the training state"),
+    "optim_target_modules": ([None], "optimizers that choose modules ignore learning_rates"),
+    "parallelism_config": ([None], "splitting a prompt would separate it from its knowledge; DDP and FSDP work"),
     "use_liger_kernel": ([False], "its kernels are for the LLM: apply them to model.language_model"),
     "use_cache": ([False], "training reads no cache"),
 }
-# The same for pre-training alone, whose objectives have losses of their own and make no predictions.
+# The same for pre-training only, whose objectives have their own losses and make no predictions.
 UNUSABLE_IN_PRETRAINING = {
-    "compute_loss_func": ([None], "each objective has its own loss; weigh them by config.loss_weights"),
+    "compute_loss_func": ([None], "each objective has its own loss; weight them by config.loss_weights"),
     "compute_metrics": ([None], "pre-training makes no predictions; evaluate() gives each objective's loss"),
     "preprocess_logits_for_metrics": ([None], "pre-training makes no predictions"),
     "include_for_metrics": ([[]], "pre-training makes no predictions"),
@@ -41,7 +41,7 @@ GROUPED = ("group_by_length", "batch_rebalance")  # the sampling strategies that
 
 
 def refuse_unusable(settings: dict[str, Any], unusable: dict[str, tuple[list, str]]) -> None:
-    """Raises a ValueError for a setting that has none of its usable values, with the reason; see `UNUSABLE`."""
+    """Raises a ValueError, with the reason, for a setting outside its usable values; see `UNUSABLE`."""
     for name, (usable, reason) in unusable.items():
         if name in settings and settings[name] not in usable:
             expected = " or ".join(map(repr, usable))
@@ -49,32 +49,36 @@ def refuse_unusable(settings: dict[str, Any], unusable: dict[str, tuple[list, st
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's name in the model itself, without the prefixes of DDP and PEFT."""
+    """A parameter's name in the VIKDF model, without the prefixes of DDP and PEFT."""
     return name.removeprefix("module.").removeprefix("base_model.model.")
 
 
 @dataclass
 class VikdfTrainingArguments(TrainingArguments):
     """
-    `TrainingArguments` with one addition and defaults that fit.
+    `TrainingArguments` with learning rates by parameter name, and defaults for VIKDF models.
 
     Args:
-        learning_rates: prefix of parameter names -> their learning rate, e.g. `{"knowledge_gate": 5e-3}`; all other
-            parameters have `learning_rate`. The longest matching prefix counts; parameters with rate 0 are frozen.
+        learning_rates: prefix of parameter names -> learning rate, e.g. `{"knowledge_gate": 5e-3}`; all other
+            parameters have `learning_rate`. The longest matching prefix counts; rate 0 freezes parameters.
+
+    Raises:
+        ImportError: if a tracker in `report_to` is not installed.
+        ValueError: if a setting cannot be used with VIKDF models, see `UNUSABLE`.
     """
 
     learning_rates: dict[str, float] | None = field(
         default=None, metadata={"help": "Prefix of parameter names -> learning rate, as JSON."}
     )
-    # pinned memory is for an accelerator; without one the Trainer's default only warns
+    # without an accelerator pinned memory only causes a warning
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
-    # without an accelerator the Trainer refuses bf16 unless it is told that the CPU is meant
+    # without an accelerator the Trainer refuses bf16 unless use_cpu is set
     use_cpu: bool = field(default_factory=lambda: not torch.accelerator.is_available())
     # the collators read raw columns
     remove_unused_columns: bool | None = False
     # every step reaches every parameter that `freeze_unused` leaves, so DDP need not look
     ddp_find_unused_parameters: bool | None = False
-    # every process reads the stream and takes its own share of it
+    # every process reads its own share of the stream
     accelerator_config: dict | str | None = field(default_factory=lambda: {"dispatch_batches": False})
 
     def __post_init__(self):
@@ -100,7 +104,7 @@ class VikdfTrainingArguments(TrainingArguments):
             )
 
     def rate_of(self, name: str) -> float:
-        """The learning rate of a parameter."""
+        """The learning rate of the parameter `name`, by its longest prefix in `learning_rates`."""
         name = canonical_name(name)
         prefix = max((prefix for prefix in self.learning_rates if name.startswith(prefix)), key=len, default=None)
         return self.learning_rate if prefix is None else self.learning_rates[prefix]

@@ -1,6 +1,6 @@
-"""Checkpoints: one that a kill or a full disk left unfinished is never resumed from; under FSDP too it is one file.
+"""Training checkpoints: unfinished ones (killed process, full disk) are never resumed; one file also under FSDP.
 
-Knows how a training is written, resumed and published, and nothing of objectives and data.
+Knows how a training is saved, resumed and published, but neither objectives nor data.
 """
 
 import functools
@@ -31,9 +31,9 @@ logger = logging.get_logger(__name__)
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
-    The newest `checkpoint-N` that was written to its end; `None` if there is none.
+    The newest complete `checkpoint-N`; `None` if there is none.
 
-    The Trainer writes its state last, so a checkpoint without a readable one was cut off by a kill or a full disk.
+    The Trainer writes its state last, so a checkpoint without a readable one is incomplete.
     """
     if not os.path.isdir(output_dir):
         return None
@@ -58,8 +58,9 @@ def unwrap_peft(model: nn.Module) -> nn.Module:
 
 def align_special_tokens(model: nn.Module, processor: Any) -> None:
     """
-    Writes the tokenizer's special tokens into the configurations that lack them, where the Trainer would warn that it
-    does so. None is lost that ends a reply.
+    Writes the tokenizer's special tokens into the configurations, as the Trainer would, which warns of it.
+
+    No token that ends a reply is lost.
 
     Args:
         model: the model, whose `generation_config` and LLM's configuration are changed in place.
@@ -78,14 +79,14 @@ def align_special_tokens(model: nn.Module, processor: Any) -> None:
 
 
 class CheckpointingTrainer(Trainer):
-    """A `Trainer` of VIKDF models whose checkpoints are whole or absent, also under FSDP."""
+    """A `Trainer` of VIKDF models whose checkpoints are complete or absent, also under FSDP."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """
         As the Trainer's, whose state file is written last and marks the checkpoint as finished.
 
         Raises:
-            OSError: if it could not be written, on a full disk say; earlier checkpoints are as they were.
+            OSError: if it could not be written, on a full disk for example; earlier checkpoints are unchanged.
         """
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         state = os.path.join(folder, "trainer_state.json")
@@ -93,16 +94,16 @@ class CheckpointingTrainer(Trainer):
             os.remove(state)  # from an earlier run; until the end this checkpoint is unfinished
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        except (OSError, RuntimeError, SafetensorError) as error:  # the last two are torch's and safetensors'
             last = last_checkpoint(self._get_output_dir(trial))
             if last == folder:
-                raise  # it is finished; what failed was the deletion of an older one
+                raise  # it is finished; deleting an older one failed
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
-                f"The checkpoint {folder} could not be written: {error}. Make room (or set save_total_limit) and "
-                f"start the same command again: it goes on from "
-                f"{last or 'the beginning, for there is no earlier checkpoint'}."
+                f"The checkpoint {folder} could not be written: {error}. Free disk space (or set save_total_limit) "
+                f"and run the same command again: it resumes from "
+                f"{last or 'the beginning, because there is no earlier checkpoint'}."
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -120,14 +121,14 @@ class CheckpointingTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # the state that marks the checkpoint as finished comes after
 
     def _reshape_temperature(self, model: nn.Module) -> None:
-        """FSDP cannot shard a scalar, so the temperature becomes a vector of one; `_save` makes it a scalar again."""
+        """Makes the temperature a tensor [1], because FSDP cannot shard a scalar; `_save` makes it a scalar again."""
         if self.is_fsdp_enabled:
             head = unwrap_peft(model).matching_head
             head.logit_scale = nn.Parameter(head.logit_scale.detach().view(1), head.logit_scale.requires_grad)
 
     @property
     def _saves_whole_tensors(self) -> bool:
-        """Whether FSDP holds the model and its checkpoints are to hold what was trained, in one file."""
+        """Whether the model is under FSDP and its checkpoints hold the trained parts in one file."""
         if not self.is_fsdp_enabled or unwrap_peft(self.model) is not self.model:
             return False
         return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
@@ -135,7 +136,7 @@ class CheckpointingTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._saves_whole_tensors:
             return super()._save_optimizer_and_scheduler(output_dir)
-        # the Trainer would also write the whole model, frozen backbones and all, in a file of FSDP's
+        # the Trainer would also write the whole model, frozen backbones included, in FSDP's format
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
@@ -145,7 +146,7 @@ class CheckpointingTrainer(Trainer):
         if not self._saves_whole_tensors:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         weights = {}
-        if self.args.process_index == 0:  # which hands the others their shards
+        if self.args.process_index == 0:  # it sends the others their shards
             weights = load_file(os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
             weights = {key: value.view(1) if key.endswith(".logit_scale") else value for key, value in weights.items()}
         set_model_state_dict(
@@ -160,7 +161,7 @@ class CheckpointingTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Leaves out the frozen backbones: they are unchanged, whether the checkpoint holds them or not."""
+        """Ignores frozen backbones, which are unchanged whether or not the checkpoint holds them."""
         trained = ([key for key in keys if not key.startswith((*BACKBONE_CONFIGS,))] for keys in load_result)
         super()._issue_warnings_after_load(type(load_result)(*trained))
 
@@ -174,20 +175,23 @@ class CheckpointingTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """
-        Saves model and processor to `args.output_dir` and commits them to `args.hub_model_id`, in one step.
+        Saves model and processor to `args.output_dir` and commits them to `args.hub_model_id`, in one commit.
 
         Args:
+            commit_message: first line of the commit message.
             blocking: `False` uploads in the background and returns a future.
-            token, revision, private: default `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`.
+            token: default `args.hub_token`.
+            revision: branch to commit to; default `args.hub_revision`.
+            private: whether to create a private repository; default `args.hub_private_repo`.
             kwargs: `results`, `include_backbones`, `create_pr`; see `sharing.push_to_hub`.
 
         Returns:
-            The Hub's answer to the commit; `None` in all processes but the first.
+            `CommitInfo` of the commit, or a future of it; `None` in all processes but the first.
 
         Raises:
             OSError, ValueError: as `sharing.push_to_hub`.
         """
-        self.save_model(_internal_call=True)  # else, with args.push_to_hub, it would push what it saves
+        self.save_model(_internal_call=True)  # otherwise, with args.push_to_hub, it would push, too
         if not self.is_world_process_zero():
             return None
         push = functools.partial(
@@ -203,12 +207,12 @@ class CheckpointingTrainer(Trainer):
         return push() if blocking else run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The Trainer's own uploads all of output_dir, with the pickled arguments and in them the token.
+        # The Trainer's own uploads all of output_dir, including the pickled arguments.
         if self.args.hub_strategy == "end":
             return
         try:
             self.push_to_hub(f"Training in progress, step {self.state.global_step}")
-        except OSError as error:  # the training goes on
+        except OSError as error:  # training continues
             logger.warning(str(error))
 
 

@@ -1,4 +1,4 @@
-"""Where recipes are, and how KEY=VALUE arguments of the command line change them.
+"""Finds and reads recipes, and applies KEY=VALUE overrides from the command line.
 
 Knows no setting: a recipe's keys are checked when its stage runs.
 """
@@ -14,9 +14,9 @@ from .recipe import suggest
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name: `smollm2/distill`."""
+    """The recipes of the package: name, such as `smollm2/distill`, -> file."""
     package = Path(importlib.util.find_spec("modeling_vikdf").origin).parent
-    # A wheel holds configs/ inside the package; a checkout, also one installed editable, has it beside the package.
+    # A wheel has configs/ inside the package; a checkout, also an editable install, beside it.
     folder = next(place for place in (package / "configs", package.parent / "configs") if place.is_dir())
     files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
     return {name: path for name, path in files.items() if name != "study" and not name.startswith("accelerate/")}
@@ -37,7 +37,7 @@ def find_recipe(name: str) -> Path:
     known = recipes()
     if name not in known:
         raise FileNotFoundError(
-            f"There is no recipe {name!r}, neither a file nor among the package's ({', '.join(known)})"
+            f"There is no recipe {name!r}: neither a file nor one of the package's ({', '.join(known)})"
             f"{suggest([name], known)}"
         )
     return known[name]
@@ -45,22 +45,25 @@ def find_recipe(name: str) -> Path:
 
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
-    A recipe with overrides.
+    Reads a recipe and applies overrides.
 
     Args:
         name: see [`find_recipe`].
-        overrides: `section.key=value`, or `key=value` for the section `training`.
+        overrides: `section.key=value`, or `key=value` for the section `training`; values are YAML.
+
+    Returns:
+        Section -> its settings, unchecked.
 
     Raises:
         FileNotFoundError: if there is no such recipe.
-        ValueError: if the file is not a recipe, or an override is not of this form.
+        ValueError: if the file is not a recipe, or an override is malformed.
     """
     try:
         recipe = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no recipe: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name} is not a recipe: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"{name} is no recipe: expected a YAML mapping with sections such as model and data.")
+        raise ValueError(f"{name} is not a recipe: expected a YAML mapping with sections such as model and data.")
     for override in overrides:
         key, separator, value = override.removeprefix("--").partition("=")
         if not separator:

@@ -1,7 +1,7 @@
-"""Shrinking: how much of a tuned model's knowledge remains beside its mean, chosen by the likelihood of replies.
+"""Shrinks a tuned model's knowledge towards its mean, by a share chosen to maximise the likelihood of replies.
 
-Knows what `vikdf shrink` computes and saves. The model draws its own knowledge in (`shrink_knowledge`), and
-evaluation/dialogues.py says how likely replies are.
+Knows what `vikdf shrink` computes and saves. The model's `shrink_knowledge` applies a share, and
+evaluation/dialogues.py computes likelihoods.
 """
 
 import random
@@ -20,17 +20,17 @@ from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
 
 
-MEAN_OF = 1500  # dialogues
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the knowledge's differences from its mean, that remain when it is shrunk
-FEWEST_TO_SHRINK = 100  # dialogues, to take the mean of and to choose a share by
+MEAN_OF = 1500  # dialogues, at most
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # candidate fractions of the deviations from the mean to keep
+FEWEST_TO_SHRINK = 100  # dialogues needed to estimate the mean, and to choose a share
 
 
 def mean_knowledge(
     model: VikdfForConditionalGeneration, processor: VikdfProcessor, dialogues: Sequence[dict[str, Any]]
 ) -> torch.Tensor:
-    """The mean [n, h] of the knowledge that the contexts of dialogues evoke, of at most `MEAN_OF` of them."""
-    some = random.Random(0).sample(list(dialogues), min(len(dialogues), MEAN_OF))
-    examples, _ = prepare(model, processor, some, LIKELIHOOD_ALONE, None, SkipReport())
+    """The mean knowledge [n, h], float32, over the contexts of up to `MEAN_OF` randomly drawn dialogues."""
+    sample = random.Random(0).sample(list(dialogues), min(len(dialogues), MEAN_OF))
+    examples, _ = prepare(model, processor, sample, LIKELIHOOD_ALONE, None, SkipReport())
     return compute_knowledge(model, processor, [example.context for example in examples]).mean(0).to(model.device)
 
 
@@ -41,8 +41,16 @@ def score_shares(
     mean: torch.Tensor,
 ) -> dict[float, list[torch.Tensor]]:
     """
-    Each share of the knowledge's differences from its mean [n, h] that may remain -> log-likelihoods of the tokens of
-    each dialogue's reply, in nats, [tokens] each.
+    Scores the dialogues' replies with the knowledge shrunk by each of `SHARES`.
+
+    Args:
+        model: the tuned model.
+        processor: its processor.
+        dialogues: dialogues with replies.
+        mean: mean knowledge [n, h].
+
+    Returns:
+        Share -> for each dialogue the log-likelihoods of its reply's tokens [tokens], in nats.
     """
     examples, _ = prepare(model, processor, dialogues, LIKELIHOOD_ALONE, None, SkipReport())
     examples.sort(key=lambda example: -len(example.prompt))
@@ -56,15 +64,17 @@ def score_shares(
 
 def choose_share(scores: dict[float, list[torch.Tensor]]) -> dict[str, Any]:
     """
-    The share of the knowledge's differences from its mean that should remain. Knowledge is given up only for a gain
-    that is clear of zero: from 1 downwards, a share takes the place of a larger one if the 95 % interval of its gain,
-    over dialogues, is above zero.
+    Chooses the fraction of the deviations from the mean to keep.
+
+    Knowledge is shrunk only for a significant gain: from 1 downwards, a share replaces a larger one if the 95 %
+    bootstrap interval of its gain in log-likelihood, over dialogues, is above zero.
 
     Args:
-        scores: what `score_shares` returns.
+        scores: the result of `score_shares`.
 
     Returns:
-        `share`; `gain`, in nats a token over a share of 1, and its `gain_interval`; `nll_by_share`; `dialogues`.
+        `share`; `gain` over share 1, in nats per token, and its `gain_interval`; `nll_by_share`, in nats per token;
+        `dialogues`, their number.
 
     Raises:
         ValueError: for fewer dialogues than `FEWEST_TO_SHRINK`.
@@ -76,26 +86,25 @@ def choose_share(scores: dict[float, list[torch.Tensor]]) -> dict[str, Any]:
     def gain_interval(share: float, other: float) -> list[float]:
         return list(bootstrap_interval(sums[share] - sums[other], tokens))
 
-    chosen = 1.0
+    best = 1.0
     for share in sorted(sums, reverse=True):
-        if gain_interval(share, chosen)[0] > 0:
-            chosen = share
+        if gain_interval(share, best)[0] > 0:
+            best = share
     nlls = {share: (-total.sum() / tokens.sum()).item() for share, total in sums.items()}
     return {
-        "share": chosen,
-        "gain": nlls[1.0] - nlls[chosen],
-        "gain_interval": gain_interval(chosen, 1.0),
+        "share": best,
+        "gain": nlls[1.0] - nlls[best],
+        "gain_interval": gain_interval(best, 1.0),
         "nll_by_share": nlls,
         "dialogues": len(tokens),
     }
 
 
 def require_dialogues(count: int, source: str) -> None:
-    """Raises a ValueError where a source has too few dialogues to shrink knowledge by."""
+    """Raises a ValueError if a source has fewer than `FEWEST_TO_SHRINK` dialogues."""
     if count < FEWEST_TO_SHRINK:
         raise ValueError(
-            f"{source} has {count} usable dialogues, too few to shrink knowledge by: at least {FEWEST_TO_SHRINK} are "
-            "needed."
+            f"{source} has {count} usable dialogues; shrinking knowledge needs at least {FEWEST_TO_SHRINK}."
         )
 
 
@@ -106,7 +115,7 @@ def save_shrunk(
     output: Path,
     stage: dict[str, Any],
 ) -> None:
-    """Saves a model whose knowledge was shrunk, with how it was trained: the recipes of its source, and this stage."""
+    """Saves a shrunk model with its training history: the recipes of its source, and this stage."""
     from ..cards.facts import write_history
 
     model.save_pretrained(output)
