@@ -77,6 +77,7 @@ def write_replies(arm: dict[str, Any], contexts: list[dict[str, Any]], seed: int
     Args:
         arm: `model`, a folder or Hub id (default: the packaged one); `system_prompt`; `call`, arguments of the
             pipeline's call; or `human: true`, the replies that people gave.
+        contexts: as [`draw_contexts`] gives them.
         seed: of all that is drawn.
         name: what the progress bar says.
     """

@@ -102,7 +102,8 @@ def generate_best(
     Samples candidates and keeps the best; half of them are broken off where the other half have ended by themselves.
 
     Args:
-        model, processor: a `VikdfForConditionalGeneration` and its processor.
+        model: a `VikdfForConditionalGeneration`.
+        processor: its own processor.
         prompt: ids [B, T].
         num_candidates: n, sampled to each prompt.
         ends: ids of the tokens that end a reply, and of padding [E].
@@ -163,8 +164,10 @@ def score_replies(
     Scores of replies. What has no weight is not computed.
 
     Args:
-        model, processor: a `VikdfForConditionalGeneration` and its processor.
-        replies: token ids [B, n, T]; mask: 1 up to the end of the turn, that included, [B, n, T].
+        model: a `VikdfForConditionalGeneration`.
+        processor: its own processor.
+        replies: token ids [B, n, T].
+        mask: 1 up to the end of the turn, inclusive, [B, n, T].
         likelihood: log P(reply | context, K) [B, n], in nats.
         weights: term -> weight, see `TERMS`.
         knowledge: of the contexts, text before picture [B, m, h]; without it `match` is 0.
@@ -190,7 +193,7 @@ def score_replies(
 
 
 def likelihood_alone(model: Any, processor: Any, replies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """log P(reply) [B, n], in nats, of replies [B, n, T] to which nothing was said: behind what asks for a reply."""
+    """Log P(reply) [B, n], in nats, of replies [B, n, T] to which nothing was said: behind what asks for a reply."""
     header = _reply_header(processor).to(replies.device)  # [H]
     totals = []
     for ids, real in zip(replies.flatten(0, 1).split(CHUNK), mask.flatten(0, 1).split(CHUNK), strict=True):

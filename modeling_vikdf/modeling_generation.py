@@ -160,7 +160,6 @@ class KnowledgeGenerationMixin(GenerationMixin):
 
         Otherwise every copy would read the prompt. `None` where there is one copy, or the caller plans for the cache.
         """
-
         setting = _settings(config, kwargs)
         copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         planned = (CACHE, "cache_implementation", "output_attentions", "output_hidden_states")

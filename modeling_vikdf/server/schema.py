@@ -147,8 +147,9 @@ Text = Annotated[str, Field(min_length=1)]
 
 class ChatCompletionRequest(ChatBody):
     """
-    The body of `/v1/chat/completions`: OpenAI's parameters, and this server's own `num_beams`,
-    `num_candidates` and `use_knowledge`.
+    The body of `/v1/chat/completions`.
+
+    It has OpenAI's parameters, and this server's own `num_beams`, `num_candidates` and `use_knowledge`.
 
     The reply to a chat that ends in an assistant's message continues that message; with vLLM's parameter
     `continue_final_message` set to false it is a new message.
