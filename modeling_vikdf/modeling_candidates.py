@@ -2,7 +2,7 @@
 
     prompt -> n rows sample replies: `LikelihoodRecorder` keeps log P(reply | context, K),
                                      `EnoughFinished` ends them when some have ended by themselves
-           -> score_replies: + log P(reply) of the LLM that has read no context
+           -> score_replies: + log P(reply) of the LLM that has read an empty message
                              + how well what the reply evokes matches what the context evokes
            -> the best of those that ended by themselves
 
@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 # What a score adds up, each times its weight:
 #   likelihood  log P(reply | context, K), a token's mean in nats
-#   alone       log P(reply) of the LLM without context and knowledge, a token's mean in nats
+#   alone       log P(reply) of the LLM that has read an empty message, without knowledge, a token's mean in nats
 #   match       cosine of the matching embeddings of reply and context, and of its picture, their mean, if it has one
 TERMS = ("likelihood", "alone", "match")
 CHUNK = 16  # replies that the LLM reads at a time: logits of all would take much memory
@@ -193,14 +193,14 @@ def score_replies(
 
 
 def likelihood_alone(model: Any, processor: Any, replies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Log P(reply) [B, n], in nats, of replies [B, n, T] to which nothing was said: behind what asks for a reply."""
-    header = _reply_header(processor).to(replies.device)  # [H]
+    """Log P(reply) [B, n], in nats, of replies [B, n, T] in a chat in which the user has said nothing."""
+    prompt = _empty_chat(processor).to(replies.device)  # [P]
     totals = []
     for ids, real in zip(replies.flatten(0, 1).split(CHUNK), mask.flatten(0, 1).split(CHUNK), strict=True):
-        prompt = header.expand(len(ids), -1)  # [C, H]
+        prompts = prompt.expand(len(ids), -1)  # [C, P]
         logits = model.language_model(
-            input_ids=torch.cat([prompt, ids[:, :-1]], dim=1),  # [C, H + T - 1]: the last token is predicted alone
-            attention_mask=torch.cat([torch.ones_like(prompt), real[:, :-1]], dim=1),
+            input_ids=torch.cat([prompts, ids[:, :-1]], dim=1),  # [C, P + T - 1]: the last token need not be read
+            attention_mask=torch.cat([torch.ones_like(prompts), real[:, :-1]], dim=1),
             logits_to_keep=ids.shape[1],
         ).logits  # [C, T, vocabulary]
         nll = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")  # [C * T]
@@ -208,12 +208,15 @@ def likelihood_alone(model: Any, processor: Any, replies: torch.Tensor, mask: to
     return torch.cat(totals).view(mask.shape[:2])
 
 
-def _reply_header(processor: Any) -> torch.Tensor:
-    """What the chat template writes between the last message and a reply, as ids [H]; at least one."""
+def _empty_chat(processor: Any) -> torch.Tensor:
+    """The prompt [P] of a chat with an empty message, which is what the prompts of two different messages share."""
     chats = [[{"role": "user", "content": content}] for content in ("a", "b")]
-    one, other = processor(chats, use_knowledge=False)["input_ids"]  # [T] each
-    alike = int((one == other).flip(0).cumprod(0).sum())
-    return one[-max(alike, 1) :]
+    prompts = processor(chats, use_knowledge=False)
+    one, other = (ids[mask.bool()] for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True))
+    shortest = min(len(one), len(other))
+    before = int((one[:shortest] == other[:shortest]).cumprod(0).sum())
+    after = int((one[-shortest:] == other[-shortest:]).flip(0).cumprod(0).sum())
+    return torch.cat([one[:before], one[len(one) - after :]])
 
 
 def match_context(

@@ -1,5 +1,7 @@
 """Candidates: of several sampled replies the one with the best score, whose terms are what they say they are."""
 
+from os.path import commonprefix
+
 import pytest
 import torch
 from conftest import build_from
@@ -91,11 +93,13 @@ def test_terms_are_what_they_say(parts):
     lengths = torch.tensor([float(len(row)) for row in rows])
     torch.testing.assert_close(score(likelihood=2.0), 2 * likelihood[0] / lengths)
 
-    # alone: behind what the template writes before a reply, which does not depend on what was said
-    chats = [[{"role": "user", "content": content}] for content in ("x", "quite different")]
-    one, other = (processor(chat, use_knowledge=False)["input_ids"][0].tolist() for chat in chats)
-    alike = next(i for i in range(1, len(one) + 1) if one[-i:] != other[-i:]) - 1
-    header = torch.tensor(one[-alike:])
+    # alone: in a chat whose message is empty
+    chats = [[{"role": "user", "content": content}] for content in "xy"]
+    prompts = [processor([chat], use_knowledge=False)["input_ids"][0].tolist() for chat in chats]
+    beginning = commonprefix(prompts)
+    ending = commonprefix([prompt[::-1] for prompt in prompts])[::-1]
+    assert 0 < len(prompts[0]) - len(beginning + ending) < 4  # what is left out is the message
+    header = torch.tensor(beginning + ending)
     for row, value in zip(rows, score(alone=1.0), strict=True):
         ids = torch.cat([header, torch.tensor(row)])[None]
         logits = model.language_model(input_ids=ids).logits[0, len(header) - 1 : -1]
