@@ -41,6 +41,7 @@ PICTURED = "What the model pictured"
 PENDING = "…"  # shown until the reply's first word
 SHOWN_PICTURES, SHOWN_WORDS = 5, 60
 RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the same reply
+BARE = {"use_knowledge": False, "num_candidates": 1}  # the language model alone
 EXAMPLES = (
     "I spent the whole day at the beach with my dog.",
     "We watched the fireworks over the city last night.",
@@ -119,15 +120,15 @@ class Demo:
         pipe, texts = self.pipe, ["", ""]
         pictured = self.show_knowledge(chat, picture)
         yield pictured, *texts
-        requests = [(chat, picture, {})] + ([(bare, None, {"use_knowledge": False})] if bare else [])
+        requests = [(chat, picture, {})] + ([(bare, None, BARE)] if bare else [])
         if settings["num_beams"] > 1:  # beam search cannot stream
             for side, (messages, image, how) in enumerate(requests):
-                texts[side] = pipe(messages, image, return_full_text=False, **settings, **how)[0]["generated_text"]
+                texts[side] = pipe(messages, image, return_full_text=False, **settings | how)[0]["generated_text"]
                 yield pictured, *texts
             return
         with ExitStack() as stack:  # closes both streams if the visitor stops or leaves
             streams = [
-                stack.enter_context(closing(pipe.stream(messages, image, **settings, **how)))
+                stack.enter_context(closing(pipe.stream(messages, image, **settings | how)))
                 for messages, image, how in requests
             ]
             running = dict(enumerate(streams))
@@ -179,9 +180,9 @@ class Demo:
 
     def retry(self, retried: gr.RetryData, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
         """Replies to a message again, and drops everything after it."""
-        compare, length, temperature, beams = controls
+        compare, length, temperature, _, *candidates = controls
         turn = count_turns(chat[: retried.index + 1])
-        controls = compare, length, max(temperature, RETRY_TEMPERATURE), 1
+        controls = compare, length, max(temperature, RETRY_TEMPERATURE), 1, *candidates
         yield from self.respond(until(chat, turn), until(bare, turn), *controls)
 
     def edit(self, edited: gr.EditData, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
@@ -193,7 +194,14 @@ class Demo:
         yield from self.respond([*chat[:-1], user_message(text, files)], bare, *controls)
 
     def respond(
-        self, chat: list[dict], bare: list[dict], compare: bool, length: int, temperature: float, beams: int
+        self,
+        chat: list[dict],
+        bare: list[dict],
+        compare: bool,
+        length: int,
+        temperature: float,
+        beams: int,
+        candidates: int = 1,
     ) -> Iterator[tuple]:
         """
         Replies to the last message.
@@ -215,7 +223,9 @@ class Demo:
             "do_sample": temperature > 0 and beams == 1,
         }
         if settings["do_sample"]:
-            settings |= {"temperature": temperature, "top_p": 0.9}
+            settings |= {"temperature": temperature, "num_candidates": int(candidates)}
+            if not self.pipe.model.generation_config.do_sample:  # else the checkpoint knows what to leave out
+                settings["top_p"] = 0.9
         if not compare:
             bare = []
         elif count_turns(bare) != count_turns(chat):  # side by side from here on
@@ -273,19 +283,29 @@ class Demo:
                 compare = gr.Checkbox(label="Side by side with the same model without knowledge", min_width=280)
                 new = gr.Button("New chat", size="sm", scale=0, min_width=120)
             with gr.Accordion("Settings", open=False), gr.Row():
-                length = gr.Slider(8, 200, 64, step=8, label="Longest reply", info="in tokens")
+                config = self.pipe.model.generation_config
+                longest = config.max_new_tokens or 64
+                length = gr.Slider(8, 200, longest, step=8, label="Longest reply", info="in tokens")
                 temperature = gr.Slider(
                     0,
                     1.5,
-                    0,
+                    (config.temperature or 1.0) if config.do_sample else 0,
                     step=0.1,
                     label="Temperature",
                     info="0 always takes the likeliest word; a retry never does",
                 )
                 beams = gr.Slider(1, 4, 1, step=1, label="Beams", info="more than one: no sampling, and no streaming")
+                candidates = gr.Slider(
+                    1,
+                    16,
+                    getattr(config, "num_candidates", 1),
+                    step=1,
+                    label="Candidates",
+                    info="replies that are sampled, to give the best; one is streamed",
+                )
             gr.Markdown(FOOTER.format(count=0 if self.index is None else len(self.index)))
 
-            controls = [compare, length, temperature, beams]
+            controls = [compare, length, temperature, beams, candidates]
             state, busy = [chat, bare, *controls], {"concurrency_limit": 4, "concurrency_id": "model"}
             sent = box.submit(self.send, [box, *state], [box, chat, bare], api_name="send", **busy)
             chosen = chat.example_select(self.send_example, state, [box, chat, bare], api_visibility="private", **busy)

@@ -11,6 +11,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -225,6 +226,19 @@ def test_beams(demo):
     steps = list(demo.send({"text": QUESTION, "files": []}, [], [], True, 8, 1.0, 2))
     assert text_of(steps[-1][1][-1]) == expected(demo, QUESTION, num_beams=2)
     assert text_of(steps[-1][2][-1]) == expected(demo, QUESTION, num_beams=2, use_knowledge=False)
+
+
+def test_candidates(demo):
+    """The best of some, and beside it one sample of the language model alone."""
+    torch.manual_seed(0)
+    steps = list(demo.send({"text": QUESTION, "files": []}, [], [], False, 8, 1.0, 1, 3))
+    torch.manual_seed(0)
+    how = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "num_candidates": 3}
+    assert text_of(steps[-1][1][-1]) == expected(demo, QUESTION, **how)
+    with patch.object(demo.pipe.model, "generate", wraps=demo.pipe.model.generate) as generate:
+        list(demo.send({"text": QUESTION, "files": []}, [], [], True, 8, 1.0, 1, 3))
+    asked = [(call.kwargs["num_candidates"], "context_input_ids" in call.kwargs) for call in generate.call_args_list]
+    assert (3, True) in asked and (1, False) in asked and (3, False) not in asked
 
 
 def test_a_retry_says_something_else_and_forgets_what_followed(demo):
