@@ -172,6 +172,48 @@ def print_figures(figures: dict, output: str | None) -> None:
 
 
 @command(
+    "fit a reward head to graded replies, by which the model then chooses among candidates",
+    option("--model", required=True, help="folder or Hub id of a VIKDF model"),
+    option("--grades", required=True, help='JSON Lines: {"turns": [...], "replies": [...], "grades": [...]}'),
+    option("--layer", type=int, help="whose states the head reads (default: at three quarters of the LLM's depth)"),
+    option("--num-candidates", type=int, default=8, help="replies to choose from (default: 8)"),
+    option("--output", required=True, help="folder to write the model to"),
+    extra="eval",
+)
+def reward(args: argparse.Namespace) -> None:
+    """
+    Fits a reward head to replies that readers graded, and saves a model that chooses among candidates by it.
+
+    Refuses a head that does not choose better than chance in contexts it was not fitted to.
+    """
+    from modeling_vikdf.building import load_model
+    from modeling_vikdf.training.rewarding import add_reward_head, fit_reward, load_graded, reply_states
+    from modeling_vikdf.training.shrinking import save_stage
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)  # fails now, not after all the work
+    examples = load_graded(args.grades)
+    model, processor = load_model(args.model)
+    layer = args.layer
+    if layer is None:
+        layer = 3 * model.config.text_config.num_hidden_layers // 4
+    states = reply_states(model, processor, examples, layer)
+    fit = fit_reward(states, [example["grades"] for example in examples])
+    weight = fit.pop("weight")
+    print(json.dumps(fit, indent=2))
+    if fit["gain_interval"][0] <= 0:
+        raise ValueError(
+            f"The reward chooses no better than chance (gain {fit['gain']:.2f}, 95 % interval from "
+            f"{fit['gain_interval'][0]:.2f}): grade more contexts, or check that the grades belong to these replies."
+        )
+    add_reward_head(model, weight, layer)
+    model.generation_config.num_candidates = args.num_candidates
+    model.generation_config.candidate_weights = {"reward": 1.0}
+    stage = {"layer": layer, "grades": Path(args.grades).name, **fit}
+    save_stage("reward", model, processor, args.model, output, stage)
+
+
+@command(
     "shrink a tuned model's knowledge towards its mean, as validation dialogues suggest",
     option("--model", required=True, help="folder or Hub id of a VIKDF model"),
     option("--data", required=True, help="dialogues, JSON Lines, to compute the mean from"),
@@ -192,7 +234,7 @@ def shrink(args: argparse.Namespace) -> None:
         choose_share,
         mean_knowledge,
         require_dialogues,
-        save_shrunk,
+        save_stage,
         score_shares,
     )
 
@@ -206,7 +248,7 @@ def shrink(args: argparse.Namespace) -> None:
     choice = choose_share(score_shares(model, processor, validation, mean))
     model.shrink_knowledge(mean, choice["share"])
     data = {"train": Path(args.data).name, "validation": Path(args.validation).name}
-    save_shrunk(model, processor, args.model, output, {"data": data, **choice})
+    save_stage("shrink", model, processor, args.model, output, {"data": data, **choice})
     print(json.dumps(choice, indent=2))
     if choice["share"] == 0:
         low, high = choice["gain_interval"]

@@ -121,6 +121,8 @@ class VikdfConfig(PreTrainedConfig):
             training. Not in the paper; without it a few thousand pictures are memorised.
         vision_post_layernorm (`bool`): for CLIP's vision tower, whether patch states pass the post-layernorm before
             CLIP's projection, as CLIP's own pooled state does. (The authors' code omits it.)
+        reward_layer (`int`, *optional*): index of the LLM's `hidden_states` by which a reward head grades replies, see
+            modeling_candidates.py; `None` for a model without one. Written by `vikdf reward`.
         loss_weights (`dict`): objective -> weight, for pre-training; 0 for those not named. Default: the paper's five.
         detach_knowledge_target (`bool`): whether text -> knowledge trains only the LLM side (`True`) or may also make
             the knowledge easier to predict, as in the authors' code.
@@ -157,6 +159,7 @@ class VikdfConfig(PreTrainedConfig):
     condition_queries: bool = False
     state_dropout: float = 0.0
     vision_post_layernorm: bool = True
+    reward_layer: int | None = None
     loss_weights: dict | None = None
     detach_knowledge_target: bool = True
     backbones: dict | None = None
@@ -246,6 +249,9 @@ class VikdfConfig(PreTrainedConfig):
             raise ValueError(f"num_knowledge_tokens must be at least 1, got {self.num_knowledge_tokens}.")
         if not 0 <= self.state_dropout < 1:
             raise ValueError(f"state_dropout must be at least 0 and below 1, got {self.state_dropout}.")
+        layers = self.text_config.num_hidden_layers
+        if self.reward_layer is not None and not 0 <= self.reward_layer <= layers:
+            raise ValueError(f"reward_layer must be from 0 to {layers}, the LLM's layers; got {self.reward_layer}.")
         unknown = sorted(set(self.backbones) - set(BACKBONE_CONFIGS))
         if unknown:
             raise ValueError(f"backbones names the roles {unknown}; known roles are {sorted(BACKBONE_CONFIGS)}.")

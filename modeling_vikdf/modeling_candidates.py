@@ -2,13 +2,16 @@
 
     prompt -> n rows sample replies: `LikelihoodRecorder` keeps log P(reply | context, K),
                                      `EnoughFinished` ends them when some have ended by themselves
-           -> score_replies: + log P(reply) of the LLM that has read an empty message
+           -> score_replies: + what the reward head says of the LLM's states while it wrote the reply
+                             + log P(reply) of the LLM that has read an empty message
                              + how well what the reply evokes matches what the context evokes
            -> the best of those that ended by themselves
 
 A likely reply is often one that fits everything ("I'm not sure."). Subtracting its likelihood without the context
 leaves what the two have to do with each other (Li et al. 2016, "A Diversity-Promoting Objective Function for Neural
-Conversation Models", MMI-antiLM). Nothing here is trained.
+Conversation Models", MMI-antiLM). A reward head is a linear map of the LLM's states, knowledge included, to the grades
+that readers gave to replies (a reward model as in Stiennon et al. 2020, "Learning to summarize from human feedback",
+with everything below the head frozen); `vikdf reward` fits it.
 """
 
 from collections.abc import Mapping
@@ -21,10 +24,11 @@ from transformers.utils import ModelOutput
 
 
 # What a score adds up, each times its weight:
+#   reward      the grade that the reward head gives
 #   likelihood  log P(reply | context, K), a token's mean in nats
 #   alone       log P(reply) of the LLM that has read an empty message, without knowledge, a token's mean in nats
 #   match       cosine of the matching embeddings of reply and context, and of its picture, their mean, if it has one
-TERMS = ("likelihood", "alone", "match")
+TERMS = ("reward", "likelihood", "alone", "match")
 CHUNK = 16  # replies that the LLM reads at a time: logits of all would take much memory
 
 
@@ -123,9 +127,13 @@ def generate_best(
     kwargs["logits_processor"] = LogitsProcessorList([recorder, *(kwargs.get("logits_processor") or ())])
     kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), enough])
     several = {"num_candidates": 1, "num_return_sequences": num_candidates, "return_dict_in_generate": True}
+    if rewarded := bool(weights.get("reward")):
+        several["output_hidden_states"] = True
     outputs = model.generate(prompt, knowledge=knowledge, **kwargs | several)
     written = outputs["sequences"][:, prompt.shape[1] :]  # [B * n, T]
     rows = (len(prompt), num_candidates)
+    reward = _rewards(model, outputs["hidden_states"], enough.lengths).view(rows) if rewarded else None
+    outputs.hidden_states = None
     mask = (torch.arange(written.shape[1], device=written.device) < enough.lengths[:, None]).long()  # [B * n, T]
     scores = score_replies(
         model,
@@ -134,6 +142,7 @@ def generate_best(
         mask.unflatten(0, rows),
         (recorder.log_likelihoods(written) * mask).sum(1).view(rows),
         weights,
+        reward,
         knowledge,
         kwargs.get("image_mask"),
     )
@@ -157,6 +166,7 @@ def score_replies(
     mask: torch.Tensor,
     likelihood: torch.Tensor,
     weights: Mapping[str, float],
+    reward: torch.Tensor | None = None,
     knowledge: torch.Tensor | None = None,
     image_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -170,6 +180,7 @@ def score_replies(
         mask: 1 up to the end of the turn, inclusive, [B, n, T].
         likelihood: log P(reply | context, K) [B, n], in nats.
         weights: term -> weight, see `TERMS`.
+        reward: grades that the reward head gives [B, n].
         knowledge: of the contexts, text before picture [B, m, h]; without it `match` is 0.
         image_mask: rows that have a picture [B].
 
@@ -183,6 +194,8 @@ def score_replies(
         raise ValueError(f"candidate_weights has unknown terms {unknown}; a score is made of {', '.join(TERMS)}.")
     tokens = mask.sum(-1)  # [B, n]
     score = torch.zeros(tokens.shape, device=replies.device)
+    if weight := weights.get("reward"):
+        score += weight * reward
     if weight := weights.get("likelihood"):
         score += weight * likelihood / tokens
     if weight := weights.get("alone"):
@@ -190,6 +203,36 @@ def score_replies(
     if knowledge is not None and (weight := weights.get("match")):
         score += weight * match_context(model, processor, replies, knowledge, image_mask)
     return score
+
+
+def _rewards(model: Any, steps: tuple[tuple[torch.Tensor, ...], ...], lengths: torch.Tensor) -> torch.Tensor:
+    """
+    Grades of replies by the reward head: of the mean state of the tokens that the LLM has written and read.
+
+    Args:
+        model: one with a reward head.
+        steps: for each decoding step the LLM's hidden states, a tuple of its layers', each [R, t, d_llm].
+        lengths: tokens of each reply, its end included [R].
+
+    Returns:
+        [R], float32.
+
+    Raises:
+        ValueError: if the model has no reward head.
+    """
+    if model.config.reward_layer is None:
+        raise ValueError("candidate_weights name the reward, but this model has no reward head: see `vikdf reward`.")
+    # step 0 reads the prompt, step i token i; the last token is not read
+    states = [step[model.config.reward_layer][:, -1].float() for step in steps[1:]]  # T - 1 times [R, d_llm]
+    if not states:
+        return torch.zeros(len(lengths), device=lengths.device)
+    mask = torch.arange(len(states), device=lengths.device) < lengths[:, None] - 1  # [R, T - 1]
+    return mean_states(torch.stack(states, dim=1), mask) @ model.reward_weight.float()
+
+
+def mean_states(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of states [R, T, d] where a mask [R, T] is true, [R, d]; 0 where it is nowhere."""
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def likelihood_alone(model: Any, processor: Any, replies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -241,4 +284,4 @@ def match_context(
     return match
 
 
-__all__ = ["TERMS", "EnoughFinished", "LikelihoodRecorder", "generate_best", "score_replies"]
+__all__ = ["TERMS", "EnoughFinished", "LikelihoodRecorder", "generate_best", "mean_states", "score_replies"]

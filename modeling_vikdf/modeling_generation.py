@@ -146,6 +146,9 @@ class KnowledgeGenerationMixin(GenerationMixin):
             raise ValueError(f"{' and '.join(refused)}: candidates have no place for these; pass num_candidates=1.")
         ends = [id_ for name in ("eos_token_id", "pad_token_id") if (id_ := setting(name)) is not None]
         ends = torch.cat([torch.tensor(id_).flatten() for id_ in ends]).to(prompt.device)  # [E]
+        several = {**kwargs, "num_return_sequences": num_candidates}
+        if (cache := self._read_prompt_once(prompt, generation_config or self.generation_config, several)) is not None:
+            kwargs[CACHE] = cache
         kwargs |= {"weights": weights, "kept": kept, "generation_config": generation_config}
         outputs = generate_best(self, processor, prompt, num_candidates, ends, **kwargs)
         if streamer is not None:
@@ -167,7 +170,7 @@ class KnowledgeGenerationMixin(GenerationMixin):
             return None
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
-        embeds = self.embed_prompt(input_ids, kwargs["knowledge"], kwargs.get("image_mask"))  # [B, T, d_llm]
+        embeds = self.embed_prompt(input_ids, kwargs.get("knowledge"), kwargs.get("image_mask"))  # [B, T, d_llm]
         outputs = self.language_model.base_model(
             inputs_embeds=embeds[:, :-1],
             attention_mask=mask[:, :-1],

@@ -87,6 +87,7 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
         "language_projection",
         "knowledge_base",
         "knowledge_gate",
+        "reward_weight",
     ]
 
     def __init__(self, config: VikdfConfig):

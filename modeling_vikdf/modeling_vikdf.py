@@ -95,6 +95,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         self.language_projection = nn.Linear(config.iqformer_config.hidden_size, d_llm, dtype=torch.float32)
         self.knowledge_base = nn.Parameter(torch.zeros(n, d_llm, dtype=torch.float32))
         self.knowledge_gate = nn.Parameter(torch.ones(n, dtype=torch.float32))
+        if config.reward_layer is not None:  # a buffer, because it is fitted in closed form
+            self.register_buffer("reward_weight", torch.zeros(d_llm, dtype=torch.float32))
         self.post_init()
 
     @classmethod

@@ -1,5 +1,7 @@
 """Candidates: of several sampled replies the one with the best score, whose terms are what they say they are."""
 
+import json
+import random
 from os.path import commonprefix
 
 import pytest
@@ -11,7 +13,9 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from modeling_vikdf import VikdfDialoguePipeline
+from modeling_vikdf.cli import main
 from modeling_vikdf.modeling_candidates import EnoughFinished, LikelihoodRecorder, score_replies
+from modeling_vikdf.training.rewarding import add_reward_head, fit_reward, reply_states
 
 
 CHATS = [
@@ -88,7 +92,7 @@ def test_terms_are_what_they_say(parts):
     likelihood = torch.tensor([[-3.0, -6.0, -12.0]])
 
     def score(**weights):
-        return score_replies(model, processor, replies, mask, likelihood, weights, knowledge)[0]
+        return score_replies(model, processor, replies, mask, likelihood, weights, knowledge=knowledge)[0]
 
     lengths = torch.tensor([float(len(row)) for row in rows])
     torch.testing.assert_close(score(likelihood=2.0), 2 * likelihood[0] / lengths)
@@ -123,7 +127,8 @@ def test_with_a_picture_the_match_is_with_both(parts):
     knowledge = model.get_knowledge(*context, inputs["pixel_values"])
     replies = torch.tensor(processor.tokenizer("dog", add_special_tokens=False)["input_ids"] + [2]).expand(2, 1, -1)
     mask, likelihood = torch.ones_like(replies), torch.zeros(2, 1)
-    score = score_replies(model, processor, replies, mask, likelihood, {"match": 1.0}, knowledge, inputs["image_mask"])
+    context = {"knowledge": knowledge, "image_mask": inputs["image_mask"]}
+    score = score_replies(model, processor, replies, mask, likelihood, {"match": 1.0}, **context)
     read = processor([[{"role": "user", "content": "dog"}]])
     own = model.get_text_embeddings(read["context_input_ids"], read["context_attention_mask"])[0]
     n = model.config.num_knowledge_tokens
@@ -224,3 +229,126 @@ def test_the_pipeline_chooses_and_streams_the_choice_whole(parts):
     with_picture = pipe(CHATS, images=[Image.new("RGB", (32, 32), "red"), None], **how, batch_size=2)
     bare = pipe(CHATS, use_knowledge=False, **how)
     assert all(isinstance(reply["generated_text"], str) for [reply] in [*with_picture, *bare])
+
+
+# ---- the reward head ----
+
+
+@torch.no_grad()
+def reward_of(model, processor, chat, reply: list[int], layer: int) -> float:
+    """By a forward pass of prompt and reply without any cache: of the mean state of all tokens but the last."""
+    inputs = processor([chat])
+    prompt = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([reply])], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    states = model(**inputs, output_hidden_states=True).hidden_states[layer][0, prompt:-1]
+    return (states.mean(0) @ model.reward_weight).item() if len(states) else 0.0
+
+
+@pytest.fixture
+def rewarded(backbones):
+    model, processor = build_from(backbones, "llama", "separate", dtype=torch.float32)
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, **SAMPLED)
+    add_reward_head(model, torch.randn(48, generator=torch.Generator().manual_seed(0)), 1)
+    return model, processor
+
+
+def test_candidates_come_in_the_order_of_their_reward(rewarded):
+    model, processor = rewarded
+    for chat in CHATS:
+        inputs = processor([chat])
+        torch.manual_seed(4)
+        replies = model.generate(
+            **inputs, num_candidates=6, num_return_sequences=3, candidate_weights={"reward": 1.0}, processor=processor
+        )[:, inputs["input_ids"].shape[1] :]
+        rewards = [(2 in reply.tolist(), reward_of(model, processor, chat, cut(reply), 1)) for reply in replies]
+        assert len(set(rewards)) > 1 and rewards == sorted(rewards, reverse=True)  # those broken off come last
+    with pytest.raises(ValueError, match="no reward head"):
+        model.config.reward_layer = None
+        model.generate(**inputs, num_candidates=2, candidate_weights={"reward": 1.0}, processor=processor)
+
+
+def test_a_reward_head_is_saved_and_loaded(rewarded, tmp_path):
+    model, processor = rewarded
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.reward_layer == 1 and torch.equal(loaded.reward_weight, model.reward_weight)
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.reward_weight.dtype == torch.float32 and torch.equal(half.reward_weight, model.reward_weight)
+    with pytest.raises(ValueError, match="reward_layer must be from 0 to 2"):
+        model.config_class(**{**model.config.to_dict(), "reward_layer": 3})
+
+
+def graded(count: int, generator: torch.Generator, direction: torch.Tensor, noise: float):
+    states = [torch.randn(6, len(direction), generator=generator) + 3 * i for i in range(count)]
+    grades = [(rows @ direction + noise * torch.randn(6, generator=generator) + 5).tolist() for rows in states]
+    return states, grades
+
+
+def test_a_head_finds_what_grades_depend_on():
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.zeros(20)
+    direction[3], direction[7] = 1.0, -0.5
+    fit = fit_reward(*graded(80, generator, direction, noise=0.5))
+    assert torch.nn.functional.cosine_similarity(fit["weight"], direction, dim=0) > 0.9
+    assert fit["gain_interval"][0] > 0.5 and fit["rank_correlation"] > 0.6
+    assert fit["grade_of_best"] - fit["grade_of_any"] == pytest.approx(fit["gain"])
+
+
+def test_grades_that_depend_on_nothing_give_no_gain():
+    generator = torch.Generator().manual_seed(1)
+    fit = fit_reward(*graded(80, generator, torch.zeros(20), noise=1.0))
+    assert fit["gain_interval"][0] < 0.1 and abs(fit["rank_correlation"]) < 0.15
+
+
+def test_the_states_of_written_replies_are_those_of_generated_ones(rewarded):
+    model, processor = rewarded
+    example = {"messages": CHATS[1], "replies": ["blue water", "the dog"]}
+    [states] = reply_states(model, processor, [example], 1)
+    rewards = (states @ model.reward_weight).tolist()
+    for reply, reward in zip(example["replies"], rewards, strict=True):
+        ids = processor.text_tokenizer(reply, add_special_tokens=False)["input_ids"]
+        assert reward == pytest.approx(reward_of(model, processor, CHATS[1], [*ids, 2], 1), abs=1e-4)
+
+
+def write_grades(path, grade) -> None:
+    rng = random.Random(0)
+    words = ["dog", "water", "beach", "sky", "blue", "snow"]
+    lines = []
+    for number in range(60):
+        replies = [" ".join(rng.choices(words, k=3)) for _ in range(4)]
+        grades = [grade(reply, rng) for reply in replies]
+        lines.append({"turns": [f"I saw {number}."], "replies": replies, "grades": grades})
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+
+
+def test_the_command_fits_a_head_and_the_model_chooses_by_it(rewarded, tmp_path, capsys):
+    model, processor = rewarded
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    write_grades(tmp_path / "grades.jsonl", lambda reply, rng: reply.count("dog") + rng.random() / 10)
+    arguments = ["reward", "--model", tmp_path / "model", "--grades", tmp_path / "grades.jsonl", "--layer", "2"]
+    main([*map(str, arguments), "--num-candidates", "4", "--output", str(tmp_path / "out")])
+    assert json.loads(capsys.readouterr().out)["gain_interval"][0] > 0
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert loaded.config.reward_layer == 2 and loaded.generation_config.num_candidates == 4
+    pipe = VikdfDialoguePipeline(model=loaded, processor=processor)
+    assert isinstance(pipe(CHATS[0], return_full_text=False)[0]["generated_text"], str)
+    assert "stage: reward" in (tmp_path / "out/recipe.yaml").read_text()
+
+
+def test_the_command_refuses_grades_that_say_nothing(rewarded, tmp_path):
+    model, processor = rewarded
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    arguments = ["reward", "--model", str(tmp_path / "model"), "--layer", "2", "--output", str(tmp_path / "out")]
+    for lines, message in (
+        (None, "no better than chance"),
+        ('{"turns": ["a"], "replies": ["b", "c"], "grades": [1]}\n', "2 replies have 1 grades"),
+        ("[]\n", "expected turns, replies, grades"),
+        ('{"turns": ["a"], "replies": ["b", "c"], "grades": [1, 2]}\n', "1 contexts"),
+    ):
+        path = tmp_path / "grades.jsonl"
+        write_grades(path, lambda reply, rng: rng.random()) if lines is None else path.write_text(lines)
+        with pytest.raises((SystemExit, ValueError), match=message):
+            main([*arguments, "--grades", str(path)])

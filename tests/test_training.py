@@ -1126,13 +1126,13 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
         def shrink_knowledge(self, mean, share):
             self.shrunk.append((mean, share))
 
-    def save_shrunk(model, processor, source, output, stage):
+    def save_stage(name, model, processor, source, output, stage):
         assert str(source) in ran and stage["share"] == model.shrunk[-1][1]
         output.mkdir()
 
     monkeypatch.setattr(study, "run_stage", check)
     monkeypatch.setattr(study, "load_model", lambda folder: (Trained(), None))
-    monkeypatch.setattr(study, "save_shrunk", save_shrunk)
+    monkeypatch.setattr(study, "save_stage", save_stage)
     monkeypatch.setattr(study, "mean_knowledge", lambda model, processor, dialogues: dialogues)
     monkeypatch.setattr(study, "load_dialogues", lambda file: [file])
     monkeypatch.setattr(study, "new_model", lambda **settings: (argparse.Namespace(save_pretrained=str), Untrained()))

@@ -21,7 +21,7 @@ from modeling_vikdf.data import load_dialogues
 from modeling_vikdf.evaluation.dialogues import EvaluationSettings, evaluate_file
 from modeling_vikdf.evaluation.probe_items import load_items
 from modeling_vikdf.evaluation.probes import probe
-from modeling_vikdf.training.shrinking import mean_knowledge, save_shrunk
+from modeling_vikdf.training.shrinking import mean_knowledge, save_stage
 from modeling_vikdf.training.stages import run_stage
 
 
@@ -58,7 +58,7 @@ def train(name: str, seed: int, steps: dict[str, dict], args: argparse.Namespace
         mean = mean_knowledge(model, processor, list(load_dialogues(args.dialogues)))
         model.shrink_knowledge(mean, step["shrink"])
         data = {"train": Path(args.dialogues).name}
-        save_shrunk(model, processor, parent, folder, {"data": data, "share": step["shrink"]})
+        save_stage("shrink", model, processor, parent, folder, {"data": data, "share": step["shrink"]})
     else:
         run(name, seed, folder, steps, args)
     (folder / "finished.json").write_text(json.dumps({"step": name, "seed": seed}) + "\n", encoding="utf-8")

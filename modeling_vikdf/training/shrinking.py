@@ -108,21 +108,32 @@ def require_dialogues(count: int, source: str) -> None:
         )
 
 
-def save_shrunk(
+def save_stage(
+    name: str,
     model: VikdfForConditionalGeneration,
     processor: VikdfProcessor,
     source: str | Path,
     output: Path,
     stage: dict[str, Any],
 ) -> None:
-    """Saves a shrunk model with its training history: the recipes of its source, and this stage."""
+    """
+    Saves a model with its training history: the recipes of its source, and this stage.
+
+    Args:
+        name: of the stage, a command.
+        model: the model after it.
+        processor: its processor.
+        source: folder or Hub id of the model before it.
+        output: folder to write.
+        stage: what the history says of it.
+    """
     from ..cards.facts import write_history
 
     model.save_pretrained(output)
     processor.save_pretrained(output)
     if (state := Path(source, "trainer_state.json")).is_file():
         shutil.copyfile(state, output / state.name)
-    write_history({"stage": "shrink", **stage}, output, source)
+    write_history({"stage": name, **stage}, output, source)
 
 
-__all__ = ["choose_share", "mean_knowledge", "require_dialogues", "save_shrunk", "score_shares"]
+__all__ = ["choose_share", "mean_knowledge", "require_dialogues", "save_stage", "score_shares"]
