@@ -11,8 +11,19 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
-from modeling_vikdf.building import short_greedy_replies
 from modeling_vikdf.cards.render import FIGURE, render_model_card
+
+
+# How the default speaks; how many candidates it chooses from, and by what, `vikdf reward` has written. See
+# eval/results/preference/.
+DECODING = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "min_p": 0.1,
+    "top_k": 0,
+    "no_repeat_ngram_size": None,
+    "max_new_tokens": 48,
+}
 
 
 def main() -> None:
@@ -24,13 +35,15 @@ def main() -> None:
 
     model = VikdfForConditionalGeneration.from_pretrained(args.model)
     processor = VikdfProcessor.from_pretrained(args.model)
-    model.generation_config = short_greedy_replies(model.generation_config)  # how it speaks is not learnt
+    model.generation_config.update(**DECODING)
     for path in DEFAULT_CHECKPOINT.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     model.save_pretrained(DEFAULT_CHECKPOINT)
     # half precision halves the package; loading converts to float32 again
     weights = DEFAULT_CHECKPOINT / "model.safetensors"
-    save_file({name: weight.half() for name, weight in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    tensors = load_file(weights)
+    tensors = {name: tensor if name == "reward_weight" else tensor.half() for name, tensor in tensors.items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
     processor.save_pretrained(DEFAULT_CHECKPOINT)
     for name in ("recipe.yaml", "trainer_state.json"):
         shutil.copy(args.model / name, DEFAULT_CHECKPOINT)

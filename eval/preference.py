@@ -4,6 +4,7 @@
     sheet: pairs of arms                              -> sheet.json for readers, key.json to be kept from them
     read:  a page on which a person judges the sheet  -> judgements
     tally: key and judgements of all readers          -> report: how often the first arm of a pair is preferred
+    grades: grades of candidates, dialogues           -> JSON Lines for `vikdf reward`
 
 A reader, person or language model, sees the sheet alone: contexts and two replies to each, in random order, without a
 word about where they come from.
@@ -310,8 +311,52 @@ def describe_files(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     return described
 
 
+# ---- grades: what a reward head is fitted to ----
+
+
+def join_grades(graded: dict[str, dict[str, float]], dialogues: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Grades of replies beside what was said before.
+
+    Args:
+        graded: context key -> reply -> grade.
+        dialogues: as [`draw_contexts`] gives them.
+
+    Returns:
+        `turns`, `replies` and `grades` of each graded context.
+
+    Raises:
+        ValueError: if a graded context is in none of the dialogues.
+    """
+    messages = {dialogue["key"]: dialogue["messages"] for dialogue in dialogues}
+    if missing := sorted(graded.keys() - messages.keys()):
+        raise ValueError(f"{len(missing)} graded contexts are not in the dialogues: {missing[:3]} ...")
+    return [
+        {
+            "turns": [turn["content"] for turn in messages[key]],
+            "replies": list(replies),
+            "grades": list(replies.values()),
+        }
+        for key, replies in graded.items()
+    ]
+
+
+def write_grades(args: argparse.Namespace) -> None:
+    """Writes graded replies with their contexts, which the file of grades names by their keys alone."""
+    graded = json.loads(args.grades.read_text(encoding="utf-8"))["data"]
+    files = {data.stem: data for data in args.data}
+    if missing := sorted(graded.keys() - files.keys()):
+        raise SystemExit(f"{args.grades} has grades of {missing}: name these files, too, with --data")
+    lines = []
+    for name, contexts in graded.items():
+        lines += join_grades(contexts, draw_contexts(files[name], None, 0))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    args.output.write_text(text, encoding="utf-8")
+    print(f"{len(lines)} contexts, {sum(len(line['grades']) for line in lines)} graded replies")
+
+
 def main() -> None:
-    """Runs one of the four steps."""
+    """Runs one of the steps."""
     parser = argparse.ArgumentParser(description="Which replies do people prefer?")
     steps = parser.add_subparsers(required=True)
     seed = argparse.ArgumentParser(add_help=False)
@@ -345,6 +390,12 @@ def main() -> None:
     step.add_argument("--replies", type=Path, required=True, help="the folder that `write` wrote")
     step.add_argument("--output", type=Path, required=True)
     step.set_defaults(run=report)
+
+    step = steps.add_parser("grades", help="put graded replies beside their contexts, for `vikdf reward`")
+    step.add_argument("--grades", type=Path, default=Path("eval/results/preference/grades.json"))
+    step.add_argument("--data", nargs="+", type=Path, required=True, help="the files of dialogues that were graded")
+    step.add_argument("--output", type=Path, required=True, help="JSON Lines to write")
+    step.set_defaults(run=write_grades)
 
     args = parser.parse_args()
     args.run(args)

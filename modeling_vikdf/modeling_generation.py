@@ -134,7 +134,9 @@ class KnowledgeGenerationMixin(GenerationMixin):
     ) -> Any:
         """What `generate` returns, of the best among candidates."""
         setting = _settings(generation_config or self.generation_config, kwargs)
-        kept, weights = setting("num_return_sequences") or 1, candidate_weights or setting("candidate_weights") or {}
+        kept, weights = setting("num_return_sequences") or 1, candidate_weights
+        if weights is None:
+            weights = setting("candidate_weights") or {}
         if processor is None:
             raise ValueError(
                 f"The best of num_candidates={num_candidates} replies is chosen by what it says: pass processor=, the "

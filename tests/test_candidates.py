@@ -194,6 +194,12 @@ def test_a_checkpoint_that_chooses_does_so_only_where_replies_are_sampled(parts,
         torch.manual_seed(1)
         same = model.generate(**inputs, processor=processor, num_candidates=4, candidate_weights={"likelihood": 1.0})
         assert torch.equal(best, same)
+        torch.manual_seed(1)
+        any_ = model.generate(**inputs, processor=processor, candidate_weights={})  # of those that ended, by no score
+        assert model.generation_config.candidate_weights == {"likelihood": 1.0}
+        torch.manual_seed(1)
+        again = model.generate(**inputs, processor=processor, candidate_weights={"likelihood": 0.0})
+        assert torch.equal(any_, again)
         assert model.generate(**inputs, do_sample=False).shape[0] == 1  # greedy decoding has one candidate
         assert model.generate(**inputs, num_candidates=1).shape[0] == 1
     finally:

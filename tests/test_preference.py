@@ -173,3 +173,20 @@ def test_unknown_arms_are_named(preference, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["preference.py", *map(str, arguments)])
     with pytest.raises(SystemExit, match="peeple"):
         preference.main()
+
+
+def test_grades_are_put_beside_their_contexts(preference, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "chat.jsonl"
+    data.write_text("\n".join(json.dumps({"turns": [f"Turn {i}.", f"Reply {i}."]}) for i in range(3)) + "\n")
+    [first, *_] = sorted(context["key"] for context in preference.draw_contexts(data, None, 0))
+    grades = {"data": {"chat": {first: {"Nice.": 7, "What?": 2}}}}
+    (tmp_path / "grades.json").write_text(json.dumps(grades))
+    arguments = ["grades", "--grades", tmp_path / "grades.json", "--data", data, "--output", tmp_path / "out.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["preference.py", *map(str, arguments)])
+    preference.main()
+    [line] = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert line == {"turns": ["Turn 0."], "replies": ["Nice.", "What?"], "grades": [7, 2]}
+    grades["data"]["chat"]["elsewhere:1"] = {"A": 1, "B": 2}
+    (tmp_path / "grades.json").write_text(json.dumps(grades))
+    with pytest.raises(ValueError, match="elsewhere:1"):
+        preference.main()
