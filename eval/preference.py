@@ -1,6 +1,6 @@
 """Which replies do people prefer? Replies of several arms to the same contexts, read in pairs by blind readers.
 
-    write: arms of configs/preference.yaml, dialogues -> replies, FOLDER/DATA/ARM.json
+    write: arms of eval/preference.yaml, dialogues -> replies, FOLDER/DATA/ARM.json
     sheet: pairs of arms                              -> sheet.json for readers, key.json to be kept from them
     read:  a page on which a person judges the sheet  -> judgements
     tally: key and judgements of all readers          -> report: how often the first arm of a pair is preferred
@@ -363,7 +363,8 @@ def main() -> None:
     seed.add_argument("--seed", type=int, default=0)
 
     step = steps.add_parser("write", help="write the replies of arms", parents=[seed])
-    step.add_argument("--config", type=Path, default=Path("configs/preference.yaml"), help="the arms (YAML)")
+    arms = Path(__file__).with_name("preference.yaml")
+    step.add_argument("--config", type=Path, default=arms, help="the arms (YAML)")
     step.add_argument("--arms", nargs="+", required=True)
     step.add_argument("--data", nargs="+", type=Path, required=True, help="files of dialogues")
     step.add_argument("--contexts", type=int, help="dialogues of each file (default: all)")

@@ -1052,7 +1052,7 @@ def test_settings_of_recipes_are_those_of_what_they_are_handed_to():
     """So that a setting can neither be offered that nothing takes nor be forgotten."""
     new = {*signature(new_model).parameters, *signature(VikdfForConditionalGeneration.from_backbones).parameters}
     new -= {"model_class", "model_settings", "config_kwargs", "processor"}
-    of_saving = {"backbones", "backbone_dtypes", "adapter", "saved_in", "tie_word_embeddings"}
+    of_saving = {"backbones", "backbone_dtypes", "adapter", "saved_in", "reward_layer", "tie_word_embeddings"}
     of_backbones = {"text_config", "context_config", "vision_config", "knowledge_token_id", "loss_weights"}
     config = {*VikdfConfig.__annotations__} - of_saving - of_backbones
     assert names(recipe_module.ModelSection) == {"checkpoint"} | new | config

@@ -213,10 +213,9 @@ def probe(
 
     Returns:
         A report: its `kind`, "probe", and `version`; `task`, `arms`; `subsets`: name -> `items` (their number),
-        `majority` (accuracy of the choice that is correct most often in the subset) and `chance`, if items have an
-        answer, `arms` (arm -> score -> measure -> `mean`, `confidence_95`) and `own_minus` (other arm -> score ->
-        measure -> `mean`, `confidence_95`, `p_value`); intervals and p-values resample photographs, subjects or
-        dialogues. `records`: for each item `id`, `cluster`, `subsets`, `choices`, `answer`, `scores` and `measures`.
+        `majority` (accuracy of the most frequent correct choice) and `chance`, if items have an answer, `arms` (arm ->
+        score -> measure -> `mean`, `confidence_95`) and `own_minus` (other arm -> score -> measure -> the same and
+        `p_value`), by resampled clusters. `records`: each item's `id`, `cluster`, `subsets`, scores, measures.
 
     Raises:
         ValueError: for an unknown arm, or if knowledge cannot be shuffled.
@@ -250,9 +249,7 @@ def probe(
 
     raw = {arm: [torch.stack([score() for _ in item.questions]).mean(0) for item in items] for arm in arms}
     unconditional = {key: dict(zip(choices, score().tolist(), strict=True)) for key, choices in shared.items()}
-    records = [
-        _record(item, {arm: raw[arm][index] for arm in arms}, unconditional) for index, item in enumerate(items)
-    ]
+    records = [_record(item, {arm: raw[arm][i] for arm in arms}, unconditional) for i, item in enumerate(items)]
     return {
         "kind": "probe",
         "version": REPORT_VERSION,
