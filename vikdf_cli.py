@@ -177,6 +177,7 @@ def print_figures(figures: dict, output: str | None) -> None:
     option("--grades", required=True, help='JSON Lines: {"turns": [...], "replies": [...], "grades": [...]}'),
     option("--layer", type=int, help="whose states the head reads (default: at three quarters of the LLM's depth)"),
     option("--num-candidates", type=int, default=8, help="replies to choose from (default: 8)"),
+    option("--no-knowledge", action="store_true", help="fit to the bare language model's states, for a control"),
     option("--output", required=True, help="folder to write the model to"),
     extra="eval",
 )
@@ -197,7 +198,7 @@ def reward(args: argparse.Namespace) -> None:
     layer = args.layer
     if layer is None:
         layer = 3 * model.config.text_config.num_hidden_layers // 4
-    states = reply_states(model, processor, examples, layer)
+    states = reply_states(model, processor, examples, layer, use_knowledge=not args.no_knowledge)
     fit = fit_reward(states, [example["grades"] for example in examples])
     weight = fit.pop("weight")
     print(json.dumps(fit, indent=2))
@@ -209,7 +210,7 @@ def reward(args: argparse.Namespace) -> None:
     add_reward_head(model, weight, layer)
     model.generation_config.num_candidates = args.num_candidates
     model.generation_config.candidate_weights = {"reward": 1.0}
-    stage = {"layer": layer, "grades": Path(args.grades).name, **fit}
+    stage = {"layer": layer, "grades": Path(args.grades).name, "knowledge": not args.no_knowledge, **fit}
     save_stage("reward", model, processor, args.model, output, stage)
 
 

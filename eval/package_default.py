@@ -14,8 +14,7 @@ from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, Vi
 from modeling_vikdf.cards.render import FIGURE, render_model_card
 
 
-# How the default speaks; how many candidates it chooses from, and by what, `vikdf reward` has written. See
-# eval/results/preference/.
+# How the default speaks, as blind readers prefer it on validation data; see eval/analyses/candidate_weights.py.
 DECODING = {
     "do_sample": True,
     "temperature": 1.0,
@@ -23,6 +22,8 @@ DECODING = {
     "top_k": 0,
     "no_repeat_ngram_size": None,
     "max_new_tokens": 48,
+    "num_candidates": 8,
+    "candidate_weights": {"reward": 1.0, "match": 1.0, "length": 0.5},
 }
 
 

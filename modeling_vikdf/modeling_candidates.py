@@ -28,7 +28,8 @@ from transformers.utils import ModelOutput
 #   likelihood  log P(reply | context, K), a token's mean in nats
 #   alone       log P(reply) of the LLM that has read an empty message, without knowledge, a token's mean in nats
 #   match       cosine of the matching embeddings of reply and context, and of its picture, their mean, if it has one
-TERMS = ("reward", "likelihood", "alone", "match")
+#   length      logarithm of the number of tokens: all means above favour short replies
+TERMS = ("reward", "likelihood", "alone", "match", "length")
 CHUNK = 16  # replies that the LLM reads at a time: logits of all would take much memory
 
 
@@ -58,7 +59,7 @@ class LikelihoodRecorder(LogitsProcessor):
 
 class EnoughFinished(StoppingCriteria):
     """
-    Breaks off all rows of a prompt when enough of them have ended by themselves: the longest would make others wait.
+    Breaks off all rows of a prompt when enough of them have ended by themselves.
 
     Args:
         copies: rows of each prompt.
@@ -103,7 +104,7 @@ def generate_best(
     **kwargs: Any,
 ) -> ModelOutput:
     """
-    Samples candidates and keeps the best; half of them are broken off where the other half have ended by themselves.
+    Samples candidates and keeps the best; the last eighth to end is broken off, because it would make all others wait.
 
     Args:
         model: a `VikdfForConditionalGeneration`.
@@ -123,7 +124,7 @@ def generate_best(
         ValueError: for an unknown term of the score.
     """
     recorder = LikelihoodRecorder()
-    enough = EnoughFinished(num_candidates, -(-num_candidates // 2), ends)
+    enough = EnoughFinished(num_candidates, num_candidates - num_candidates // 8, ends)
     kwargs["logits_processor"] = LogitsProcessorList([recorder, *(kwargs.get("logits_processor") or ())])
     kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), enough])
     several = {"num_candidates": 1, "num_return_sequences": num_candidates, "return_dict_in_generate": True}
@@ -198,6 +199,8 @@ def score_replies(
         score += weight * reward
     if weight := weights.get("likelihood"):
         score += weight * likelihood / tokens
+    if weight := weights.get("length"):
+        score += weight * tokens.log()
     if weight := weights.get("alone"):
         score += weight * likelihood_alone(model, processor, replies, mask) / tokens
     if knowledge is not None and (weight := weights.get("match")):

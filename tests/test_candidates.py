@@ -96,6 +96,7 @@ def test_terms_are_what_they_say(parts):
 
     lengths = torch.tensor([float(len(row)) for row in rows])
     torch.testing.assert_close(score(likelihood=2.0), 2 * likelihood[0] / lengths)
+    torch.testing.assert_close(score(length=0.5), 0.5 * lengths.log())
 
     # alone: in a chat whose message is empty
     chats = [[{"role": "user", "content": content}] for content in "xy"]

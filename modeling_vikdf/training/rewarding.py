@@ -118,17 +118,11 @@ def fit_reward(states: Sequence[torch.Tensor], grades: Sequence[Sequence[float]]
     """
     targets = [torch.tensor(values, dtype=torch.float64) for values in grades]
     inputs = [rows.double() for rows in states]
-    fold = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0)) % FOLDS  # [N]
     results = {}
     for penalty in PENALTIES:
-        best, correlations = torch.zeros(len(inputs)).double(), []
-        for held_out in range(FOLDS):
-            weight = _ridge([(x, y) for x, y, f in zip(inputs, targets, fold, strict=True) if f != held_out], penalty)
-            for i in (fold == held_out).nonzero().flatten().tolist():
-                rewards = inputs[i] @ weight
-                best[i] = targets[i][rewards.argmax()]
-                correlations.append(_rank_correlation(rewards, targets[i]))
-        results[penalty] = best, torch.stack(correlations).mean().item()
+        rewards = list(zip(cross_validate(states, targets, penalty), targets, strict=True))
+        best = torch.stack([values[reward.argmax()] for reward, values in rewards])  # [N]
+        results[penalty] = best, torch.stack([_rank_correlation(*pair) for pair in rewards]).mean().item()
     penalty = max(results, key=lambda name: results[name][1])
     best, correlation = results[penalty]
     means = torch.stack([values.mean() for values in targets])  # [N]
@@ -143,6 +137,29 @@ def fit_reward(states: Sequence[torch.Tensor], grades: Sequence[Sequence[float]]
         "contexts": len(inputs),
         "replies": sum(map(len, targets)),
     }
+
+
+def cross_validate(
+    states: Sequence[torch.Tensor], grades: Sequence[torch.Tensor], penalty: float
+) -> list[torch.Tensor]:
+    """
+    The rewards that replies get from heads which were fitted without their context, in `FOLDS` parts.
+
+    Args:
+        states: for each context [replies, d_llm].
+        grades: for each context [replies], float64.
+        penalty: of the ridge.
+
+    Returns:
+        For each context [replies], float64.
+    """
+    pairs = [(rows.double(), values) for rows, values in zip(states, grades, strict=True)]
+    fold = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)) % FOLDS  # [N]
+    heads = [
+        _ridge([pair for pair, part in zip(pairs, fold, strict=True) if part != held_out], penalty)
+        for held_out in range(FOLDS)
+    ]
+    return [rows @ heads[part] for (rows, _), part in zip(pairs, fold.tolist(), strict=True)]
 
 
 def _ridge(pairs: list[tuple[torch.Tensor, torch.Tensor]], penalty: float) -> torch.Tensor:
@@ -178,4 +195,4 @@ def add_reward_head(model: VikdfForConditionalGeneration, weight: torch.Tensor, 
     model.register_buffer("reward_weight", weight.to(model.device))
 
 
-__all__ = ["add_reward_head", "fit_reward", "load_graded", "reply_states"]
+__all__ = ["add_reward_head", "cross_validate", "fit_reward", "load_graded", "reply_states"]
