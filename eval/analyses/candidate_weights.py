@@ -1,7 +1,7 @@
 """Which score chooses best among candidates? What readers' grades of validation replies say, in contexts held out.
 
-For each of the scores below: the mean grade of the reply that it chooses, its gain over the mean of all candidates, and
-how long and how varied the chosen replies are. The reward of a context is that of a head which was fitted without
+For each of the scores below: the mean grade of the reply that it chooses, its gain over the mean of all candidates,
+and how long and how varied the chosen replies are. The reward of a context is that of a head which was fitted without
 it (5 folds). The last eighth to end is left out, as when replies are sampled.
 
 Example run:
