@@ -49,8 +49,6 @@ CRITERIA = (
 )
 VERDICTS = ("A", "B", "tie")
 UNSURE = re.compile(r"(i'm|i am) not (really |quite )?sure|i (really )?(don't|do not) know", re.IGNORECASE)
-# a mark, a smiley or a symbol (an emoji), perhaps in quotes or brackets
-SENTENCE_END = re.compile(r"""([.!?…]|[:;]-?[)D(P/]|[^\x00-\x7f\w\s–—])["')\]]*$""")
 BATCH = 8  # contexts at a time
 
 
@@ -71,9 +69,9 @@ def draw_contexts(data: str | Path, count: int | None, seed: int) -> list[dict[s
     ]
 
 
-def write_replies(arm: dict[str, Any], contexts: list[dict[str, Any]], seed: int, name: str) -> list[str]:
+def write_replies(arm: dict[str, Any], contexts: list[dict[str, Any]], seed: int, name: str) -> tuple[list[str], int]:
     """
-    The replies of an arm to contexts.
+    The replies of an arm to contexts, and how many of them were cut at the longest length that was allowed.
 
     Args:
         arm: `model`, a folder or Hub id (default: the packaged one); `system_prompt`; `call`, arguments of the
@@ -83,7 +81,7 @@ def write_replies(arm: dict[str, Any], contexts: list[dict[str, Any]], seed: int
         name: what the progress bar says.
     """
     if arm.get("human"):
-        return [context["human"] for context in contexts]
+        return [context["human"] for context in contexts], 0
     model, processor = load_model(arm.get("model", DEFAULT_CHECKPOINT))
     processor.system_prompt = arm.get("system_prompt", processor.system_prompt)
     pipe = pipeline("vikdf-dialogue", model=model, processor=processor, device=model.device)
@@ -97,7 +95,9 @@ def write_replies(arm: dict[str, Any], contexts: list[dict[str, Any]], seed: int
         outputs = pipe(chats, batch_size=BATCH, return_full_text=False, **arm.get("call", {}))
         for i, [output] in zip(rows, outputs, strict=True):
             replies[i] = output["generated_text"]
-    return replies
+    longest = arm.get("call", {}).get("max_new_tokens", model.generation_config.max_new_tokens)
+    lengths = [len(ids) for ids in processor.text_tokenizer(replies, add_special_tokens=False)["input_ids"]]
+    return replies, sum(length >= longest for length in lengths)  # what ends by itself has an end of turn besides
 
 
 def write(args: argparse.Namespace) -> None:
@@ -115,10 +115,11 @@ def write(args: argparse.Namespace) -> None:
                 raise SystemExit(f"{output} holds replies under other settings: choose another --output, or remove it")
             continue
         contexts = draw_contexts(data, args.contexts, args.seed)
-        replies = write_replies(arms[name], contexts, args.seed, f"{name}, {data.stem}")
+        replies, cut = write_replies(arms[name], contexts, args.seed, f"{name}, {data.stem}")
         output.parent.mkdir(parents=True, exist_ok=True)
         by_key = {context["key"]: reply for context, reply in zip(contexts, replies, strict=True)}
-        output.write_text(json.dumps({**settings, "replies": by_key}, indent=1, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps({**settings, "cut": cut, "replies": by_key}, indent=1, ensure_ascii=False)
+        output.write_text(text + "\n", encoding="utf-8")
 
 
 # ---- sheet: what readers see ----
@@ -273,11 +274,20 @@ def _agreement(readers: list[dict[str, Any]], items: list[str]) -> float | None:
     return sum(same) / len(same) if same else None
 
 
-def describe(replies: list[str]) -> dict[str, float]:
-    """Shares of replies that begin unsure, and that stop in mid-sentence; Distinct-2; the mean number of words."""
+def describe(replies: list[str], cut: int) -> dict[str, float]:
+    """
+    What can be said of an arm's replies without reading them.
+
+    Args:
+        replies: texts.
+        cut: how many of them were cut at the longest length that was allowed.
+
+    Returns:
+        Shares of replies that begin unsure (`unsure`), and that were `cut`; Distinct-2; the mean number of words.
+    """
     return {
         "unsure": sum(bool(UNSURE.match(reply)) for reply in replies) / len(replies),
-        "cut": sum(not SENTENCE_END.search(reply.strip()) for reply in replies) / len(replies),
+        "cut": cut / len(replies),
         "distinct_2": distinct(replies)["distinct_2"],
         "words": sum(len(reply.split()) for reply in replies) / len(replies),
     }
@@ -306,8 +316,9 @@ def describe_files(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     """What [`describe`] says of the replies that were written below a folder: data -> arm -> figures."""
     described: dict[str, dict[str, dict[str, float]]] = {}
     for path in sorted(folder.glob("*/*.json")):
-        replies = json.loads(path.read_text(encoding="utf-8"))["replies"]
-        described.setdefault(path.parent.name, {})[path.stem] = describe(list(replies.values()))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        figures = describe(list(record["replies"].values()), record["cut"])
+        described.setdefault(path.parent.name, {})[path.stem] = figures
     return described
 
 
