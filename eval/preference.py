@@ -4,6 +4,7 @@
     sheet: pairs of arms                              -> sheet.json for readers, key.json to be kept from them
     read:  a page on which a person judges the sheet  -> judgements
     tally: key and judgements of all readers          -> report: how often the first arm of a pair is preferred
+    show:  arms                                       -> all their replies side by side
     grades: grades of candidates, dialogues           -> JSON Lines for `vikdf reward`
 
 A reader, person or language model, sees the sheet alone: contexts and two replies to each, in random order, without a
@@ -306,10 +307,27 @@ def report(args: argparse.Namespace) -> None:
         "replies": describe_files(args.replies),
     }
     args.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(table(content))
+
+
+def table(content: dict[str, Any]) -> str:
+    """A report as Markdown: a row for each pair, and one for what can be said of each arm without reading."""
+    lines = ["| contexts | replies | against | preferred | readers | agreement |", "|---|---|---|---|---|---|"]
     for result in content["pairs"]:
+        first, second = result["pair"].split(":")
         low, high = result["confidence_95"]
-        print(f"{result['data']:<24} {result['pair']:<40} {result['preferred']:.3f} [{low:.3f}, {high:.3f}]", end=" ")
-        print(f"readers {', '.join(f'{value:.3f}' for value in result['readers'])}; agreement {result['agreement']}")
+        readers = ", ".join(f"{value:.2f}" for value in result["readers"])
+        agreement = "-" if result["agreement"] is None else f"{100 * result['agreement']:.0f} %"
+        preferred = f"**{result['preferred']:.2f}** [{low:.2f}, {high:.2f}]"
+        lines.append(
+            f"| {result['data']}, {result['contexts']} | {first} | {second} | {preferred} | {readers} | {agreement} |"
+        )
+    lines += ["", "| contexts | replies | words | Distinct-2 | begin unsure | cut |", "|---|---|---|---|---|---|"]
+    for data, arms in content["replies"].items():
+        for arm, figures in arms.items():
+            shares = " | ".join(f"{100 * figures[name]:.1f} %" for name in ("unsure", "cut"))
+            lines.append(f"| {data} | {arm} | {figures['words']:.1f} | {figures['distinct_2']:.3f} | {shares} |")
+    return "\n".join(lines)
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -366,6 +384,22 @@ def write_grades(args: argparse.Namespace) -> None:
     print(f"{len(lines)} contexts, {sum(len(line['grades']) for line in lines)} graded replies")
 
 
+# ---- show: replies side by side ----
+
+
+def show(args: argparse.Namespace) -> None:
+    """Writes all replies of arms to a file's contexts side by side, as Markdown."""
+    records = [json.loads((args.replies / args.data.stem / f"{arm}.json").read_text("utf-8")) for arm in args.arms]
+    lines = [f"| message | {' | '.join(args.arms)} |", "|---" * (1 + len(args.arms)) + "|"]
+    for context in load_dialogues(str(args.data)):
+        if context["key"] not in records[0]["replies"]:
+            continue
+        said = " / ".join(turn["content"] for turn in context["messages"][:-1])
+        replies = [" ".join(record["replies"][context["key"]].split()) for record in records]
+        lines.append(f"| {' | '.join(text.replace('|', '/') for text in (said, *replies))} |")
+    args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Runs one of the steps."""
     parser = argparse.ArgumentParser(description="Which replies do people prefer?")
@@ -408,6 +442,13 @@ def main() -> None:
     step.add_argument("--data", nargs="+", type=Path, required=True, help="the files of dialogues that were graded")
     step.add_argument("--output", type=Path, required=True, help="JSON Lines to write")
     step.set_defaults(run=write_grades)
+
+    step = steps.add_parser("show", help="show all replies of arms side by side")
+    step.add_argument("--arms", nargs="+", required=True)
+    step.add_argument("--data", type=Path, required=True, help="file of dialogues")
+    step.add_argument("--replies", type=Path, required=True, help="the folder that `write` wrote")
+    step.add_argument("--output", type=Path, required=True, help="Markdown to write")
+    step.set_defaults(run=show)
 
     args = parser.parse_args()
     args.run(args)

@@ -140,6 +140,9 @@ def test_the_four_steps(preference, tmp_path, monkeypatch, capsys):
     shouted = written | {"arm": "shout", "settings": {"human": True}}
     shouted["replies"] = {key: text.upper() for key, text in written["replies"].items()}
     (output / "chat/shout.json").write_text(json.dumps(shouted))
+    run("show", "--arms", "people", "shout", "--data", data, "--replies", output, "--output", tmp_path / "all.md")
+    rows = (tmp_path / "all.md").read_text().splitlines()
+    assert len(rows) == 2 + 4 and all(row.split(" | ")[1].upper() + " |" == row.split(" | ")[2] for row in rows[2:])
     run("sheet", "--pairs", "people:shout", "--data", data, "--replies", output, "--output", tmp_path / "sheet")
     items = json.loads((tmp_path / "sheet/sheet.json").read_text())["items"]
     assert len(items) == 4 and all(item["A"].lower() == item["B"].lower() for item in items)
@@ -151,7 +154,7 @@ def test_the_four_steps(preference, tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["kind"] == "preference" and report["readers"] == ["quiet"]
     assert report["pairs"][0]["preferred"] == 1 and report["replies"]["chat"]["people"]["cut"] == 0
-    assert "people:shout" in capsys.readouterr().out
+    assert "| people | shout | **1.00**" in capsys.readouterr().out
 
 
 def test_unknown_arms_are_named(preference, tmp_path, monkeypatch):
@@ -178,3 +181,14 @@ def test_grades_are_put_beside_their_contexts(preference, tmp_path, monkeypatch,
     (tmp_path / "grades.json").write_text(json.dumps(grades))
     with pytest.raises(ValueError, match="elsewhere:1"):
         preference.main()
+
+
+def test_the_page_of_results_has_the_table_of_the_report(preference):
+    """So that what is printed is what was counted."""
+    folder = ROOT / "eval" / "results" / "preference"
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert preference.table(report) in (ROOT / "eval" / "RESULTS.md").read_text(encoding="utf-8")
+    key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
+    readers = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("judgements_*.json"))]
+    assert preference.tally(key, readers) == report["pairs"]
+    assert preference.describe_files(folder / "replies") == report["replies"]
