@@ -627,7 +627,7 @@ def main(argv: list[str] | None = None) -> None:
             f'pip install "modeling_vikdf[{extra}]"'
         )
     except RecursionError:
-        sys.exit("vikdf: a file is nested too deeply to be read; expected the JSON or YAML that the command describes.")
+        sys.exit("vikdf: a file is nested too deeply to be read; expected flat JSON or YAML.")
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"vikdf: {error}")
     except KeyboardInterrupt:
