@@ -2,7 +2,8 @@
 
 Reads as a request flows:
 
-    RequestGuard (key, size, time to arrive) -> request body -> prepare (chat -> tensors of one row) -> Job
+    GuardedProtocol (header, connections) -> RequestGuard (key, size, time to arrive) -> request body
+      -> prepare (chat -> tensors of one row) -> Job
       -> Worker: the one thread that runs the model; waiting jobs with the same decoding settings form a batch
       -> BatchSteps: sees each new token of the batch, emits text, ends rows that are finished or cancelled
       -> stream_updates -> one JSON response, or server-sent events
@@ -10,7 +11,8 @@ Reads as a request flows:
 User text is never logged: a request is one line with its route, status and duration, a failure its exception's type
 and traceback without the message. Pictures come with the request; the server fetches nothing.
 
-Knows HTTP; what a request may say is in schema.py, how the model answers it in worker.py.
+Knows HTTP; what a request may say is in schema.py, how the model answers it in worker.py, which connections end
+in connections.py.
 
 Example run:
     VIKDF_API_KEY=secret vikdf serve --port 8000
