@@ -931,6 +931,25 @@ def test_one_picture_at_a_time_is_decoded_and_not_on_the_event_loop(parts):
     assert not any("asyncio-portal" in name or name == "MainThread" for name in threads)
 
 
+def test_pictures_that_wait_to_be_decoded_are_in_the_queue(parts):
+    begun, go = threading.Event(), threading.Event()
+
+    def wait(picture, *how):
+        begun.set()
+        assert go.wait(20)
+        return read_picture(picture, *how)
+
+    shown = body(with_picture(data_url(picture("red"))))
+    with serving(parts, max_queue=2) as client, ThreadPoolExecutor(6) as pool:
+        with patch.object(schema, "read_picture", wait):
+            asked = [pool.submit(client.post, CHAT, json=shown)]
+            assert begun.wait(20)
+            asked += [pool.submit(client.post, CHAT, json=shown) for _ in range(4)]
+            wait_until(lambda: sum(each.done() for each in asked) == 3)
+            go.set()
+            assert sorted(each.result().status_code for each in asked) == [200, 200, 429, 429, 429]
+
+
 def test_stop_sequences_are_short(client):
     refused(client.post(CHAT, json=body(stop="a" * 257)), 400, "stop.*256")
     refused(client.post(CHAT, json=body(stop=["a", "a" * 257])), 400, "stop.*256")

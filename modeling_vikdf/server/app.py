@@ -238,6 +238,7 @@ class Api:
     metrics: Metrics
     timeout: float
     started: int = field(default_factory=lambda: int(time.time()))
+    preparing: int = 0  # requests whose job is not yet in the worker's queue
     looking: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a picture is decoded
 
     async def submit(self, body: ChatBody, request: Request) -> Job:
@@ -250,13 +251,16 @@ class Api:
         """
         loop = asyncio.get_running_loop()
         self._check_name(body.model)
-        self.worker.check_room()  # before any work is done
+        self.worker.check_room(self.preparing)  # before any work is done
         deadline = loop.time() + self.timeout
+        self.preparing += 1
         try:
             async with self.looking if body.pictures() else nullcontext():  # one large picture at a time
                 job = await asyncio.to_thread(self.worker.prepare, body, deadline, loop)
         except ValueError as error:
             raise HTTPException(400, str(error).removeprefix("row 0").lstrip(":, ")) from error
+        finally:
+            self.preparing -= 1
         self.worker.submit(job)
         job.watcher = asyncio.create_task(cancel_when_client_leaves(request, job, self.worker))
         return job

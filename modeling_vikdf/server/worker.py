@@ -215,9 +215,9 @@ class Worker(threading.Thread):
             return False
         return not self.is_alive() or bool(self._running) and time.monotonic() - self.progressed > seconds
 
-    def check_room(self) -> None:
-        """Raises `HTTPException` 429 while the queue is full."""
-        if len(self._waiting) >= self.max_queue:
+    def check_room(self, preparing: int = 0) -> None:
+        """Raises `HTTPException` 429 while the queue is full, with those that are on their way to it."""
+        if len(self._waiting) + preparing >= self.max_queue:
             raise HTTPException(429, "Too many requests are waiting; try again.", {"Retry-After": "1"})
 
     def prepare(self, body: ChatBody, deadline: float, loop: asyncio.AbstractEventLoop) -> Job:
