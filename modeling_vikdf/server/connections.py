@@ -27,11 +27,14 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Closes another connection if there are too many, or this one if all others are being answered."""
         self.silence: asyncio.TimerHandle | None = None
+        self.aborted = False
         self.opened = self.loop.time()
         super().connection_made(transport)
         self._watch()
         if len(self.connections) > MAX_CONNECTIONS:
-            self._most_dispensable().transport.abort()
+            dispensable = self._most_dispensable()
+            dispensable.aborted = True  # it counts until the event loop's next turn
+            dispensable.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Passes data on; the header's time runs on until it is complete."""
@@ -53,7 +56,7 @@ class GuardedProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def _most_dispensable(self) -> "GuardedProtocol":
-        idle = [each for each in self.connections if each.is_dispensable() and not each.transport.is_closing()]
+        idle = [each for each in self.connections if each.is_dispensable() and not each.aborted]
         held = Counter(each.address for each in idle)
         return min(idle, key=lambda each: (-held[each.address], each.opened), default=self)
 
@@ -66,7 +69,7 @@ class GuardedProtocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._end_watch()
         elif self.silence is None and not self.transport.is_closing():
-            self.silence = self.loop.call_later(HEADER_TIMEOUT, self.transport.abort)
+            self.silence = self.loop.call_later(HEADER_TIMEOUT, self.transport.close)  # after what is still to be sent
 
     def _end_watch(self) -> None:
         if self.silence is not None:
