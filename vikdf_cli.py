@@ -511,6 +511,11 @@ def benchmark(args: argparse.Namespace) -> None:
     option("--port", type=int, default=8000, help="port to listen on (default: 8000)"),
     option("--api-key", help="key that clients must send (default: environment variable VIKDF_API_KEY)"),
     option("--max-batch", type=int, default=16, help="replies generated together (default: 16)"),
+    option(
+        "--max-batch-tokens",
+        type=int,
+        help="tokens of prompts and replies, times beams, processed together (default: the window, at least 16384)",
+    ),
     option("--max-queue", type=int, default=64, help="waiting requests before others get 429 (default: 64)"),
     option("--timeout", type=float, default=60, help="seconds for an answer (default: 60)"),
     extra="serve",
@@ -520,8 +525,8 @@ def serve(args: argparse.Namespace) -> None:
     from modeling_vikdf.server.app import serve
 
     key = os.environ.get("VIKDF_API_KEY") if args.api_key is None else args.api_key
-    limits = {"max_batch": args.max_batch, "max_queue": args.max_queue, "timeout": args.timeout}
-    serve(args.model, args.host, args.port, key, **limits)
+    limits = ("max_batch", "max_batch_tokens", "max_queue", "timeout")
+    serve(args.model, args.host, args.port, key, **{name: getattr(args, name) for name in limits})
 
 
 @command("print the version of the package")
@@ -622,6 +627,8 @@ def main(argv: list[str] | None = None) -> None:
             f"vikdf: {args.command!r} needs {error.name!r}, which is not installed. It comes with: "
             f'pip install "modeling_vikdf[{extra}]"'
         )
+    except RecursionError:
+        sys.exit("vikdf: a file is nested too deeply to be read; expected flat JSON or YAML.")
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"vikdf: {error}")
     except KeyboardInterrupt:

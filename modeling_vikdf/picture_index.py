@@ -94,13 +94,12 @@ class PictureIndex:
         device = model.iqformer.query_tokens.device
         titles, thumbnails, embeddings = [], [], []
         with tqdm(pictures, total=total, unit=" pictures", desc="Embedding") as stream:
-            stream = iter(stream)
-            while batch := list(itertools.islice(stream, batch_size)):
-                images = [read_picture(picture) for _, picture in batch]
-                pixels = processor.pixel_values(images)  # [B, 3, H, W]
+            shrunk = _shrink(stream, processor)
+            while batch := list(itertools.islice(shrunk, batch_size)):
+                pixels = torch.cat([pixels for _, pixels, _ in batch])  # [B, 3, H, W]
                 embeddings.append(model.get_image_embeddings(pixels.to(device)).float().cpu())  # [B, d]
-                titles += [title for title, _ in batch]
-                thumbnails += map(_thumbnail, images)
+                titles += [title for title, _, _ in batch]
+                thumbnails += [thumbnail for _, _, thumbnail in batch]
         if not titles:
             raise ValueError("There are no pictures to embed.")
         return cls(torch.cat(embeddings), thumbnails, titles, fingerprint(model))
@@ -231,6 +230,17 @@ def load_pictures(
     if not paths:
         raise ValueError(f"{folder} holds no files: expected pictures ({', '.join(PICTURE_FORMATS)}).")
     return _read_files(folder, paths, report), len(paths)
+
+
+def _shrink(
+    pictures: Iterable[tuple[str, Image.Image]], processor: VikdfProcessor
+) -> Iterator[tuple[str, torch.Tensor, bytes]]:
+    """Titles, pixel values [1, 3, H, W] and thumbnails: a batch of whole pictures could take gigabytes."""
+    for title, picture in pictures:
+        image = read_picture(picture)
+        del picture
+        yield title, processor.pixel_values([image]), _thumbnail(image)
+        del image  # before the next one is read
 
 
 def _read_files(folder: Path, paths: list[Path], report: SkipReport) -> Iterator[tuple[str, Image.Image]]:

@@ -3,11 +3,16 @@
 Knows standard input and output; the pipeline generates the replies.
 """
 
+import io
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from .pipeline_vikdf import VikdfDialoguePipeline
+
+
+UNDECODED = re.compile("[\udc80-\udcff]")  # how "surrogateescape" reads bytes that are not in the encoding
 
 
 class Dialogue:
@@ -55,6 +60,8 @@ def answer_messages(dialogue: Dialogue, texts: Sequence[str], echo: bool) -> Non
 def answer_lines(dialogue: Dialogue) -> None:
     """Answers lines of standard input until its end or /exit."""
     terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a byte that is no text must not end the dialogue
+        sys.stdin.reconfigure(errors="surrogateescape")
     if terminal:
         print("Type a message; /reset starts a new dialogue, /exit ends.", file=sys.stderr)
     while True:
@@ -69,6 +76,8 @@ def answer_lines(dialogue: Dialogue) -> None:
         if text == "/reset":
             dialogue.messages.clear()
             print("(new dialogue)", file=sys.stderr)
+        elif UNDECODED.search(text):
+            print(f"This line is not {sys.stdin.encoding}, so it is not answered; send it again.", file=sys.stderr)
         elif text:
             print("vikdf> " if terminal else "", end="", flush=True)
             try:

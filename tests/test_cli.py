@@ -124,6 +124,23 @@ def test_a_refused_message_does_not_end_the_dialogue(checkpoint, capsys, monkeyp
     assert "ask for fewer max_new_tokens" in err
 
 
+@pytest.mark.parametrize("encoding, wrong", [("utf-8", b"caf\xe9"), ("ascii", "café".encode())])
+def test_a_line_with_invalid_bytes_does_not_end_the_dialogue(checkpoint, capsys, monkeypatch, encoding, wrong):
+    lines = [b"What is your dog doing?", wrong, b"It is snowing outside."]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding=encoding))
+    out, err = run(capsys, "chat", "--model", checkpoint, "--max-new-tokens", 6)
+    spoken = [line.decode() for line in (lines[0], lines[2])]
+    assert [line.strip() for line in out.splitlines()] == replies(checkpoint, *spoken)
+    assert f"not {encoding}" in err
+
+
+def test_a_file_of_deep_json_is_told_in_a_line(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(SystemExit, match="^vikdf: .*nested too deeply"):
+        main(["compare", str(path), str(path)])
+
+
 def test_a_terminal(checkpoint):
     """In a process of its own behind a pseudo-terminal, ended by Ctrl-D."""
     ours, theirs = pty.openpty()

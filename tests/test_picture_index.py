@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,21 @@ def test_a_picture_is_nearest_to_itself(parts):
         assert best.title == title and best.score == pytest.approx(1, abs=1e-5)
         thumbnail = read_picture(best.thumbnail)
         assert max(thumbnail.size) == 128 and thumbnail.width > thumbnail.height  # the shape is kept
+
+
+def test_pictures_are_held_one_at_a_time(parts):
+    alive, most = [], []
+
+    def pictures():
+        for number in range(8):
+            title, image = colours(number + 1)[-1]
+            alive.append(weakref.ref(image))
+            most.append(sum(each() is not None for each in alive))
+            yield title, image
+            del image
+
+    assert len(PictureIndex.build(*parts, pictures(), batch_size=8)) == 8
+    assert max(most) <= 2 < 8
 
 
 def test_a_rebuilt_index_keeps_its_thumbnails(parts):

@@ -32,11 +32,14 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 
+from fastapi import FastAPI  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
 from modeling_vikdf.pipeline_vikdf import prompt_embeddings  # noqa: E402
+from modeling_vikdf.processing_vikdf import read_picture  # noqa: E402
+from modeling_vikdf.server import connections, schema  # noqa: E402
 from modeling_vikdf.server.app import create_app, encode_prompt_embeddings  # noqa: E402
-from modeling_vikdf.server.worker import Job  # noqa: E402
+from modeling_vikdf.server.worker import Job, Metrics, Worker  # noqa: E402
 
 
 LOAD_SERVER = runpy.run_path(Path(modeling_vikdf.__file__).parents[1] / "eval" / "speed" / "load_server.py")
@@ -85,7 +88,10 @@ def client(parts):
 @contextmanager
 def listening(parts, **settings):
     """A real server on a port of its own; its address."""
-    config = uvicorn.Config(create_app(*parts, **settings), port=0, log_level="error", timeout_graceful_shutdown=1)
+    guarded = {"http": connections.GuardedProtocol, "backlog": connections.BACKLOG, "ws": "none"}
+    config = uvicorn.Config(
+        create_app(*parts, **settings), port=0, log_level="error", timeout_graceful_shutdown=1, **guarded
+    )
     real = uvicorn.Server(config)
     thread = threading.Thread(target=real.run)
     thread.start()
@@ -480,7 +486,7 @@ def test_knowledge(parts, client, messages):
         ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages.0.role: .*'system'"),
         ({"messages": [{"role": "user", "content": ""}]}, 400, "message 0: the content is empty"),
         ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content: .*required"),
-        ({"messages": [{"role": "user", "content": "a", "tool_calls": []}]}, 400, "tool_calls: not supported"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, 400, "tool_calls: not supported"),
         ({"messages": [{"role": "system", "content": "a"}]}, 400, "no user message"),
         ({"messages": [{"role": "user", "content": "the water was so blue! " * 100}]}, 400, "tokens; at most"),
         ({"messages": [{"role": "user", "content": "a" * 200_001}]}, 413, "200001 characters"),
@@ -489,7 +495,7 @@ def test_knowledge(parts, client, messages):
         ({"temperature": 3}, 400, "temperature: "),
         ({"n": 2}, 400, "n: .*1"),
         ({"logprobs": True}, 400, "logprobs: "),
-        ({"tools": []}, 400, "tools: not supported by this server"),
+        ({"tools": [{}]}, 400, "tools: not supported by this server"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format: not supported"),
         ({"stop": ["a"] * 5}, 400, "stop"),
         ({"stream": "yes"}, 400, "stream: "),
@@ -597,7 +603,9 @@ def test_the_key(parts, given):
         assert client.post(CHAT, json=body(), headers=right).status_code == 200
 
 
-@pytest.mark.parametrize("wrong", [{"api_key": ""}, {"max_batch": 0}, {"max_queue": -1}, {"timeout": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"api_key": ""}, {"max_batch": 0}, {"max_batch_tokens": 0}, {"max_queue": -1}, {"timeout": 0}]
+)
 def test_settings_that_make_no_sense(parts, wrong):
     with pytest.raises(ValueError, match="API key|positive"):
         create_app(*parts, **wrong)
@@ -876,8 +884,325 @@ def test_health_and_models(client):
 
 
 def test_a_dead_worker_is_unhealthy(parts):
-    client = TestClient(create_app(*parts))  # its lifespan has not begun
-    assert client.get("/health").status_code == 503
+    with serving(parts) as client:
+        assert client.get("/health").status_code == 200
+    assert client.get("/health").status_code == 503  # its lifespan is over
+
+
+# ---- one request does not stop the others ----
+
+
+LARGE = with_picture(data_url(Image.new("1", (4000, 4000))))
+TOO_LARGE = with_picture(data_url(Image.new("1", (6000, 5000))))
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/knowledge"])
+def test_pictures_are_counted_before_one_is_decoded(client, path):
+    several = [{"role": "user", "content": LARGE[0]["content"][:1] * 60}]
+    with patch.object(Image.Image, "load", side_effect=AssertionError("decoded")):
+        refused(client.post(path, json=body(several)), 400, "60 pictures; at most one")
+        refused(client.post(path, json=body(TOO_LARGE)), 400, "6000 x 5000 pixels")
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/knowledge"])
+def test_a_model_without_eyes_decodes_nothing(parts, client, path):
+    decoded = patch.object(Image.Image, "load", side_effect=AssertionError("decoded"))
+    with patch.object(parts[0], "vision_encoder", None), decoded:
+        refused(client.post(path, json=body(LARGE)), 400, "accepts no pictures")
+
+
+def test_one_picture_at_a_time_is_decoded_and_not_on_the_event_loop(parts):
+    at_once, most, threads, guard = [], [], set(), threading.Lock()
+
+    def watched(picture, *how):
+        with guard:
+            at_once.append(0)
+            most.append(len(at_once))
+            threads.add(threading.current_thread().name)
+        time.sleep(0.01)  # others may come meanwhile
+        with guard:
+            at_once.pop()
+        return read_picture(picture, *how)
+
+    requests = [body(with_picture(data_url(picture("red")))) for _ in range(6)]
+    with serving(parts) as client, ThreadPoolExecutor(6) as pool, patch.object(schema, "read_picture", watched):
+        assert all(each.status_code == 200 for each in pool.map(lambda it: client.post(CHAT, json=it), requests))
+    assert len(most) == 6 and max(most) == 1
+    assert not any("asyncio-portal" in name or name == "MainThread" for name in threads)
+
+
+def test_pictures_that_wait_to_be_decoded_are_in_the_queue(parts):
+    begun, go = threading.Event(), threading.Event()
+
+    def wait(picture, *how):
+        begun.set()
+        assert go.wait(20)
+        return read_picture(picture, *how)
+
+    shown = body(with_picture(data_url(picture("red"))))
+    with serving(parts, max_queue=2) as client, ThreadPoolExecutor(6) as pool:
+        with patch.object(schema, "read_picture", wait):
+            asked = [pool.submit(client.post, CHAT, json=shown)]
+            assert begun.wait(20)
+            asked += [pool.submit(client.post, CHAT, json=shown) for _ in range(4)]
+            wait_until(lambda: sum(each.done() for each in asked) == 3)
+            go.set()
+            assert sorted(each.result().status_code for each in asked) == [200, 200, 429, 429, 429]
+
+
+def test_stop_sequences_are_short(client):
+    refused(client.post(CHAT, json=body(stop="a" * 257)), 400, "stop.*256")
+    refused(client.post(CHAT, json=body(stop=["a", "a" * 257])), 400, "stop.*256")
+    assert answer(client, stop=["\u00e9" * 256] * 4)
+
+
+class CountingText(str):
+    """Text that counts the characters that are searched in it."""
+
+    searched = 0
+
+    def find(self, sub, start=0, *end):
+        CountingText.searched += len(self) - start
+        return super().find(sub, start, *end)
+
+
+def test_stop_sequences_are_looked_for_in_what_is_new():
+    job = Job(None, None, 10_000, ("never in it", "END"), 0.0, None)
+    job.emit = lambda update: None
+    CountingText.searched = 0
+    for _ in range(1000):
+        job.append(0, False, lambda ids: CountingText("abcd" * len(ids)))
+    assert 0 < CountingText.searched < 2 * 1000 * 20  # not 2 * 4 * 500,000, all the text each time
+
+
+def test_a_stop_sequence_in_pieces_is_found_where_it_begins():
+    for pieces in ("a E N D b", "aE N Db", "aEN D", "a EEND", "\ufffd END"):
+        told, steps = [], [pieces[: n + 1].replace(" ", "") for n, c in enumerate(pieces) if c != " "]
+        job = Job(None, None, 100, ("END",), 0.0, None)
+        job.emit = told.append
+        for text in steps:
+            if not job.finished:
+                job.append(0, False, lambda ids, text=text: text)
+        assert job.text == pieces.replace(" ", "").partition("END")[0] and told[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("more", [{"num_beams": 4}, {"num_candidates": 4, "temperature": 1.0}, {"max_tokens": 400}])
+def test_what_never_fits_into_a_batch_is_refused(parts, more):
+    with serving(parts) as client:
+        tokens = 2 * answer(client)["usage"]["total_tokens"]
+    with serving(parts, max_batch_tokens=tokens) as client:
+        with patch.object(type(parts[0]), "generate", side_effect=AssertionError("generated")):
+            refused(client.post(CHAT, json=body(**more)), 400, f"tokens; at most {tokens}")
+        assert answer(client, num_beams=2)
+
+
+def test_a_batch_has_no_more_tokens_than_its_budget(parts):
+    with serving(parts) as client:
+        length = answer(client)["usage"]["total_tokens"]
+    with serving(parts, max_batch_tokens=4 * length) as client, ThreadPoolExecutor(8) as pool:
+        for more, sizes in (({}, [1, 4, 3]), ({"num_beams": 2}, [1, 2, 2, 2, 1])):
+            spy = patch.object(type(parts[0]), "generate", autospec=True, side_effect=type(parts[0]).generate)
+            with held(parts[0]) as (go, steps), spy as generate:
+                waiting = [pool.submit(answer, client, **more)]
+                wait_until(lambda steps=steps: steps)
+                waiting += [pool.submit(answer, client, **more) for _ in range(7)]
+                wait_until(lambda: metrics(client)["vikdf_queue_length"] == 7)
+                go.set()
+                assert len({text_of(future.result()) for future in waiting}) == 1
+                assert [len(call.kwargs["input_ids"]) for call in generate.call_args_list] == sizes
+
+
+@pytest.mark.parametrize("window, tokens", [(512, 16_384), (32_768, 32_768)])
+def test_a_whole_window_always_fits_by_default(parts, window, tokens):
+    with patch.object(parts[0].config.text_config, "max_position_embeddings", window):
+        assert Worker(*parts, 16, None, 64, Metrics()).max_batch_tokens == tokens
+
+
+def raw(url: str, content: bytes) -> socket.socket:
+    connection = socket.create_connection((httpx.URL(url).host, httpx.URL(url).port), timeout=20)
+    connection.sendall(content)
+    return connection
+
+
+def closed(connection: socket.socket) -> bool:
+    """Waits for the server to close it."""
+    try:
+        while connection.recv(1000):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+HALF_A_HEADER = b"GET /health HTTP/1.1\r\nHost: a\r\n"
+
+
+@pytest.mark.parametrize("content", [b"", HALF_A_HEADER, HALF_A_HEADER + b"\r\n" + HALF_A_HEADER])
+def test_a_header_that_never_arrives_whole(parts, content):
+    with patch.object(connections, "HEADER_TIMEOUT", 0.2), listening(parts) as url:
+        with raw(url, content) as connection:
+            assert closed(connection)
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_idle_connections_lock_nobody_out(parts):
+    with patch.object(connections, "MAX_CONNECTIONS", 8), listening(parts) as url:
+        idle = [raw(url, HALF_A_HEADER) for _ in range(30)]
+        for _ in range(3):
+            assert httpx.get(f"{url}/health", timeout=20).status_code == 200
+        assert all(closed(each) for each in idle[:20])  # the oldest
+        for each in idle:
+            each.close()
+
+
+def test_connections_with_a_whole_request_stay(parts):
+    with patch.object(connections, "MAX_CONNECTIONS", 4), listening(parts) as url, ThreadPoolExecutor(1) as pool:
+        with held(parts[0]) as (go, steps):
+            asked = pool.submit(httpx.post, url + CHAT, json=body(), timeout=30)
+            wait_until(lambda: steps)
+            idle = [raw(url, HALF_A_HEADER) for _ in range(20)]
+            assert httpx.get(f"{url}/health", timeout=20).status_code == 200
+            go.set()
+            assert asked.result().status_code == 200
+        for each in idle:
+            each.close()
+
+
+def test_two_lengths_are_refused(parts):
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    with listening(parts) as url, raw(url, head.encode()) as connection:
+        found = connection.recv(10_000)
+        assert found.startswith(b"HTTP/1.1 400") and b"connection: close" in found.lower()
+        assert closed(connection)
+
+
+def test_health_looks_at_the_worker(parts):
+    with serving(parts, timeout=0.2) as client, held(parts[0]) as (go, steps), ThreadPoolExecutor(1) as pool:
+        pool.submit(client.post, CHAT, json=body())
+        wait_until(lambda: client.get("/health").status_code == 503)
+        assert "no progress" in client.get("/health").json()["status"]
+        go.set()
+        wait_until(lambda: client.get("/health").json() == {"status": "ok"})
+
+
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model": HALF},
+        {"stop": HALF},
+        {"stop": ["a", HALF]},
+        {"user": HALF},
+        {HALF: 1},
+        {"stream_options": {HALF: 1}},
+        {"messages": [{"role": HALF, "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": HALF}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a " + HALF}]}]},
+        {"messages": [{"role": "user", "content": "a", "name": HALF}]},
+        {"messages": with_picture(HALF)},
+        {"messages": with_picture("data:image/png;base64," + HALF)},
+        {"messages": with_picture(f"data:image/{HALF};base64,AAAA")},
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/knowledge"])
+def test_half_an_emoji_breaks_nothing(client, path, wrong):
+    content = json.dumps({**body(), **wrong})
+    response = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 400, 404), response.text
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1e-38}, {"temperature": 1e-300}, {"temperature": 0.0009}])
+def test_temperatures_that_no_logits_survive_are_refused(client, sampling):
+    refused(client.post(CHAT, json=body(**sampling)), 400, "temperature: .*0.001")
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.001}, {"top_p": 1e-38}, {"temperature": 2, "top_p": 1e-300}])
+def test_extreme_samplings_work(client, sampling):
+    assert answer(client, **sampling)
+
+
+@pytest.mark.parametrize("depth", [100, 500, 900, 990, 2000, 100_000])
+@pytest.mark.parametrize("field", ["metadata", "messages", "model", "stop", "user"])
+def test_deep_json_is_refused(client, caplog, depth, field):
+    for opening, closing in (("[", "]"), ('{"a":', "}")):
+        inner = opening * depth + ("1" if ":" in opening else "") + closing * depth
+        content = json.dumps(body() | {field: 0}).replace(f'"{field}": 0', f'"{field}": {inner}')
+        refused(client.post(CHAT, content=content, headers={"Content-Type": "application/json"}), 400, "")
+    assert "Traceback" not in caplog.text and "_error\n" not in caplog.text
+
+
+# ---- what clients send, and where the application is mounted ----
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"response_format": {"type": "text"}},
+        {"tools": []},
+        {"tool_choice": "none"},
+        {"tool_choice": "auto"},
+        {"parallel_tool_calls": True},
+        {"parallel_tool_calls": False},
+        {"logit_bias": {}},
+        {"store": False},
+        {"metadata": {}},
+        {"service_tier": "auto"},
+        {"service_tier": "default"},
+        {"modalities": ["text"]},
+        {"top_logprobs": 0},
+        {"stream_options": {"include_obfuscation": False}},
+        {"messages": [{**QUESTION[0], "name": "Ada", "tool_calls": [], "annotations": []}]},
+    ],
+)
+def test_fields_that_ask_for_nothing_are_accepted(client, neutral):
+    assert text_of(answer(client, **{"messages": QUESTION, **neutral})) == text_of(answer(client))
+
+
+@pytest.mark.parametrize(
+    "asking",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "text", "schema": {}}},
+        {"tools": [{"type": "function", "function": {"name": "a"}}]},
+        {"tool_choice": "required"},
+        {"logit_bias": {"1": 5}},
+        {"store": True},
+        {"store": 0},
+        {"metadata": {"a": "b"}},
+        {"service_tier": "priority"},
+        {"modalities": ["text", "audio"]},
+        {"modalities": []},
+        {"top_logprobs": 2},
+        {"top_logprobs": False},
+        {"stream_options": {"include_obfuscation": True}},
+        {"messages": [{**QUESTION[0], "tool_calls": [{"id": "a"}]}]},
+    ],
+)
+def test_fields_that_ask_for_something_are_refused(client, asking):
+    refused(client.post(CHAT, json={**body(), **asking}), 400, "not supported by this server")
+
+
+def test_one_model(parts):
+    with serving(parts, name="org/mine") as client:
+        for model in ("org/mine", "org%2Fmine"):
+            found = client.get(f"/v1/models/{model}").json()
+            assert found == client.get("/v1/models").json()["data"][0] and found["id"] == "org/mine"
+        refused(client.get("/v1/models/gpt-4"), 404, "serves 'org/mine'")
+
+
+def test_mounted_in_another_application(parts):
+    outer = FastAPI()
+    outer.mount("/llm", create_app(*parts, api_key=SECRET))
+    client = TestClient(outer)
+    assert client.get("/llm/health").json() == {"status": "ok"}  # whose worker starts with the first request
+    for path in ("chat/completions", "knowledge"):
+        refused(client.post(f"/llm/v1/{path}", json=body()), 401, "API key")
+    client.headers.update({"Authorization": f"Bearer {SECRET}"})
+    with serving(parts) as alone:
+        assert text_of(client.post("/llm" + CHAT, json=body()).json()) == text_of(answer(alone))
+    assert client.post("/llm/v1/knowledge", json=body()).status_code == 200
 
 
 # ---- the official client, the command ----
@@ -897,7 +1222,7 @@ def test_the_openai_client(parts, pipe):
         further = [*LONGER, reply.choices[0].message, {"role": "user", "content": "Why?"}]
         assert ask(model="vikdf", messages=further, temperature=0, extra_body={"use_knowledge": False}).choices
         with pytest.raises(openai.BadRequestError, match="tools: not supported"):
-            ask(model="vikdf", messages=QUESTION, tools=[])
+            ask(model="vikdf", messages=QUESTION, tools=[{"type": "function", "function": {"name": "a"}}])
         with pytest.raises(openai.NotFoundError):
             ask(model="gpt-4", messages=QUESTION)
         with pytest.raises(openai.AuthenticationError):
@@ -917,8 +1242,14 @@ def test_the_command(parts, tmp_path, monkeypatch, capsys):
         client.headers.update({"Authorization": f"Bearer {SECRET}"})
         assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
         assert client.post(CHAT, json={**body(), "model": "mine"}).status_code == 200
+    assert settings["http"] is connections.GuardedProtocol
     with pytest.raises(SystemExit, match="vikdf: .*positive"):
         main(["serve", "--model", str(tmp_path / "mine"), "--max-batch", "0"])
+    with pytest.raises(SystemExit, match="vikdf: max_batch_tokens must be positive"):
+        main(["serve", "--model", str(tmp_path / "mine"), "--max-batch-tokens", "0"])
+    for port in ("99999", "-1"):
+        with pytest.raises(SystemExit, match="vikdf: --port must be between 0 .*65535"):
+            main(["serve", "--model", str(tmp_path / "mine"), "--port", port])
 
 
 # ---- prompts for a language model elsewhere ----

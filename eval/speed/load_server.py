@@ -51,7 +51,7 @@ WRONG: dict[tuple[str | int, ...], list[Any]] = {
         ),
         "a" * 300_000,
     ],
-    ("messages", 0, "name"): ["a"],
+    ("messages", 0, "name"): [1, [], {}],
     ("max_tokens",): [-1, 0, 1.5, "4", True, [], {}, 10**9, 10**400],
     ("max_completion_tokens",): [-1, 0, 1.5, "4", False, 10**9],
     ("temperature",): [-1, 2.1, "0", True, [], {}, float("nan"), float("inf"), 10**400],
@@ -68,7 +68,7 @@ WRONG: dict[tuple[str | int, ...], list[Any]] = {
     ("frequency_penalty",): [1, -1, "0"],
     ("presence_penalty",): [0.5, [], True],
     **{
-        (name,): [1, "a", True, [], {}, [{}]]
+        (name,): [1, "a", True, {"a": 1}, [{}]]
         for name in (
             "tools",
             "tool_choice",

@@ -2,7 +2,8 @@
 
 Reads as a request flows:
 
-    RequestGuard (key, size, time to arrive) -> request body -> prepare (chat -> tensors of one row) -> Job
+    GuardedProtocol (header, connections) -> RequestGuard (key, size, time to arrive) -> request body
+      -> prepare (chat -> tensors of one row) -> Job
       -> Worker: the one thread that runs the model; waiting jobs with the same decoding settings form a batch
       -> BatchSteps: sees each new token of the batch, emits text, ends rows that are finished or cancelled
       -> stream_updates -> one JSON response, or server-sent events
@@ -10,7 +11,8 @@ Reads as a request flows:
 User text is never logged: a request is one line with its route, status and duration, a failure its exception's type
 and traceback without the message. Pictures come with the request; the server fetches nothing.
 
-Knows HTTP; what a request may say is in schema.py, how the model answers it in worker.py.
+Knows HTTP; what a request may say is in schema.py, how the model answers it in worker.py, which connections end
+in connections.py.
 
 Example run:
     VIKDF_API_KEY=secret vikdf serve --port 8000
@@ -28,7 +30,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,10 +109,16 @@ class RequestGuard:
             await send(message)
 
         try:
-            if scope["path"].startswith("/v1") and not self._has_key(scope):
+            # a mounted application's paths begin with where it is mounted
+            if scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1") and not self._has_key(scope):
                 refusal = error_response(
                     401, "A valid API key is needed: Authorization: Bearer KEY.", {"WWW-Authenticate": "Bearer"}
                 )
+                await refusal(scope, receive, counted_send)
+            elif {b"content-length", b"transfer-encoding"} <= dict(scope["headers"]).keys():
+                # proxies and servers that disagree about where a request ends can be made to smuggle another one
+                close = {"Connection": "close"}
+                refusal = error_response(400, "Send Content-Length or Transfer-Encoding, not both.", close)
                 await refusal(scope, receive, counted_send)
             else:
                 await self.app(scope, limited_receive, counted_send)
@@ -230,6 +238,8 @@ class Api:
     metrics: Metrics
     timeout: float
     started: int = field(default_factory=lambda: int(time.time()))
+    preparing: int = 0  # requests whose job is not yet in the worker's queue
+    looking: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a picture is decoded
 
     async def submit(self, body: ChatBody, request: Request) -> Job:
         """
@@ -240,13 +250,17 @@ class Api:
                 text, 429 if the queue is full, 503 if the server is shutting down.
         """
         loop = asyncio.get_running_loop()
-        if body.model != self.name:
-            raise HTTPException(404, f"This server has no such model; it serves {self.name!r}.")
-        self.worker.check_room()  # before any work is done
+        self._check_name(body.model)
+        self.worker.check_room(self.preparing)  # before any work is done
+        deadline = loop.time() + self.timeout
+        self.preparing += 1
         try:
-            job = await asyncio.to_thread(self.worker.prepare, body, loop.time() + self.timeout, loop)
+            async with self.looking if body.pictures() else nullcontext():  # one large picture at a time
+                job = await asyncio.to_thread(self.worker.prepare, body, deadline, loop)
         except ValueError as error:
             raise HTTPException(400, str(error).removeprefix("row 0").lstrip(":, ")) from error
+        finally:
+            self.preparing -= 1
         self.worker.submit(job)
         job.watcher = asyncio.create_task(cancel_when_client_leaves(request, job, self.worker))
         return job
@@ -294,13 +308,25 @@ class Api:
 
     async def models(self) -> Response:
         """The list of models, which has one entry."""
-        this = {"id": self.name, "object": "model", "created": self.started, "owned_by": "vikdf"}
-        return JSONResponse({"object": "list", "data": [this]})
+        return JSONResponse({"object": "list", "data": [self._description()]})
+
+    async def model(self, model: str) -> Response:
+        """The one model."""
+        self._check_name(model)
+        return JSONResponse(self._description())
+
+    def _description(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "vikdf"}
+
+    def _check_name(self, model: str) -> None:
+        if model != self.name:
+            raise HTTPException(404, f"This server has no such model; it serves {self.name!r}.")
 
     async def health(self) -> Response:
-        """200 while the worker is alive, else 503."""
-        alive = self.worker.is_alive()
-        return JSONResponse({"status": "ok" if alive else "the worker has died"}, 200 if alive else 503)
+        """200 while the worker answers, or waits for a request; 503 if it died, or hangs longer than a reply may."""
+        if self.worker.is_stuck(self.timeout):
+            return JSONResponse({"status": "the model has made no progress, or its thread has died"}, 503)
+        return JSONResponse({"status": "ok"})
 
     async def metrics_page(self) -> Response:
         """The metrics in Prometheus' text format."""
@@ -332,11 +358,12 @@ def create_app(
     *,
     api_key: str | None = None,
     max_batch: int = 16,
+    max_batch_tokens: int | None = None,
     max_queue: int = 64,
     timeout: float = 60.0,
 ) -> FastAPI:
     """
-    The server as an ASGI application, which can be started once.
+    The server as an ASGI application, which can be started once, or mounted in another one.
 
     Args:
         model: the model to serve; pictures are accepted if its vision encoder is attached.
@@ -344,6 +371,9 @@ def create_app(
         name: the model's name in requests and responses.
         api_key: bearer token that clients must send, except for `/health` and `/metrics`; `None` for none.
         max_batch: maximum number of replies generated together.
+        max_batch_tokens: maximum number of tokens processed together: prompts and replies, times beams or candidates.
+            Memory grows with it: the LLM caches a key and a value of each token in each layer. Requests that exceed
+            it alone are refused. By default the LLM's window, so that each chat fits, or 16,384 if that is more.
         max_queue: maximum number of waiting requests; further ones get 429.
         timeout: seconds that a request may take to arrive, and its response after that.
 
@@ -352,16 +382,22 @@ def create_app(
     """
     if api_key == "":
         raise ValueError("The API key is empty; leave it out to require none.")
-    for setting, value in (("max_batch", max_batch), ("max_queue", max_queue), ("timeout", timeout)):
-        if value <= 0:
+    limits = {
+        "max_batch": max_batch,
+        "max_batch_tokens": max_batch_tokens,
+        "max_queue": max_queue,
+        "timeout": timeout,
+    }
+    for setting, value in limits.items():
+        if value is not None and value <= 0:
             raise ValueError(f"{setting} must be positive, not {value}.")
     metrics = Metrics()
-    worker = Worker(model, processor, max_batch, max_queue, metrics)
+    worker = Worker(model, processor, max_batch, max_batch_tokens, max_queue, metrics)
     api = Api(name, worker, metrics, timeout)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+        worker.start()  # a mounted application has no lifespan: there the first request starts it
         yield
         worker.stop()
         await asyncio.to_thread(worker.join)
@@ -374,6 +410,7 @@ def create_app(
     app.post("/v1/chat/completions")(api.chat_completions)
     app.post("/v1/knowledge")(api.knowledge)
     app.get("/v1/models")(api.models)
+    app.get("/v1/models/{model:path}")(api.model)  # a Hub id contains a slash
     app.get("/health")(api.health)
     app.get("/metrics")(api.metrics_page)
     return app
@@ -397,6 +434,10 @@ def serve(
     """
     import uvicorn
 
+    from .connections import BACKLOG, GuardedProtocol
+
+    if not 0 <= port <= 65_535:
+        raise ValueError(f"--port must be between 0 (any that is free) and 65535, not {port}.")
     logging.basicConfig(format="%(levelname)s:     %(message)s")
     logger.setLevel(logging.INFO)
     name = "vikdf" if source is None else Path(source).resolve().name if Path(source).is_dir() else source
@@ -411,7 +452,16 @@ def serve(
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("Anyone who can reach %s:%d can use this server: it requires no API key.", host, port)
     # uvicorn's own access log would show whole URLs, whatever they contain
-    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=5)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        http=GuardedProtocol,
+        backlog=BACKLOG,
+        ws="none",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
 
 
 # ---- prompt embeddings for a language model that runs elsewhere ----

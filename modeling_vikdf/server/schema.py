@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from transformers import GenerationConfig
 
 from ..processing_vikdf import read_picture
@@ -15,6 +15,8 @@ from ..processing_vikdf import read_picture
 
 MAX_CHARACTERS = 200_000  # of all messages; beyond any context window, so that tokenizing more would waste time
 MAX_PIXELS = 25_000_000  # a small file can decompress into a picture of any size
+MAX_STOP = 256  # characters of a stop sequence, which is looked for at each token
+MIN_TEMPERATURE = 0.001  # above 0; logits divided by less overflow
 DEFAULT_MAX_TOKENS = 256  # where neither the request nor the model sets one
 
 
@@ -36,15 +38,40 @@ class Decoding(NamedTuple):
     sampling: tuple[tuple[str, Any], ...]  # arguments of `generate`
 
 
+# What some clients send although it asks for nothing: accepted with these values, refused with any other.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),  # among no tools
+    "parallel_tool_calls": (True, False),
+    "logit_bias": ({},),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+    "modalities": (["text"],),
+    "top_logprobs": (0,),
+    "include_obfuscation": (False,),
+    "tool_calls": ([],),
+    "annotations": ([],),
+}
+
+
+def asks_for_nothing(field: str, value: Any) -> bool:
+    """Whether a field's value is `null` or one of those that some clients send although they ask for nothing."""
+    return value is None or any(type(value) is type(each) and value == each for each in NEUTRAL.get(field, ()))
+
+
 class _Body(BaseModel):
-    """Strict JSON types; `null` means "not given"; unknown fields are refused instead of ignored."""
+    """Strict JSON types; `null` means "not given"; fields that are unknown and ask for something are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+    def _without_what_asks_for_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: item for key, item in value.items() if not asks_for_nothing(key, item)}
 
 
 class TextPart(_Body):
@@ -88,12 +115,17 @@ class ChatMessage(_Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    name: str | None = None  # accepted and unused: chat templates have no place for it
 
     def characters(self) -> int:
         """Length of its text in characters."""
         if isinstance(self.content, str):
             return len(self.content)
         return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+
+    def pictures(self) -> int:
+        """Number of its pictures."""
+        return 0 if isinstance(self.content, str) else sum(isinstance(part, ImagePart) for part in self.content)
 
     def for_processor(self) -> dict[str, Any]:
         """The message as the processor reads it."""
@@ -109,17 +141,23 @@ class ChatBody(_Body):
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
 
+    def pictures(self) -> int:
+        """Number of pictures in the chat."""
+        return sum(message.pictures() for message in self.messages)
+
     def chat(self) -> list[dict[str, Any]]:
         """
-        The messages as the processor reads them.
+        The messages as the processor reads them. Nothing is decoded before everything is counted.
 
         Raises:
             HTTPException: 413 if the messages have more than `MAX_CHARACTERS` characters.
-            ValueError: if a picture cannot be read.
+            ValueError: if there are several pictures, or one cannot be read.
         """
         characters = sum(message.characters() for message in self.messages)
         if characters > MAX_CHARACTERS:
             raise HTTPException(413, f"The messages have {characters} characters; the limit is {MAX_CHARACTERS}.")
+        if self.pictures() > 1:
+            raise ValueError(f"the chat shows {self.pictures()} pictures; at most one is supported.")
         return [message.for_processor() for message in self.messages]
 
 
@@ -142,7 +180,7 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-Text = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 
 
 class ChatCompletionRequest(ChatBody):
@@ -165,7 +203,7 @@ class ChatCompletionRequest(ChatBody):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] = []
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] = []
     num_beams: Annotated[int, Field(ge=1, le=8)] | None = None
     num_candidates: Annotated[int, Field(ge=1, le=16)] | None = None
     use_knowledge: bool = True
@@ -176,6 +214,13 @@ class ChatCompletionRequest(ChatBody):
     logprobs: Literal[False] = False
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0
     presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_that_logits_survive(cls, value: float | None) -> float | None:
+        if value and value < MIN_TEMPERATURE:
+            raise ValueError(f"must be 0, which is greedy, or at least {MIN_TEMPERATURE}")
+        return value
 
     def stops(self) -> tuple[str, ...]:
         """The stop sequences."""

@@ -28,6 +28,8 @@ from .schema import ChatBody, ChatCompletionRequest, Decoding
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_BATCH_TOKENS = 16_384  # if the window is not larger: 16 rows of 1,024 tokens
+
 STATM = Path("/proc/self/statm")  # where Linux, and no other system, tells the memory of this process
 
 
@@ -69,8 +71,14 @@ class Job:
     finished: bool = False
     watcher: asyncio.Task | None = None  # kept here: the event loop holds only weak references to tasks
     ids: list[int] = field(default_factory=list)
+    searched: int = 0  # characters of the decoded text that are known to hold no stop sequence
     text: str = ""  # the part of the reply that cannot change any more
     sent: int = 0  # characters of it that were emitted
+
+    @property
+    def copies(self) -> int:
+        """Rows that the reply takes: its beams, or its candidates."""
+        return 1 if self.decoding is None else self.decoding.num_beams * self.decoding.num_candidates
 
     @property
     def prompt_length(self) -> int:
@@ -89,9 +97,11 @@ class Job:
         self.ids.append(token)
         text = decode(self.ids)
         reason = "stop" if ends else "length" if len(self.ids) >= self.max_new_tokens else None
-        if positions := [at for stop in self.stop if (at := text.find(stop)) >= 0]:
+        ends_at = (text.find(stop, max(0, self.searched - len(stop) + 1)) for stop in self.stop)
+        if positions := [at for at in ends_at if at >= 0]:
             text, reason = text[: min(positions)], "stop"
         elif reason is None:
+            self.searched = len(text.rstrip("\ufffd"))
             text = text[: len(text) - _undecided(text, self.stop)]
         # trailing white space waits, too, so that streamed and whole replies are the same
         self.text = text.rstrip() if self.continued else text.strip()
@@ -110,7 +120,8 @@ class Job:
 def _undecided(text: str, stops: tuple[str, ...]) -> int:
     """How many characters at the end may yet change: an incomplete character, or the beginning of a stop sequence."""
     incomplete = len(text) - len(text.rstrip("\ufffd"))
-    beginnings = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
+    longest = (range(min(len(stop) - 1, len(text)), 0, -1) for stop in stops)
+    beginnings = (n for stop, lengths in zip(stops, longest, strict=True) for n in lengths if text.endswith(stop[:n]))
     return max(incomplete, max(beginnings, default=0))
 
 
@@ -168,6 +179,7 @@ class Worker(threading.Thread):
     Args:
         model, processor: the model and its own processor.
         max_batch: maximum number of rows in a batch.
+        max_batch_tokens: maximum number of its tokens, those of the replies, and of all beams or candidates, included.
         max_queue: maximum number of waiting jobs.
         metrics: where batches and tokens are counted, and the queue is shown.
     """
@@ -177,6 +189,7 @@ class Worker(threading.Thread):
         model: VikdfForConditionalGeneration,
         processor: VikdfProcessor,
         max_batch: int,
+        max_batch_tokens: int | None,
         max_queue: int,
         metrics: Metrics,
     ):
@@ -184,6 +197,8 @@ class Worker(threading.Thread):
         self.model, self.processor, self.metrics = model, processor, metrics
         self.max_batch, self.max_queue = max_batch, max_queue
         self.window = getattr(model.config.text_config, "max_position_embeddings", None)
+        self.max_batch_tokens = max_batch_tokens or max(self.window or 0, DEFAULT_BATCH_TOKENS)
+        self.progressed = time.monotonic()  # when the model last took a step, or began to work
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -194,9 +209,15 @@ class Worker(threading.Thread):
 
     # called from outside the thread
 
-    def check_room(self) -> None:
-        """Raises `HTTPException` 429 while the queue is full."""
-        if len(self._waiting) >= self.max_queue:
+    def is_stuck(self, seconds: float) -> bool:
+        """Whether the thread has died, or has jobs and has made no step for some time."""
+        if self.ident is None:  # the first request of a mounted application starts it
+            return False
+        return not self.is_alive() or bool(self._running) and time.monotonic() - self.progressed > seconds
+
+    def check_room(self, preparing: int = 0) -> None:
+        """Raises `HTTPException` 429 while the queue is full, with those that are on their way to it."""
+        if len(self._waiting) + preparing >= self.max_queue:
             raise HTTPException(429, "Too many requests are waiting; try again.", {"Retry-After": "1"})
 
     def prepare(self, body: ChatBody, deadline: float, loop: asyncio.AbstractEventLoop) -> Job:
@@ -205,8 +226,11 @@ class Worker(threading.Thread):
 
         Raises:
             HTTPException: 413 if the chat has too much text.
-            ValueError: if the processor refuses the chat, or it leaves no room for the reply.
+            ValueError: if the processor refuses the chat, it leaves no room for the reply, or both with all beams or
+                candidates exceed a batch's tokens.
         """
+        if body.pictures():
+            self._check_eyes()
         chat, config = body.chat(), self.model.generation_config
         decoding, new_tokens, stop = None, 0, ()
         if isinstance(body, ChatCompletionRequest):
@@ -220,9 +244,27 @@ class Worker(threading.Thread):
                 continue_final_message=getattr(body, "continue_final_message", None),
                 max_length=None if self.window is None else self.window - new_tokens,
             )
-        if "pixel_values" in features and self.model.vision_encoder is None:
+        job = Job(features, decoding, new_tokens, stop, deadline, loop, features.continued[0])
+        if self._tokens([job]) > self.max_batch_tokens:
+            raise ValueError(
+                f"the chat's {job.prompt_length} tokens and the reply's {new_tokens}, times {job.copies} for beams or "
+                f"candidates, are {self._tokens([job])} tokens; at most {self.max_batch_tokens} are processed. Send a "
+                "shorter chat, or ask for fewer max_tokens, num_beams or num_candidates."
+            )
+        return job
+
+    def _check_eyes(self) -> None:
+        """Raises `ValueError` if the model cannot see; called before a picture is decoded."""
+        if self.processor.image_processor is None:
+            raise ValueError("the model was built without image_processor, so this server accepts no pictures.")
+        if self.model.vision_encoder is None:
             raise ValueError("this server has no vision encoder, so it accepts no pictures.")
-        return Job(features, decoding, new_tokens, stop, deadline, loop, features.continued[0])
+
+    @staticmethod
+    def _tokens(jobs: list[Job]) -> int:
+        """Tokens of a batch, which all of its rows are padded to, with all beams or candidates."""
+        length = max(job.prompt_length for job in jobs) + max(job.max_new_tokens for job in jobs)
+        return len(jobs) * jobs[0].copies * length
 
     def submit(self, job: Job) -> None:
         """
@@ -235,6 +277,8 @@ class Worker(threading.Thread):
             if self._closing:
                 raise HTTPException(503, "The server is shutting down.")
             self.check_room()
+            if self.ident is None:  # a mounted application has no lifespan that starts it
+                self.start()
             self._waiting.append(job)
             self._changed.notify()
 
@@ -280,13 +324,16 @@ class Worker(threading.Thread):
                 if job.decoding == self._waiting[0].decoding and self._fit([*self._running, job]):
                     self._running.append(job)
             self._waiting = [job for job in self._waiting if job not in self._running]
+            self.progressed = time.monotonic()
             return self._running
 
     def _fit(self, jobs: list[Job]) -> bool:
-        """Whether jobs fit into one batch: the longest prompt must leave room for the longest reply."""
+        """Whether jobs fit into one batch: the longest prompt with the longest reply into the window, all into it."""
         seeded = jobs[0].decoding is not None and jobs[0].decoding.seed is not None
         length = max(job.prompt_length for job in jobs) + max(job.max_new_tokens for job in jobs)
-        return len(jobs) <= (1 if seeded else self.max_batch) and (self.window is None or length <= self.window)
+        in_window = self.window is None or length <= self.window
+        few = len(jobs) <= (1 if seeded else self.max_batch) and self._tokens(jobs) <= self.max_batch_tokens
+        return in_window and few
 
     def _collate(self, jobs: list[Job]) -> BatchFeature:
         """The rows of the jobs as one batch, on the model's device."""
@@ -324,7 +371,7 @@ class Worker(threading.Thread):
 
     def _reply(self, jobs: list[Job]) -> None:
         decoding, inputs = jobs[0].decoding, self._collate(jobs)
-        steps = BatchSteps(jobs, self._step)
+        steps = BatchSteps(jobs, self._step, self._progress)
         self.metrics.prompt_tokens.inc(sum(job.prompt_length for job in jobs))
         with torch.random.fork_rng(enabled=decoding.seed is not None):
             if decoding.seed is not None:
@@ -344,6 +391,9 @@ class Worker(threading.Thread):
         for job, tokens in zip(jobs, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             for token in tokens[len(job.ids) :]:
                 self._step(job, token)
+
+    def _progress(self) -> None:
+        self.progressed = time.monotonic()
 
     def _step(self, job: Job, token: int) -> None:
         """Appends a token to a row's reply, unless it is finished or cancelled."""
@@ -374,13 +424,15 @@ class BatchSteps(StoppingCriteria):
     Args:
         jobs: the rows.
         step: called with a row and its new token.
+        progress: called once a step.
     """
 
-    def __init__(self, jobs: list[Job], step: Callable[[Job, int], None]):
-        self.jobs, self.step = jobs, step
+    def __init__(self, jobs: list[Job], step: Callable[[Job, int], None], progress: Callable[[], None]):
+        self.jobs, self.step, self.progress = jobs, step, progress
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Which rows end, bool [B * copies], after the step that wrote the last of `input_ids` [B * copies, T]."""
+        self.progress()
         copies = input_ids.shape[0] // len(self.jobs)
         if copies == 1:
             for job, token in zip(self.jobs, input_ids[:, -1].tolist(), strict=True):
