@@ -34,7 +34,8 @@ COMMON = frozenset(
     boys girl girls child children kid kids baby toddler person people guy guys lady ladies group couple crowd
     wearing wear wears dressed shirt shirts pants shorts jacket coat hat dress clothes suit sitting sits sit
     standing stands stand holding holds hold looking looks look going goes go getting gets get taking takes take
-    making makes make posing poses pose background picture photo image view camera close closeup something someone""".split()
+    making makes make posing poses pose background picture photo image view camera close closeup something
+    someone""".split()
 )
 
 
