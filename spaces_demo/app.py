@@ -70,6 +70,7 @@ CSS = """
 .chat .thought-group { border: 0; padding: 0; margin: 0; background: none; }
 .chat .prose, .chat .message-content { opacity: 1 !important; }
 .chat [aria-label="Clear"] { display: none; }
+.gradio-container :is(.info-text, .min_value, .max_value) { color: var(--body-text-color); }
 .pictured-words { line-height: 1.7; }
 .pictured-words mark { color: inherit; border-radius: .25rem; padding: .05rem .1rem; }
 .pictured-title { margin-top: .75rem; }
@@ -90,17 +91,23 @@ def only_send(request: Request) -> None:
         raise HTTPException(404, "The API has one endpoint: /send.")
 
 
-# Both dialogues follow their newest reply, from each message on until the visitor scrolls back.
+# Both dialogues follow their newest reply, from each message on until the visitor scrolls back. For screen readers the
+# input box gets a name, and the arrow within the button "What the model pictured" is no second, nameless button.
 FOLLOW = """
 () => {
     const logs = () => document.querySelectorAll(".chat [role=log]");
     let following = true;
     const follow = () => following && logs().forEach((log) => { log.scrollTop = log.scrollHeight; });
+    const name = () => {
+        document.querySelectorAll("textarea").forEach((box) => { box.ariaLabel ||= box.placeholder; });
+        document.querySelectorAll(".thought-group .arrow").forEach((arrow) => { arrow.inert = true; });
+    };
     const back = (event) => { if (event.target.closest(".chat") && !(event.deltaY > 0)) following = false; };
     document.addEventListener("wheel", back, { passive: true });
     document.addEventListener("touchmove", back, { passive: true });
     window.followReplies = () => { following = true; follow(); };
-    new MutationObserver(follow).observe(document.body, { childList: true, subtree: true, characterData: true });
+    const changed = new MutationObserver(() => { follow(); name(); });
+    changed.observe(document.body, { childList: true, subtree: true, characterData: true });
 }
 """
 

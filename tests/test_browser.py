@@ -389,7 +389,8 @@ def test_nothing_keeps_out_who_uses_a_screen_reader(visit, url):
     visitor.open_settings()
     visitor.ask(QUESTION)
     visitor.compare()
-    buttons = visitor.page.locator("button:visible, [role=button]:visible, textarea:visible, input:visible")
+    controls = (f"{each}:visible:not([inert] *)" for each in ("button", "[role=button]", "textarea", "input"))
+    buttons = visitor.page.locator(", ".join(controls))
     names = buttons.evaluate_all(
         """all => all.filter(each => !(each.ariaLabel || each.innerText?.trim() || each.title || each.labels?.length))
                  .map(each => each.outerHTML.slice(0, 200))"""
