@@ -303,7 +303,7 @@ def index(args: argparse.Namespace) -> None:
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.building import load_model
     from modeling_vikdf.data.sources import SkipReport
-    from modeling_vikdf.picture_index import INDEX_NAME, PictureIndex, load_pictures
+    from modeling_vikdf.picture_index import INDEX_NAME, PictureIndex, load_notes, load_pictures
 
     source, report = args.model or DEFAULT_CHECKPOINT, SkipReport()
     Path(args.output).mkdir(parents=True, exist_ok=True)  # fails now, not after all the work
@@ -311,7 +311,7 @@ def index(args: argparse.Namespace) -> None:
     pictures, total = load_pictures(args.source, report) if old is None else (None, None)
     model, processor = load_model(source)
     if old is None:
-        new = PictureIndex.build(model, processor, pictures, total=total)
+        new = PictureIndex.build(model, processor, pictures, total=total, notes=load_notes(args.source, report))
     else:
         new = old.rebuild(model, processor)
     path = new.save(args.output)

@@ -1,7 +1,8 @@
 """A Space to chat with a frozen LLM with visual knowledge, and to see what that knowledge pictures.
 
-    message -> Demo.send -> Demo.respond -> Demo.answer: what was pictured, then the reply, word by word
-                                            (optionally side by side with the same LLM without knowledge)
+    message -> Demo.accept: the visitor's bubble, at once
+            -> Demo.reply -> Demo.respond -> Demo.answer: what was pictured, then the reply, word by word
+                                             (optionally side by side with the same LLM without knowledge)
 
 Example run:
     python spaces_demo/app.py                          # the packaged checkpoint, on this machine alone
@@ -27,19 +28,22 @@ except ImportError:
     spaces = None
 import gradio as gr
 import torch
+from fastapi import Depends, HTTPException, Request
 from PIL import Image
 from transformers import BatchFeature, pipeline
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfDialoguePipeline, VikdfProcessor
 from modeling_vikdf.building import load_model
-from modeling_vikdf.picture_index import Match, PictureIndex
+from modeling_vikdf.picture_index import Match, Note, PictureIndex
 from modeling_vikdf.processing_vikdf import read_picture
 
 
 PICTURES = Path(__file__).parent / "pictures"
 PICTURED = "What the model pictured"
 PENDING = "…"  # shown until the reply's first word
-SHOWN_PICTURES, SHOWN_WORDS = 5, 60
+SHOWN_PICTURES, SHOWN_CAPTIONS, SHOWN_WORDS = 3, 3, 60
+LONGEST_MESSAGE, LONGEST_CHAT = 4000, 200_000  # characters
+NO_PICTURES = "This model takes no pictures, because it has no vision encoder here."
 RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the same reply
 BARE = {"use_knowledge": False, "num_candidates": 1}  # the language model alone
 EXAMPLES = (
@@ -52,34 +56,71 @@ HEADER = """
 # VIKDF
 A small language model that never sees a picture reads, beside your message, vectors of **visual knowledge** that the
 message evokes ([how](https://arxiv.org/abs/2405.10121)). Below each message: the words that this knowledge attends to,
-and the pictures that lie nearest to it.
+and the pictures and captions that lie nearest to it, if any stand out.
 """
 FOOTER = """
 Replies come from a small language model and can be wrong, bland or unfit. The model has no such pictures in mind: of
-{count} that it is asked about these lie nearest, and the scores are cosines of matching embeddings. The packaged
-checkpoint learnt from a few thousand photographs and from no drawing, so expect odd ones among them.
+{count} captioned photographs that it is asked about these lie nearest, by scores that are cosines of matching
+embeddings; about one in four that are shown does not suit the message.
 """
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
 .chat .example { border: 1px solid var(--border-color-primary); }
+.chat .message:not(.thought-group) > .message-content { white-space: pre-wrap; }
 .chat .thought-group { border: 0; padding: 0; margin: 0; background: none; }
 .chat .prose, .chat .message-content { opacity: 1 !important; }
 .chat [aria-label="Clear"] { display: none; }
+.gradio-container :is(.info-text, .min_value, .max_value) { color: var(--body-text-color); }
 .pictured-words { line-height: 1.7; }
 .pictured-words mark { color: inherit; border-radius: .25rem; padding: .05rem .1rem; }
 .pictured-title { margin-top: .75rem; }
 .pictured-row { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: .5rem; }
-.pictured-card { width: 68px; text-align: center; font-size: .7rem; line-height: 1.2; overflow-wrap: anywhere; }
-.pictured-card img { width: 68px !important; height: 68px; object-fit: contain; background: white;
+.pictured-card { width: 96px; text-align: center; font-size: .7rem; line-height: 1.2; overflow-wrap: anywhere; }
+.pictured-card img { width: 96px !important; height: 96px; object-fit: contain; background: white;
     border-radius: .5rem; margin: 0 0 .2rem !important; border: 1px solid var(--border-color-primary); }
-.pictured-score { display: block; opacity: .75; }
+.pictured-score, .pictured-license { display: block; }
+.pictured-license a { text-decoration: underline; }
+.pictured-captions { margin: .5rem 0 0; padding-left: 1.2rem; list-style: disc; font-size: .8rem; }
+.dark .pictured-words mark:not([style*=" 0.00"]) { background-image: linear-gradient(#0007, #0007); }
 """
+
+
+def only_send(request: Request) -> None:
+    """Closes the page's own handlers, which Gradio only hides, to whoever calls them by name."""
+    if request.path_params.get("api_name", "send") not in ("send", "predict"):  # the page calls "predict", by number
+        raise HTTPException(404, "The API has one endpoint: /send.")
+
+
+# Both dialogues follow their newest reply, from each message on until the visitor scrolls back. For screen readers the
+# input box gets a name, and the arrow within the button "What the model pictured" is no second, nameless button.
+FOLLOW = """
+() => {
+    const logs = () => document.querySelectorAll(".chat [role=log]");
+    let following = true;
+    const follow = () => following && logs().forEach((log) => { log.scrollTop = log.scrollHeight; });
+    const name = () => {
+        document.querySelectorAll("textarea").forEach((box) => { box.ariaLabel ||= box.placeholder; });
+        document.querySelectorAll(".thought-group .arrow").forEach((arrow) => { arrow.inert = true; });
+    };
+    const back = (event) => { if (event.target.closest(".chat") && !(event.deltaY > 0)) following = false; };
+    document.addEventListener("wheel", back, { passive: true });
+    document.addEventListener("touchmove", back, { passive: true });
+    window.followReplies = () => { following = true; follow(); };
+    const changed = new MutationObserver(() => { follow(); name(); });
+    changed.observe(document.body, { childList: true, subtree: true, characterData: true });
+}
+"""
+
+FOLLOWED = "(...inputs) => { window.followReplies(); return inputs; }"
 
 LAUNCH = {
     "css": CSS,
     "theme": gr.themes.Default(primary_hue="amber", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
     "footer_links": [],
     "max_file_size": "10mb",
+    "app_kwargs": {"dependencies": [Depends(only_send)]},
+    "enable_monitoring": False,
+    "run_history": False,
     "ssr_mode": False,
 }
 
@@ -99,7 +140,8 @@ class Demo:
         try:
             pipe.model.attach_vision_encoder()  # now, not when the first visitor waits for it
         except (OSError, ValueError) as error:
-            self.no_pictures = str(error).partition(" Looked in:")[0]
+            print(f"Shown without uploads. {error}")  # for who runs the Space: a visitor can do nothing about it
+            self.no_pictures = NO_PICTURES
         # on ZeroGPU only this function has the GPU, so it does everything that needs the model
         self.answer: Callable[..., Iterator[tuple[str, str, str]]] = self._answer
         if spaces is not None:
@@ -150,33 +192,49 @@ class Demo:
         attention = model.get_text_attention(*context)[0].mean(0)  # [T]: of all queries
         lines = [render_words(attended_words(processor, chat, inputs, attention.tolist()))]
         if self.index is not None:
-            lines.append(render_pictures(self.index.nearest(model.get_text_embeddings(*context), SHOWN_PICTURES)[0]))
+            embeddings = model.get_text_embeddings(*context)  # [1, d]
+            lines.append(render_pictures(self.index.nearest(embeddings, SHOWN_PICTURES)[0]))
+            lines.append(render_captions(self.index.nearest_captions(embeddings, SHOWN_CAPTIONS)[0]))
             if picture is not None:
                 embeddings = model.get_image_embeddings(inputs["pixel_values"])  # [1, d]
-                lines.append('<div class="pictured-title">Nearest to your picture:</div>')
-                lines.append(render_pictures(self.index.nearest(embeddings, SHOWN_PICTURES)[0]))
+                if matches := self.index.nearest(embeddings, SHOWN_PICTURES)[0]:
+                    lines += ['<div class="pictured-title">Nearest to your picture:</div>', render_pictures(matches)]
         return "".join(lines)
 
     # ---- visitors' actions ----
 
-    def send(self, message: dict, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
-        """Takes a message from the input box and replies to it."""
+    def accept(self, message: dict, chat: list[dict], bare: list[dict]) -> tuple:
+        """Takes a message from the input box: clears the box, and shows the message with its reply pending."""
         text, files = message["text"].strip(), message["files"]
         if files and self.no_pictures:
             gr.Warning(f"The picture was left out. {self.no_pictures}")
             files = []
         if not text and not files:
+            raise gr.Error("Write something, or add a picture.", visible=False)
+        check_length(text, chat)
+        text = text or "What do you see?"
+        chat = [*chat, user_message(text, files[-1:]), reply_message("")]
+        bare = [*bare, user_message(text), reply_message("")] if bare else []
+        return gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True), chat, bare
+
+    def accept_example(self, example: gr.SelectData, chat: list[dict], bare: list[dict]) -> tuple:
+        """The same for one of the example messages of an empty page."""
+        return self.accept({"text": example.value["text"], "files": []}, chat, bare)
+
+    def reply(self, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
+        """Replies to the message that was accepted."""
+        yield from self.respond(chat[:-1], bare[:-1], *controls)
+
+    def send(self, message: dict, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
+        """Accepts a message and replies to it, in one request of an API client."""
+        if not message["text"].strip() and (not message["files"] or self.no_pictures):
             yield gr.skip(), chat, bare
             return
-        text = text or "What do you see?"
-        steps = self.respond([*chat, user_message(text, files[-1:])], [*bare, user_message(text)], *controls)
+        box, *dialogues = self.accept(message, chat, bare)
+        steps = self.reply(*dialogues, *controls)
         _, *dialogues = next(steps)
-        yield gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True), *dialogues
+        yield box, *dialogues
         yield from steps
-
-    def send_example(self, example: gr.SelectData, *state: Any) -> Iterator[tuple]:
-        """Sends one of the example messages of an empty page."""
-        yield from self.send({"text": example.value["text"], "files": []}, *state)
 
     def retry(self, retried: gr.RetryData, chat: list[dict], bare: list[dict], *controls: Any) -> Iterator[tuple]:
         """Replies to a message again, and drops everything after it."""
@@ -190,6 +248,7 @@ class Demo:
         turn = count_turns(chat[: edited.index + 1])
         chat, bare = until(chat, turn), until(bare, turn)
         text, (_, files) = edited.value, read_content(chat[-1]["content"])
+        check_length(text, chat)
         bare = [*bare[:-1], user_message(text)] if bare else []
         yield from self.respond([*chat[:-1], user_message(text, files)], bare, *controls)
 
@@ -209,6 +268,7 @@ class Demo:
         Yields updates of the input box, of the dialogue, with the reply so far, and of the dialogue without knowledge,
         which is empty unless `compare` is set.
         """
+        check_length("", chat)
         messages, path = to_messages(chat)
         picture = None
         if path is not None:
@@ -231,9 +291,7 @@ class Demo:
         elif count_turns(bare) != count_turns(chat):  # side by side from here on
             bare = without_knowledge(chat)
 
-        def say(reply: str) -> dict:
-            return {"role": "assistant", "content": reply.strip() or PENDING}
-
+        say = reply_message
         # a reply is present from the first update, so that roles alternate even if the visitor stops it at once
         yield gr.MultimodalTextbox(submit_btn=False, stop_btn=True), [*chat, say("")], [*bare, say("")] if bare else []
         try:
@@ -248,6 +306,7 @@ class Demo:
     def page(self) -> gr.Blocks:
         """The page, to be launched."""
         with gr.Blocks(title="VIKDF", analytics_enabled=False) as page:
+            page.load(None, js=FOLLOW, api_visibility="private")
             gr.Markdown(HEADER)
             look = {
                 "show_label": False,
@@ -256,6 +315,7 @@ class Demo:
                 "elem_classes": "chat",
                 "group_consecutive_messages": False,
                 "latex_delimiters": [],
+                "render_markdown": False,  # texts are shown as typed; their HTML is up to `inert`
             }
             with gr.Row():
                 with gr.Column(min_width=320):
@@ -275,10 +335,11 @@ class Demo:
                 sources=[] if self.no_pictures else ["upload"],
                 file_types=["image"],
                 show_label=False,
-                max_plain_text_length=4000,
+                label="Message",
+                max_plain_text_length=LONGEST_MESSAGE,
             )
             if self.no_pictures:
-                gr.Markdown(f"*This model takes no pictures: {self.no_pictures}*")
+                gr.Markdown(f"*{self.no_pictures}*")
             with gr.Row(equal_height=True):
                 compare = gr.Checkbox(label="Side by side with the same model without knowledge", min_width=280)
                 new = gr.Button("New chat", size="sm", scale=0, min_width=120)
@@ -307,12 +368,20 @@ class Demo:
 
             controls = [compare, length, temperature, beams, candidates]
             state, busy = [chat, bare, *controls], {"concurrency_limit": 4, "concurrency_id": "model"}
-            sent = box.submit(self.send, [box, *state], [box, chat, bare], api_name="send", **busy)
-            chosen = chat.example_select(self.send_example, state, [box, chat, bare], api_visibility="private", **busy)
+            shown = [box, chat, bare]
+            gr.Button(visible=False).click(self.send, [box, *state], shown, api_name="send", **busy)
+            quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+            accepted = [
+                box.submit(self.accept, shown, shown, **quick),
+                chat.example_select(self.accept_example, [chat, bare], shown, **quick),
+            ]
+            sent, chosen = (
+                event.success(self.reply, state, shown, api_visibility="private", js=FOLLOWED, **busy)
+                for event in accepted
+            )
             again = chat.retry(self.retry, state, [box, chat, bare], api_visibility="private", **busy)
             other = chat.edit(self.edit, state, [box, chat, bare], api_visibility="private", **busy)
             ready = {"fn": lambda: gr.MultimodalTextbox(submit_btn=True, stop_btn=False), "outputs": box}
-            quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
             running = [sent, chosen, again, other]
             for event in running:
                 event.then(**ready, **quick)
@@ -320,15 +389,11 @@ class Demo:
             # An event that clears the page could be followed by the last words of a reply that is being cancelled.
             new.click(None, js="() => window.location.reload()", api_visibility="private")
             compare.change(
-                lambda compare, chat: (
-                    gr.Markdown(visible=compare),
-                    gr.Column(visible=compare),
-                    without_knowledge(chat) if compare else [],
-                ),
+                show_beside,
                 [compare, chat],
                 [with_title, beside, bare],
                 **quick,
-            )
+            ).then(None, js="() => window.followReplies()", **quick)
         return page
 
 
@@ -338,15 +403,44 @@ class Demo:
 def user_message(text: str, files: Sequence[str] = ()) -> dict[str, Any]:
     """A visitor's message: its pictures, then its text."""
     pictures = [{"type": "file", "file": {"path": path, "mime_type": guess_type(path)[0]}} for path in files]
-    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": inert(text)}]}
+
+
+def reply_message(text: str) -> dict[str, Any]:
+    """A reply so far."""
+    return {"role": "assistant", "content": inert(text.strip()) or PENDING}
+
+
+def inert(text: str) -> str:
+    """
+    A text that a page shows as it is: neither run, nor formatted, and nothing that it names is fetched.
+
+    The page takes even plain texts for HTML. Behind an invisible character, "<" and "&" begin neither a tag nor an
+    entity, and unlike "&lt;" look the same where a visitor edits the text. [`read_content`] takes it out again.
+    """
+    return re.sub("[<&](?!\N{WORD JOINER})", "\\g<0>\N{WORD JOINER}", text)
+
+
+def check_length(text: str, chat: list[dict]) -> None:
+    """Refuses what would keep others waiting, also from who does not use the page."""
+    if len(text) > LONGEST_MESSAGE:
+        raise gr.Error(f"Shorten the message: it has {len(text):,} characters of at most {LONGEST_MESSAGE:,}.")
+    if sum(len(read_content(message["content"])[0]) for message in chat if not is_pictured(message)) > LONGEST_CHAT:
+        raise gr.Error(f"This chat has more than {LONGEST_CHAT:,} characters: start a new one.")
 
 
 def read_content(content: str | list[dict]) -> tuple[str, list[str]]:
     """Text and files of a message's content: a string, as API clients send it, or a list of parts, as pages do."""
     if isinstance(content, str):
-        return content, []
-    texts = [part["text"] for part in content if part["type"] == "text"]
+        return content.replace("\N{WORD JOINER}", ""), []
+    texts = [part["text"].replace("\N{WORD JOINER}", "") for part in content if part["type"] == "text"]
     return "\n".join(texts), [part["file"]["path"] for part in content if part["type"] == "file"]
+
+
+def show_beside(compare: bool, chat: list[dict]) -> tuple[gr.Markdown, gr.Column, list[dict]]:
+    """Shows or hides the dialogue without knowledge, with what was said so far."""
+    dialogue = [message | {"content": inert(message["content"])} for message in without_knowledge(chat)]
+    return gr.Markdown(visible=compare), gr.Column(visible=compare), dialogue if compare else []
 
 
 def without_knowledge(chat: list[dict]) -> list[dict]:
@@ -429,12 +523,31 @@ def render_pictures(matches: list[Match]) -> str:
     """HTML: a row of pictures with titles and scores."""
     cards = []
     for match in matches:
+        licence = render_license(match.note)
         title, data = html.escape(match.title), base64.b64encode(match.thumbnail).decode()
         cards.append(
             f'<div class="pictured-card"><img src="data:image/webp;base64,{data}" alt="{title}">{title} '
-            f'<span class="pictured-score">{match.score:.2f}</span></div>'
+            f'<span class="pictured-score">{match.score:.2f}</span>{licence}</div>'
         )
-    return f'<div class="pictured-row">{"".join(cards)}</div>'
+    return f'<div class="pictured-row">{"".join(cards)}</div>' if cards else ""
+
+
+def render_license(note: Note) -> str:
+    """HTML: a picture's licence and source, with links if those are web addresses."""
+    parts = [(note.license, note.license_url), ("source" if note.source else "", note.source)]
+    links = []
+    for text, url in parts:
+        text = html.escape(text)
+        if url.startswith(("https://", "http://")):
+            text = f'<a href="{html.escape(url)}" target="_blank" rel="noopener noreferrer">{text}</a>'
+        links += [text] if text else []
+    return f'<span class="pictured-license">{", ".join(links)}</span>' if links else ""
+
+
+def render_captions(captions: list[tuple[str, float]]) -> str:
+    """HTML: a list of captions with scores."""
+    items = [f"<li>{html.escape(text)} <span>{score:.2f}</span></li>" for text, score in captions]
+    return f'<ul class="pictured-captions" aria-label="Nearest captions">{"".join(items)}</ul>' if items else ""
 
 
 # ---- starting ----

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import io
 import re
 import shutil
 import threading
@@ -33,7 +34,7 @@ FLAGS = [  # without them it looks for hosts of its maker's at every start
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-BEACH = "I spent the whole day at the beach with my dog."
+BIKE = "My brother rides his bike through the woods every weekend."
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,7 @@ def demo(backbones):
     """A tiny model that takes its time, so that there is something to stop."""
     demo = build_demo(backbones)
     stream = demo.pipe.stream
+    demo.pipe.model.generation_config.max_new_tokens = 64
 
     def wait(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         time.sleep(0.03)  # a token
@@ -173,14 +175,15 @@ def test_a_first_visit(visit, real_url, name, context):
     assert page.get_by_role("button", name=re.compile("^Select example")).count() == len(app.EXAMPLES)
     visitor.shoot(f"{name}-empty")
     begin = time.monotonic()
-    visitor.say(BEACH)
+    visitor.say(BIKE)
     pictures = page.locator(".pictured-card img")
     pictures.last.wait_for()
     assert time.monotonic() - begin < 10
     reply = visitor.wait()
     assert len(reply.split()) > 2
-    assert page.locator(".pictured-words mark").all_inner_texts() == BEACH.split()
-    assert pictures.count() == app.SHOWN_PICTURES
+    assert page.locator(".pictured-words mark").all_inner_texts() == BIKE.split()
+    assert 1 <= pictures.count() <= app.SHOWN_PICTURES
+    assert page.locator(".pictured-license a").count() == 2 * pictures.count()
     assert all(pictures.evaluate_all("images => images.map(image => image.naturalWidth > 0)"))
     scores = [float(score) for score in page.locator(".pictured-score").all_inner_texts()]
     assert scores == sorted(scores, reverse=True)
@@ -316,6 +319,91 @@ def test_the_settings_are_folded_away_and_hold(visit, url, demo):
     visitor.open_settings()
     visitor.set_length(8)
     assert visitor.ask(QUESTION) == expected(demo, QUESTION, max_new_tokens=8)
+
+
+TYPED = [
+    "__init__ *x* `y`",
+    "# title",
+    "<b>bold</b> & 1 < 2",
+    "![a](http://evil.example/a.png) [b](http://evil.example/b)",
+    '<img src="http://evil.example/c.png"><video src="http://evil.example/d.mp4" autoplay></video>',
+    '<audio src="http://evil.example/e.mp3" autoplay></audio><link rel="stylesheet" href="http://evil.example/f.css">',
+    "<style>@import 'http://evil.example/g.css'; p { background: url(http://evil.example/h.png) }</style>",
+]
+
+
+def test_texts_are_shown_as_typed_and_fetch_nothing(visit, url, demo, monkeypatch):
+    """In a message, and in a reply."""
+    visitor = visit(url)
+    called = []
+    visitor.page.on("request", lambda request: called.append(request.url))
+    for text in TYPED:
+        monkeypatch.setattr(demo.pipe, "stream", lambda *args, text=text, **kwargs: (piece for piece in [text]))
+        shown = visitor.ask(text), visitor.page.get_by_test_id("user").last.inner_text().strip()
+        assert [each.replace("\N{WORD JOINER}", "") for each in shown] == [text, text]  # which nobody sees
+    visitor.page.wait_for_timeout(500)
+    assert not [each for each in called if not each.startswith((url, "data:", "blob:"))]
+
+
+def test_a_message_appears_at_once_and_both_sides_follow(visit, url, demo):
+    """Also while others keep the model busy."""
+    others = [visit(url) for _ in range(5)]
+    for other in others:
+        other.say(QUESTION)
+    visitor, begin = visit(url), time.monotonic()
+    visitor.say(OTHER)
+    assert time.monotonic() - begin < 3 and visitor.replies() == [app.PENDING]
+    visitor.wait()
+    visitor.compare()
+    for text in (QUESTION, OTHER, QUESTION):
+        visitor.ask(text)
+    visitor.page.wait_for_timeout(500)
+    rest = "logs => logs.map(log => [log.scrollHeight - log.clientHeight, log.scrollTop])"
+    for most, top in visitor.page.locator(".chat [role=log]").evaluate_all(rest):
+        assert most > 100 and top > most - 5
+    visitor.shoot("both-follow")
+
+
+def luminance(colour: str) -> float:
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_can_be_read_on_their_highlight(visit, url, scheme):
+    """As painted: a word's darkest and lightest pixels."""
+    visitor = visit(url, color_scheme=scheme, device_scale_factor=4)
+    visitor.ask(QUESTION)
+    strongest = visitor.page.locator(".pictured-words mark[style*='0.65']").first
+    image = Image.open(io.BytesIO(strongest.screenshot())).convert("RGB")
+    background = image.getpixel((1, image.height // 2))
+    text = re.findall(r"\d+", strongest.evaluate("mark => getComputedStyle(mark).color"))[:3]
+    low, high = sorted((luminance(str(background)), luminance(str(text))))
+    assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_nothing_keeps_out_who_uses_a_screen_reader(visit, url):
+    """No serious or critical finding of axe; without it, at least a name for every button."""
+    visitor = visit(url)
+    visitor.open_settings()
+    visitor.ask(QUESTION)
+    visitor.compare()
+    controls = (f"{each}:visible:not([inert] *)" for each in ("button", "[role=button]", "textarea", "input"))
+    buttons = visitor.page.locator(", ".join(controls))
+    names = buttons.evaluate_all(
+        """all => all.filter(each => !(each.ariaLabel || each.innerText?.trim() || each.title || each.labels?.length))
+                 .map(each => each.outerHTML.slice(0, 200))"""
+    )
+    assert names == []
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    found = axe.Axe().run(visitor.page).response["violations"]
+    assert [
+        (each["id"], node["html"][:200])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ] == []
 
 
 def test_what_visitors_write_is_not_run(visit, url):

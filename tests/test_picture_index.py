@@ -1,6 +1,7 @@
 """Picture indexes: what is near, what is on the disk, what is refused; and the index that ships with the Space."""
 
 import io
+import json
 import os
 import random
 import weakref
@@ -12,12 +13,23 @@ from conftest import build_from
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_models import tiny_model
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration
 from modeling_vikdf.cli import main
 from modeling_vikdf.data.sources import SkipReport
-from modeling_vikdf.picture_index import INDEX_NAME, PictureIndex, fingerprint, load_pictures
+from modeling_vikdf.picture_index import (
+    INDEX_NAME,
+    Note,
+    PictureIndex,
+    Thresholds,
+    embed_texts,
+    fingerprint,
+    load_notes,
+    load_pictures,
+)
 from modeling_vikdf.processing_vikdf import read_picture
 
 
@@ -72,6 +84,42 @@ def test_embeddings_of_another_width_are_refused(embeddings):
 def test_parts_that_do_not_fit_together_are_refused(changes):
     with pytest.raises(ValueError, match="for each picture"):
         by_hand(**changes)
+
+
+def with_captions(**changes) -> PictureIndex:
+    """Those three pictures; the northern one has two captions, at 180 and 0 degrees."""
+    fields = {
+        "notes": [Note(), Note(("out west", "out east"), "CC BY 2.0", "https://a.example/1.jpg"), Note()],
+        "caption_embeddings": torch.tensor([[-1.0, 0.0], [1.0, 0.0]]),
+    }
+    return by_hand(**{**fields, **changes})
+
+
+def test_a_captioned_picture_is_scored_by_its_nearest_caption_too():
+    query = torch.tensor([[0.8, 0.6]])
+    assert with_captions().scores(query).tolist()[0] == pytest.approx([0.8, (0.6 + 0.8) / 2, -0.8])
+    match = with_captions().nearest(query, k=2)[0][1]
+    assert (match.title, match.note.license, match.note.source) == ("north", "CC BY 2.0", "https://a.example/1.jpg")
+    (first, score), second = with_captions().nearest_captions(query, k=5)[0]
+    assert (first, second[0]) == ("out east", "out west") and score == pytest.approx(0.8)
+    assert by_hand().nearest_captions(query) == [[]]
+
+
+def test_nothing_is_found_where_nothing_stands_out(tmp_path):
+    query = torch.tensor([[0.8, 0.6]])
+    index = with_captions(thresholds=Thresholds(picture=0.75, caption=0.81))
+    index.save(tmp_path)
+    for strict in (index, PictureIndex.load(tmp_path)):
+        assert [match.title for match in strict.nearest(query)[0]] == ["east"]
+        assert strict.nearest_captions(query) == [[]]
+        assert strict.nearest(-query) == [[strict.nearest(-query)[0][0]]]  # west alone
+
+
+def test_notes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="a note for each picture and an embedding for each caption"):
+        with_captions(notes=[Note()])
+    with pytest.raises(ValueError, match="1 captions"):
+        with_captions(notes=[Note(), Note(("one",)), Note()])
 
 
 # ---- building ----
@@ -165,6 +213,27 @@ def test_damaged_files_are_refused_or_whole(tmp_path_factory, data):
         assert all(isinstance(match.thumbnail, bytes) and isinstance(match.title, str) for match in matches)
 
 
+def test_notes_are_saved_and_indexes_of_old_have_none(tmp_path):
+    loaded = PictureIndex.load(with_captions().save(tmp_path).parent)
+    assert loaded.notes == with_captions().notes and loaded.thresholds is None
+    assert torch.equal(loaded.caption_embeddings, with_captions().caption_embeddings)
+    with safe_open(tmp_path / INDEX_NAME, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != "caption_embeddings"}
+        metadata = {name: file.metadata()[name] for name in ("titles", "fingerprint")}
+    save_file(tensors, tmp_path / INDEX_NAME, metadata)
+    old = PictureIndex.load(tmp_path)
+    assert old.notes == [Note()] * 3 and old.nearest_captions(torch.eye(2)) == [[], []]
+
+
+def test_licences_are_listed_beside_the_index(tmp_path):
+    with_captions().save(tmp_path)
+    credits = (tmp_path / "CREDITS.md").read_text(encoding="utf-8")
+    assert "* CC BY 2.0: <https://creativecommons.org/licenses/by/2.0/>" in credits
+    assert "| north | CC BY 2.0 | <https://a.example/1.jpg> |" in credits
+    assert Note(license="CC BY-SA 2.0").license_url == "https://creativecommons.org/licenses/by-sa/2.0/"
+    assert Note(license="all rights reserved").license_url == ""
+
+
 def test_no_index_says_how_to_make_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="vikdf index PICTURES --output"):
         PictureIndex.load(tmp_path)
@@ -208,6 +277,38 @@ def test_pictures_with_captions(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "A red wall."}\n')
     pictures, _ = load_pictures(tmp_path, SkipReport())
     assert [(title, image.size) for title, image in pictures] == [("A red wall.", (4, 4))]
+
+
+def test_captions_and_credits_reach_the_index(parts, tmp_path):
+    lines = [
+        {
+            "captions": ["A  dog runs.", "A very big dog runs."],
+            "license": "CC BY 2.0",
+            "source": "https://a.example/1",
+        },
+        {"text": "A red wall."},
+    ]
+    for number, line in enumerate(lines):
+        Image.new("RGB", (4, 4), ("red", "green")[number]).save(tmp_path / f"{number}.png")
+        line["file_name"] = f"{number}.png"
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    notes = load_notes(tmp_path, SkipReport())
+    index = PictureIndex.build(*parts, load_pictures(tmp_path, SkipReport())[0], notes=notes)
+    assert index.titles == ["A dog runs.", "A red wall."]
+    assert index.notes[0] == Note(("A dog runs.", "A very big dog runs."), "CC BY 2.0", "https://a.example/1")
+    assert index.notes[1] == Note(("A red wall.",))
+    index.thresholds = Thresholds(0.5, 0.5)
+    again = index.rebuild(*parts)
+    assert again.notes == index.notes and again.thresholds is None  # of other embeddings
+    assert torch.allclose(again.caption_embeddings, embed_texts(*parts, index.captions), atol=1e-6)
+    assert load_notes(tmp_path / "gone", SkipReport()) == {}
+
+
+def test_credits_of_two_pictures_with_one_title_are_refused(tmp_path):
+    lines = [{"file_name": f"{name}.png", "text": "A dog.", "source": name} for name in "ab"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match="'A dog.': reword"):
+        load_notes(tmp_path, SkipReport())
 
 
 def test_sources_without_pictures_are_refused(tmp_path):
@@ -268,9 +369,12 @@ def test_the_shipped_index_is_that_of_the_default_checkpoint():
     """Stale after a new default: `vikdf index spaces_demo/pictures --output spaces_demo/pictures` embeds it anew."""
     index = PictureIndex.load(SHIPPED)
     index.check_model(VikdfForConditionalGeneration.from_pretrained(DEFAULT_CHECKPOINT))
-    assert len(index) > 200 and len(set(index.titles)) == len(index)
+    assert len(index) > 100 and len(set(index.titles)) == len(index)
+    assert index.thresholds is not None and len(index.captions) > 3 * len(index)
     assert (SHIPPED / INDEX_NAME).stat().st_size < 3_000_000
-    assert "MIT" in (SHIPPED / "README.md").read_text(encoding="utf-8")
+    credits = (SHIPPED / "CREDITS.md").read_text(encoding="utf-8")
+    for note in index.notes:
+        assert note.license in ("CC BY 2.0", "CC BY-SA 2.0") and f"| {note.license} | <{note.source}> |" in credits
     for thumbnail in index.thumbnails:
         with Image.open(io.BytesIO(thumbnail), formats=["WEBP"]) as image:
             assert max(image.size) <= 128

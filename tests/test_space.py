@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import httpx
 import pytest
 import torch
 from conftest import build_from
@@ -25,11 +26,12 @@ from transformers import GenerationConfig, pipeline
 
 from modeling_vikdf import DEFAULT_CHECKPOINT
 from modeling_vikdf.cards.render import render_space_readme
-from modeling_vikdf.picture_index import Match, PictureIndex
+from modeling_vikdf.picture_index import Match, Note, PictureIndex, Thresholds
 
 
 gr = pytest.importorskip("gradio", reason="the extra [demo] is not installed")
 from gradio_client import Client, handle_file  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
 
 from spaces_demo import app  # noqa: E402
 
@@ -173,6 +175,26 @@ def test_titles_cannot_run_anything():
     assert "<script" not in shown and 'alt="&lt;script&gt;&quot;"' in shown and "0.50" in shown
 
 
+def test_pictures_bear_their_licence():
+    note = Note((), "CC BY-SA 2.0", 'https://a.example/"1"')
+    shown = app.render_pictures([Match("a dog", b"x", 0.5, note)])
+    assert 'href="https://creativecommons.org/licenses/by-sa/2.0/"' in shown and ">CC BY-SA 2.0<" in shown
+    assert 'href="https://a.example/&quot;1&quot;"' in shown
+    assert "href" not in app.render_license(Note((), "<b>", "javascript:alert(1)"))
+    assert app.render_license(Note()) == ""
+
+
+def test_nothing_is_shown_where_nothing_stands_out(demo):
+    assert app.render_pictures([]) == app.render_captions([]) == ""
+    assert "a &lt;b&gt; dog" in app.render_captions([("a <b> dog", 0.9)])
+    demo.index.thresholds = Thresholds(2.0, 2.0)
+    try:
+        shown = demo.show_knowledge([user(QUESTION)], colours(9)[3][1])
+    finally:
+        demo.index.thresholds = None
+    assert "<mark" in shown and "<img" not in shown and "Nearest" not in shown
+
+
 # ---- what visitors do ----
 
 
@@ -282,6 +304,44 @@ def test_a_message_that_is_too_long_is_refused_with_the_reason(demo):
         list(demo.send({"text": "dog " * 600, "files": []}, [], [], *PLAIN))
 
 
+@pytest.mark.parametrize("text", ["__init__", "# title", "a <b>dog</b> & 1 < 2", "    indented\n\n\n* one"])
+def test_texts_go_to_the_page_as_typed(client, text):
+    _, chat, _ = client.predict({"text": text, "files": []}, [], [], *PLAIN, api_name="/send")
+    assert text_of(chat[0]) == text.strip()
+
+
+def test_a_long_text_is_refused_before_any_work(demo, client):
+    """Whoever calls the API is held to what the page takes, in a message and in the whole chat."""
+    with pytest.raises(AppError, match="2,999,999 characters of at most 4,000"):
+        client.predict({"text": "dog " * 750_000, "files": []}, [], [], *PLAIN, api_name="/send")
+    with pytest.raises(AppError, match="start a new one"):
+        chat = [app.user_message("dog " * 750_000)]
+        client.predict({"text": "dog", "files": []}, chat, [], *PLAIN, api_name="/send")
+    event = gr.EditData(target=None, data={"index": 0, "previous_value": "dog", "value": "d" * 4001})
+    with pytest.raises(gr.Error, match="Shorten"):
+        list(demo.edit(event, [user("dog")], [], *PLAIN))
+
+
+def test_a_message_is_shown_before_the_model_is_free(demo):
+    """The page accepts it in a step of its own, which waits for nobody."""
+    _, chat, bare = demo.accept({"text": QUESTION, "files": []}, [], [])
+    assert [text_of(message) for message in chat] == [QUESTION, app.PENDING] and bare == []
+    assert last(demo.reply(chat, bare, *PLAIN)) == last(demo.send({"text": QUESTION, "files": []}, [], [], *PLAIN))
+    steps = demo.page().get_config_file()["dependencies"]
+    unqueued = [step for step in steps if step["targets"] and step["targets"][0][1] in ("submit", "example_select")]
+    assert len(unqueued) == 2 and not any(each["queue"] for each in unqueued)
+
+
+def test_only_sending_is_open_to_others(url):
+    with httpx.Client(base_url=url) as web:
+        assert web.get("/monitoring/summary").status_code in (403, 404)
+        assert web.get("/gradio_api/monitoring/summary").status_code in (403, 404)
+        for name in ("accept", "accept_example", "reply", "retry", "edit", "show_beside", "lambda"):
+            event = web.post(f"/gradio_api/call/{name}", json={"data": []})
+            assert event.status_code == 404, name
+        assert set(web.get("/gradio_api/info").json()["named_endpoints"]) == {"/send"}
+
+
 # ---- pictures ----
 
 
@@ -327,6 +387,7 @@ def test_a_model_without_eyes_says_so(demo, picture, monkeypatch):
     assert "no vision encoder" in blind.no_pictures
     chat, _ = last(blind.send({"text": QUESTION, "files": [str(picture)]}, [], [], *PLAIN))
     assert len(warnings) == 1 and "no vision encoder" in warnings[0]
+    assert not re.search("[/'\"]", warnings[0])  # plain words: no model's name, no folder
     assert app.to_messages(chat)[1] is None and "<mark" in text_of(chat[1]) and "<img" not in text_of(chat[1])
     page = json.dumps(blind.page().get_config_file(), default=str)
     assert "This model takes no pictures" in page

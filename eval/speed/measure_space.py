@@ -64,7 +64,8 @@ def ask(client: Client, text: str) -> tuple[float, float, str]:
 
 def read(content: Any) -> str:
     """The text of a message."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return text.replace("\N{WORD JOINER}", "")  # see `inert` in the Space
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
