@@ -20,6 +20,7 @@ SHOWN = (
     "configs/**/*.yaml",
     "hub_cards/vikdf.svg",
     "modeling_vikdf/**/*.py",
+    "spaces_demo/pictures/*.md",
     "spaces_demo/space.webp",
 )
 

@@ -47,8 +47,8 @@ NO_PICTURES = "This model takes no pictures, because it has no vision encoder he
 RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the same reply
 BARE = {"use_knowledge": False, "num_candidates": 1}  # the language model alone
 EXAMPLES = (
-    "I spent the whole day at the beach with my dog.",
-    "We watched the fireworks over the city last night.",
+    "I fly kites with my son on the beach.",
+    "We saw giraffes and zebras at the zoo today.",
     "My brother rides his bike through the woods every weekend.",
 )
 
