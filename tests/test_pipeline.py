@@ -27,6 +27,7 @@ from transformers import (
     TextGenerationPipeline,
     TextStreamer,
     pipeline,
+    set_seed,
 )
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils.chat_template_utils import Chat
@@ -944,15 +945,22 @@ def test_the_default_speaks_english():
     question = [{"role": "user", "content": "I spent the whole day at the beach with my dog."}]
     common = {"the", "a", "you", "i", "it", "is", "and", "to", "of", "that", "your", "in", "was", "with", "so", "for"}
     others = "I am baking a birthday cake for my sister.", "We saw a rainbow over the hills."
+    greedy = {"do_sample": False, "no_repeat_ngram_size": 3, "return_full_text": False}
     for each in (question, *([{"role": "user", "content": text}] for text in others)):
-        reply = pipe(each, return_full_text=False)[0]["generated_text"]
+        reply = pipe(each, **greedy)[0]["generated_text"]
         words = re.findall(r"[a-z']+", reply.lower())
         pieces = {piece for word in words for piece in word.split("'")}  # "I'm" says "I", too
         assert len(words) >= 4 and len(common & pieces) >= 2, reply
         assert all(character.isprintable() or character == "\n" for character in reply), reply
+    # by default replies are sampled, and a seed repeats them
+    set_seed(1)
     reply = pipe(question, return_full_text=False)[0]["generated_text"]
+    set_seed(1)
     assert pipe(question, return_full_text=False)[0]["generated_text"] == reply
+    set_seed(1)
     assert "".join(pipe.stream(question)).strip() == reply
+    set_seed(2)
+    assert pipe(question, return_full_text=False)[0]["generated_text"] != reply
 
     settings = {"max_new_tokens": 24, "do_sample": False, "no_repeat_ngram_size": 3}
     llm, tokenizer = pipe.model.language_model, pipe.processor.tokenizer
