@@ -82,7 +82,7 @@ class VikdfPreTrainedModel(SavingMixin, PreTrainedModel):
     _skip_keys_device_placement = [CACHE]
     # the trained parts stay in float32 beside a half-precision LLM
     _keep_in_fp32_modules_strict = ["iqformer", "matching_head", "language_projection"]
-    _keep_in_fp32_modules_strict += ["knowledge_base", "knowledge_gate", "reward_weight"]
+    _keep_in_fp32_modules_strict += ["knowledge_base", "knowledge_gate"]
 
     def __init__(self, config: VikdfConfig):
         super().__init__(config)
