@@ -97,8 +97,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         self.knowledge_gate = nn.Parameter(torch.ones(n, dtype=torch.float32))
         if config.reward_layer is not None:  # a buffer, because it is fitted in closed form
             self.register_buffer("reward_weight", torch.zeros(d_llm, dtype=torch.float32))
-            self._keep_in_fp32_modules_strict.add("reward_weight")
         self.post_init()
+        if config.reward_layer is not None:
+            self._keep_in_fp32_modules_strict.add("reward_weight")
 
     @classmethod
     def from_backbones(
