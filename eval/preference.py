@@ -37,6 +37,7 @@ from transformers import pipeline
 from modeling_vikdf import DEFAULT_CHECKPOINT
 from modeling_vikdf.building import load_model
 from modeling_vikdf.data import load_dialogues
+from modeling_vikdf.data.dialogues import as_messages
 from modeling_vikdf.evaluation.journal import hash_file
 from modeling_vikdf.evaluation.statistics import bootstrap_interval
 from modeling_vikdf.metrics import distinct
@@ -192,9 +193,7 @@ def read(args: argparse.Namespace) -> None:
         progress = f"{len(judged)} of {len(content['items'])} judged"
         if not left:
             return f"**{progress}.** Thank you!", [], "", ""
-        turns = left[0]["chat"]
-        roles = ["user" if (len(turns) - i) % 2 else "assistant" for i in range(len(turns))]
-        chat = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]
+        chat = as_messages(left[0]["chat"], "user")
         return f"{content['criteria']}\n\n**{progress}**", chat, left[0]["A"], left[0]["B"]
 
     def judge(verdict: str) -> tuple:

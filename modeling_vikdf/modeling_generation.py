@@ -133,7 +133,8 @@ class KnowledgeGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """What `generate` returns, of the best among candidates."""
-        setting = _settings(generation_config or self.generation_config, kwargs)
+        config = generation_config if generation_config is not None else self.generation_config
+        setting = _settings(config, kwargs)
         kept, weights = setting("num_return_sequences") or 1, candidate_weights
         if weights is None:
             weights = setting("candidate_weights") or {}
@@ -149,7 +150,7 @@ class KnowledgeGenerationMixin(GenerationMixin):
         ends = [id_ for name in ("eos_token_id", "pad_token_id") if (id_ := setting(name)) is not None]
         ends = torch.cat([torch.tensor(id_).flatten() for id_ in ends]).to(prompt.device)  # [E]
         several = {**kwargs, "num_return_sequences": num_candidates}
-        if (cache := self._read_prompt_once(prompt, generation_config or self.generation_config, several)) is not None:
+        if (cache := self._read_prompt_once(prompt, config, several)) is not None:
             kwargs[CACHE] = cache
         kwargs |= {"weights": weights, "kept": kept, "generation_config": generation_config}
         outputs = generate_best(self, processor, prompt, num_candidates, ends, **kwargs)

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import pipeline
 
 from modeling_vikdf.building import load_model
+from modeling_vikdf.data.dialogues import as_messages
 from modeling_vikdf.evaluation.dialogues import DECODING
 
 
@@ -30,8 +31,7 @@ def main() -> None:
 
     chats = []
     for line in StringIO(args.dialogues.read_text(encoding="utf-8")):
-        roles = ("user", "assistant")
-        chats.append([{"role": roles[i % 2], "content": turn} for i, turn in enumerate(json.loads(line)["turns"])])
+        chats.append(as_messages(json.loads(line)["turns"], "user"))
     replies = {}
     for name in args.steps:
         model, processor = load_model(args.study / f"seed{args.seed}" / name)

@@ -5,7 +5,7 @@
 This module knows the formats of a dialogue; sources.py finds and reads files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -114,9 +114,7 @@ def _read_dialogue(record: dict[str, Any], column: str | None) -> tuple[list[dic
     if all(isinstance(turn, dict) for turn in turns):
         messages = [{"role": turn.get("role"), "content": _read_text(turn.get("content"))} for turn in turns]
     else:
-        count = len(turns) + bool(references)  # of turns, the reply included
-        roles = ["user" if (count - index) % 2 == 0 else "assistant" for index in range(len(turns))]
-        messages = [{"role": role, "content": _read_text(turn)} for role, turn in zip(roles, turns, strict=True)]
+        messages = as_messages([_read_text(turn) for turn in turns], "user" if references else "assistant")
     if references and messages[-1]["role"] == "user":
         messages.append({"role": "assistant", "content": references[0]})
     roles = [message["role"] for message in messages]
@@ -126,6 +124,18 @@ def _read_dialogue(record: dict[str, Any], column: str | None) -> tuple[list[dic
         raise ValueError("no reply to a user's turn")
     reply = messages[-1]["content"]
     return messages, references if reply in references[:1] else [reply, *references]
+
+
+def as_messages(turns: Sequence[str], last: str) -> list[dict[str, str]]:
+    """
+    Turns as messages of user and assistant, who alternate.
+
+    Args:
+        turns: what each says.
+        last: whose the last turn is, "user" or "assistant".
+    """
+    other = {"user": "assistant", "assistant": "user"}[last]
+    return [{"role": last if (len(turns) - i) % 2 else other, "content": turn} for i, turn in enumerate(turns)]
 
 
 def _read_text(content: Any) -> str:

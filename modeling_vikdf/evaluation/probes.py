@@ -26,7 +26,7 @@ from ..processing_vikdf import VikdfProcessor, pad
 from .arms import KNOWLEDGE_ARMS, arm_knowledge
 from .probe_items import NEGATIVES, ProbeItem, Question
 from .reports import REPORT_VERSION
-from .statistics import bootstrap_interval, paired_randomisation
+from .statistics import bootstrap_interval, paired_randomisation, rank_correlation
 
 
 SCORES = ("raw", "pmi")
@@ -317,12 +317,6 @@ def _measures(item: ProbeItem, scores: torch.Tensor) -> dict[str, float | None]:
         measures["spearman"] = rank_correlation(scores.double(), shares)
         measures["kl"] = (torch.xlogy(shares, shares) - shares * scores.double().log_softmax(0)).sum().item()
     return measures
-
-
-def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float | None:
-    """Spearman's correlation of two vectors [c], with ties at their mean rank; `None` if one is constant."""
-    ranks = torch.stack([(v[:, None] > v).sum(1) - (v[:, None] < v).sum(1) for v in (x, y)]).double()  # [2, c]
-    return torch.corrcoef(ranks)[0, 1].item() if ranks.any(1).all() else None
 
 
 # ---- summaries of records ----

@@ -115,6 +115,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
+def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float | None:
+    """Spearman's correlation of two vectors [c], with ties at their mean rank; `None` if one is constant."""
+    ranks = torch.stack([(v[:, None] > v).sum(1) - (v[:, None] < v).sum(1) for v in (x, y)]).double()  # [2, c]
+    return torch.corrcoef(ranks)[0, 1].item() if ranks.any(1).all() else None
+
+
 def number_labels(labels: Iterable[Hashable]) -> torch.Tensor:
     """Labels as integers in order of first appearance, [N], int64."""
     numbers: dict[Hashable, int] = {}
@@ -130,4 +136,5 @@ __all__ = [
     "leave_groups_out",
     "number_labels",
     "paired_randomisation",
+    "rank_correlation",
 ]

@@ -16,7 +16,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from ..evaluation.statistics import bootstrap_interval
+from ..data.dialogues import as_messages
+from ..evaluation.statistics import bootstrap_interval, rank_correlation
 from ..modeling_candidates import mean_states
 from ..modeling_prefix import CACHE
 from ..modeling_vikdf import VikdfForConditionalGeneration
@@ -49,10 +50,9 @@ def load_graded(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: expected turns, replies, grades; got {line[:80]!r}.") from error
         if len(replies) != len(grades):
             raise ValueError(f"{path}, line {number}: {len(replies)} replies have {len(grades)} grades.")
-        roles = ["user" if (len(turns) - i) % 2 else "assistant" for i in range(len(turns))]
-        messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]
         if len(set(grades)) > 1:
-            examples.append({"messages": messages, "replies": replies, "grades": [float(grade) for grade in grades]})
+            grades = [float(grade) for grade in grades]
+            examples.append({"messages": as_messages(turns, "user"), "replies": replies, "grades": grades})
     if len(examples) < FEWEST_CONTEXTS:
         raise ValueError(
             f"{path} has {len(examples)} contexts with replies of different grades; a head needs {FEWEST_CONTEXTS}."
@@ -122,7 +122,7 @@ def fit_reward(states: Sequence[torch.Tensor], grades: Sequence[Sequence[float]]
     for penalty in PENALTIES:
         rewards = list(zip(cross_validate(states, targets, penalty), targets, strict=True))
         best = torch.stack([values[reward.argmax()] for reward, values in rewards])  # [N]
-        results[penalty] = best, torch.stack([_rank_correlation(*pair) for pair in rewards]).mean().item()
+        results[penalty] = best, sum(rank_correlation(*pair) or 0.0 for pair in rewards) / len(rewards)
     penalty = max(results, key=lambda name: results[name][1])
     best, correlation = results[penalty]
     means = torch.stack([values.mean() for values in targets])  # [N]
@@ -169,17 +169,6 @@ def _ridge(pairs: list[tuple[torch.Tensor, torch.Tensor]], penalty: float) -> to
     scale = x.std(0).clamp(min=1e-6)
     x = x / scale
     return torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y) / scale
-
-
-def _rank_correlation(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Spearman's, ties at their mean rank."""
-
-    def ranks(values: torch.Tensor) -> torch.Tensor:
-        below = (values[:, None] > values).sum(1) - (values[:, None] < values).sum(1)
-        return below.double() - below.double().mean()
-
-    a, b = ranks(one), ranks(other)
-    return (a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)
 
 
 def add_reward_head(model: VikdfForConditionalGeneration, weight: torch.Tensor, layer: int) -> None:
