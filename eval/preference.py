@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import yaml
 from prepare_data import as_written
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import pipeline
 
@@ -41,6 +42,7 @@ from modeling_vikdf.data.dialogues import as_messages
 from modeling_vikdf.evaluation.journal import hash_file
 from modeling_vikdf.evaluation.statistics import bootstrap_interval
 from modeling_vikdf.metrics import distinct
+from modeling_vikdf.modeling_candidates import mean_states
 
 
 CRITERIA = (
@@ -77,7 +79,8 @@ def write_replies(arm: dict[str, Any], contexts: list[dict[str, Any]], seed: int
 
     Args:
         arm: `model`, a folder or Hub id (default: the packaged one); `system_prompt`; `call`, arguments of the
-            pipeline's call; or `human: true`, the replies that people gave.
+            pipeline's call; `choice: similarity` where that returns several replies; or `human: true`, the replies
+            that people gave.
         contexts: as [`draw_contexts`] gives them.
         seed: of all that is drawn.
         name: what the progress bar says.
@@ -95,11 +98,26 @@ def write_replies(arm: dict[str, Any], contexts: list[dict[str, Any]], seed: int
         rows = order[start : start + BATCH]
         chats = [contexts[i]["messages"] for i in rows]
         outputs = pipe(chats, batch_size=BATCH, return_full_text=False, **arm.get("call", {}))
-        for i, [output] in zip(rows, outputs, strict=True):
-            replies[i] = output["generated_text"]
+        for i, candidates in zip(rows, outputs, strict=True):
+            texts = [candidate["generated_text"] for candidate in candidates]
+            turn = contexts[i]["messages"][-1]["content"]
+            replies[i] = most_similar(pipe, texts, turn) if arm.get("choice") == "similarity" else texts[0]
     longest = arm.get("call", {}).get("max_new_tokens", model.generation_config.max_new_tokens)
     lengths = [len(ids) for ids in processor.text_tokenizer(replies, add_special_tokens=False)["input_ids"]]
     return replies, sum(length >= longest for length in lengths)  # what ends by itself has an end of turn besides
+
+
+@torch.no_grad()
+def most_similar(pipe: Any, replies: list[str], turn: str) -> str:
+    """Of replies that ended by themselves the one closest to a turn, as the text encoder finds without IQ-Former."""
+    lengths = [len(ids) for ids in pipe.processor.text_tokenizer(replies, add_special_tokens=False)["input_ids"]]
+    longest = pipe.model.generation_config.max_new_tokens
+    ended = [reply for reply, length in zip(replies, lengths, strict=True) if length < longest] or replies
+    read = pipe.processor([[{"role": "user", "content": text or "..."}] for text in (turn, *ended)])
+    mask = read["context_attention_mask"]
+    states = pipe.model.encode_context(read["context_input_ids"], mask)  # [1 + n, T, d_text]
+    vectors = F.normalize(mean_states(states, mask), dim=-1)  # [1 + n, d_text]
+    return ended[int((vectors[1:] @ vectors[0]).argmax())]
 
 
 def write(args: argparse.Namespace) -> None:
