@@ -302,7 +302,7 @@ def test_text_comes_when_it_can_not_change_any_more():
     for _ in steps:
         job.append(0, False, lambda ids: steps[len(ids) - 1])
     assert [update.text for update in told] == ["Hi", " é", " Et", ""]
-    assert told[-1].finish_reason == "stop" and job.text == "Hi é Et"
+    assert told[-1].finish_reason == "stop" and job.replies[0].text == "Hi é Et"
 
 
 # ---- batches ----
@@ -536,7 +536,7 @@ def test_a_continued_reply_keeps_the_space_in_front_of_it(parts):
     last = job.features["input_ids"][0, -1:].tolist()
     token = processor.tokenizer(" a a", add_special_tokens=False)["input_ids"][-1]
     job.append(token, False, partial(processor.decode_behind, last, skip_special_tokens=True))
-    assert job.text == " a"
+    assert job.replies[0].text == " a"
 
 
 @pytest.mark.parametrize("typed", ["placeholder", "\ud83d"])
@@ -983,7 +983,7 @@ def test_a_stop_sequence_in_pieces_is_found_where_it_begins():
         for text in steps:
             if not job.finished:
                 job.append(0, False, lambda ids, text=text: text)
-        assert job.text == pieces.replace(" ", "").partition("END")[0] and told[-1].finish_reason == "stop"
+        assert job.replies[0].text == pieces.replace(" ", "").partition("END")[0] and told[-1].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("more", [{"num_beams": 4}, {"num_candidates": 4, "temperature": 1.0}, {"max_tokens": 400}])

@@ -25,12 +25,11 @@ import asyncio
 import base64
 import hmac
 import io
-import json
 import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
 from ..building import load_model
 from ..pipeline_vikdf import prompt_embeddings as prompt_embeddings  # was here up to 0.1: for one more release
+from .answers import completion, server_sent_events
+from .logprobs import TokenTexts
 from .schema import ChatBody, ChatCompletionRequest, KnowledgeRequest, error_response
 from .worker import Job, Metrics, Update, Worker, log_failure
 
@@ -142,26 +143,31 @@ class RequestGuard:
 
 async def stream_updates(job: Job, worker: Worker) -> AsyncIterator[Update]:
     """
-    The updates of a reply, up to the one with a finish reason.
+    The updates of a job's replies, up to the one with a finish reason of each.
 
-    A reply that is not finished by its deadline is cut there, with the finish reason "length". Closing the iterator
+    Replies that are not finished by the deadline are cut there, with the finish reason "length". Closing the iterator
     cancels the job.
 
     Raises:
         HTTPException: 504 if no token arrives before the deadline, or the error that the job ended with.
     """
-    update = None
+    tokens: dict[int, int] = {}  # of each reply that has some
+    unfinished = dict.fromkeys(range(len(job.replies)))
     try:
-        while update is None or update.finish_reason is None:
+        while unfinished:
             async with asyncio.timeout_at(job.deadline):
                 update = await job.events.get()
             if isinstance(update, Exception):
                 raise update
+            tokens[update.index] = update.tokens
+            if update.finish_reason is not None:
+                del unfinished[update.index]
             yield update
     except TimeoutError:
-        if update is None:
+        if not tokens:
             raise HTTPException(504, "No answer before the deadline.") from None
-        yield Update("", "length", update.tokens)
+        for index in unfinished:
+            yield Update("", "length", tokens.get(index, 0), index)
     finally:
         worker.cancel(job)
 
@@ -172,42 +178,6 @@ async def cancel_when_client_leaves(request: Request, job: Job, worker: Worker) 
         pass
     worker.cancel(job)
     job.events.put_nowait(HTTPException(CLIENT_LEFT, "The client disconnected."))
-
-
-def usage(job: Job, tokens: int) -> dict[str, int]:
-    """Token counts; knowledge placeholders count as prompt tokens."""
-    return {
-        "prompt_tokens": job.prompt_length,
-        "completion_tokens": tokens,
-        "total_tokens": job.prompt_length + tokens,
-    }
-
-
-async def server_sent_events(
-    first: Update, rest: AsyncIterator[Update], job: Job, head: dict[str, Any], include_usage: bool
-) -> AsyncIterator[str]:
-    """A reply as OpenAI streams it; `head` holds the fields that all chunks share."""
-
-    def event(delta: dict[str, str], reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
-
-    yield event({"role": "assistant", "content": ""})
-    async with aclosing(rest):
-        try:
-            update = first
-            while True:
-                if update.text:
-                    yield event({"content": update.text})
-                if update.finish_reason is not None:
-                    break
-                update = await anext(rest)
-            yield event({}, update.finish_reason)
-            if include_usage:
-                yield f"data: {json.dumps(head | {'choices': [], 'usage': usage(job, update.tokens)})}\n\n"
-        except HTTPException as error:  # the status has been sent
-            yield f"data: {error_response(error.status_code, error.detail).body.decode()}\n\n"
-    yield "data: [DONE]\n\n"
 
 
 def encode(vectors: torch.Tensor, encoding_format: str) -> list[list[float]] | str:
@@ -238,8 +208,12 @@ class Api:
     metrics: Metrics
     timeout: float
     started: int = field(default_factory=lambda: int(time.time()))
+    texts: TokenTexts = field(init=False)
     preparing: int = 0  # requests whose job is not yet in the worker's queue
     looking: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a picture is decoded
+
+    def __post_init__(self):
+        self.texts = TokenTexts(self.worker.processor)
 
     async def submit(self, body: ChatBody, request: Request) -> Job:
         """
@@ -266,7 +240,7 @@ class Api:
         return job
 
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
-        """A reply, whole or streamed."""
+        """A reply or several, whole or streamed."""
         job = await self.submit(body, request)
         updates = stream_updates(job, self.worker)
         first = await anext(updates)  # an error before the first text sets the status
@@ -277,12 +251,9 @@ class Api:
             "model": self.name,
         }
         if body.stream:
-            events = server_sent_events(first, updates, job, head, body.stream_options.include_usage)
+            events = server_sent_events(job, first, updates, head, self.texts, body.stream_options.include_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED)
-        last = [first, *[update async for update in updates]][-1]
-        message = {"role": "assistant", "content": job.text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last.finish_reason}
-        return JSONResponse(head | {"choices": [choice], "usage": usage(job, last.tokens)})
+        return JSONResponse(completion(job, [first, *[update async for update in updates]], head, self.texts))
 
     async def knowledge(self, body: KnowledgeRequest, request: Request) -> Response:
         """A chat's knowledge vectors, and their projections, which the LLM reads."""

@@ -31,11 +31,17 @@ class Decoding(NamedTuple):
     """Decoding settings. Jobs with the same ones can share a batch."""
 
     use_knowledge: bool
+    num_replies: int
     num_beams: int
     num_candidates: int
     max_new_tokens: int | None  # beams and candidates stop together; other rows where their own request says
     seed: int | None
     sampling: tuple[tuple[str, Any], ...]  # arguments of `generate`
+
+    @property
+    def options(self) -> int:
+        """Beams or candidates that the replies are chosen from; 1: nothing is chosen."""
+        return self.num_beams * self.num_candidates
 
 
 # What some clients send although it asks for nothing: accepted with these values, refused with any other.
@@ -49,7 +55,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
     "service_tier": ("auto", "default"),
     "modalities": (["text"],),
-    "top_logprobs": (0,),
     "include_obfuscation": (False,),
     "tool_calls": ([],),
     "annotations": ([],),
@@ -194,6 +199,9 @@ class ChatCompletionRequest(ChatBody):
 
     Without `temperature` and `top_p` the model's generation config decides; `temperature=0` is greedy. A request with
     a `seed` has a batch of its own, since samples depend on the batch.
+
+    With `num_beams` or `num_candidates` the `n` replies are the best of these, the best first. `logprobs` are those
+    before temperature and truncation.
     """
 
     stream: bool = False
@@ -206,12 +214,13 @@ class ChatCompletionRequest(ChatBody):
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] = []
     num_beams: Annotated[int, Field(ge=1, le=8)] | None = None
     num_candidates: Annotated[int, Field(ge=1, le=16)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     use_knowledge: bool = True
     continue_final_message: bool | None = None
     user: str | None = None  # accepted and unused: for a provider's statistics
     # accepted at their defaults alone, which some clients send
-    n: Annotated[int, Field(ge=1, le=1)] = 1
-    logprobs: Literal[False] = False
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0
     presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
 
@@ -235,9 +244,12 @@ class ChatCompletionRequest(ChatBody):
             temperature = 1.0 if self.temperature is None else self.temperature
             sampling = {"do_sample": True, "temperature": temperature, "top_p": self.top_p, "top_k": 0}
         num_beams = self.num_beams or config.num_beams or 1
-        num_candidates = self._candidates(config, sampling.get("do_sample", config.do_sample) and num_beams == 1)
+        samples = sampling.get("do_sample", config.do_sample) and num_beams == 1
+        num_candidates = self._candidates(config, samples)
+        self._check_replies(num_beams * num_candidates, samples)
         return Decoding(
             use_knowledge=self.use_knowledge,
+            num_replies=self.n,
             num_beams=num_beams,
             num_candidates=num_candidates,
             max_new_tokens=self.max_new_tokens(config) if num_beams > 1 or num_candidates > 1 else None,
@@ -249,7 +261,33 @@ class ChatCompletionRequest(ChatBody):
         """How many replies are sampled to choose the best from; greedy and beam search have one."""
         if (self.num_candidates or 1) > 1 and not samples:
             raise ValueError("num_candidates needs a temperature above 0 and num_beams=1, or there is one candidate.")
-        return (self.num_candidates or getattr(config, "num_candidates", None) or 1) if samples else 1
+        if not samples or self.num_candidates:
+            return self.num_candidates or 1
+        default = getattr(config, "num_candidates", None) or 1
+        return default if default == 1 else max(default, self.n)
+
+    def _check_replies(self, options: int, samples: bool) -> None:
+        """Raises `ValueError` unless decoding with so many beams or candidates has `n` replies."""
+        if 1 < options < self.n:
+            raise ValueError(
+                f"n={self.n} replies cannot be the best of {options} beams or candidates: ask for at least {self.n} of "
+                "them, or for num_beams=1 and num_candidates=1."
+            )
+        if options == 1 < self.n and not samples:
+            raise ValueError(f"n={self.n} needs a temperature above 0, or num_beams: greedy decoding has one reply.")
+
+    def num_logprobs(self, num_beams: int) -> int | None:
+        """
+        How many of the most likely tokens are told beside each of the reply's own; `None` for not even these.
+
+        Raises:
+            ValueError: if there are none to tell.
+        """
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true.")
+        if self.logprobs and num_beams > 1:
+            raise ValueError("logprobs need num_beams=1.")
+        return self.top_logprobs if self.logprobs else None
 
     def max_new_tokens(self, config: GenerationConfig) -> int:
         """The reply's maximum length in tokens, with the model's generation config for defaults."""
