@@ -97,9 +97,11 @@ def listening(parts, **settings):
     thread.start()
     while not real.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{real.servers[0].sockets[0].getsockname()[1]}"
-    real.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{real.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        real.should_exit = True
+        thread.join()
 
 
 @contextmanager

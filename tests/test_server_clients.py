@@ -1,13 +1,16 @@
 """`vikdf serve` and the clients that exist: several replies, logprobs, pages of other origins, the official types."""
 
+# ruff: noqa: F811 (fixtures that are imported)
+
+import asyncio
 import json
 import math
+import re
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from shutil import which
-from typing import get_type_hints
 from unittest.mock import patch
 
 import pytest
@@ -15,7 +18,10 @@ import torch
 
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+uvicorn = pytest.importorskip("uvicorn")
 
+from fastapi.testclient import TestClient  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
 from test_server import (  # noqa: E402, F401
     CHAT,
     LONGER,
@@ -24,6 +30,7 @@ from test_server import (  # noqa: E402, F401
     answer,
     body,
     client,
+    data_url,
     events,
     held,
     listening,
@@ -36,12 +43,14 @@ from test_server import (  # noqa: E402, F401
     slowed,
     text_of,
     wait_until,
+    with_picture,
 )
 
 import modeling_vikdf  # noqa: E402
 from modeling_vikdf.cli import main  # noqa: E402
 from modeling_vikdf.server import schema  # noqa: E402
 from modeling_vikdf.server.app import create_app  # noqa: E402
+from modeling_vikdf.server.logprobs import TokenLogprobs, TokenTexts  # noqa: E402
 from modeling_vikdf.server.worker import Job  # noqa: E402
 
 
@@ -310,12 +319,14 @@ def test_logprobs_of_the_best_candidates(parts):
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_logprobs_end_where_the_text_does(client, size):
     whole = text_of(answer(client, LONGER, max_tokens=30))
-    start = next(place for place in range(len(whole) // 2, len(whole)) if whole[place].isalpha())  # no broken character
+    # not within a broken character
+    start = next(place for place in range(len(whole) // 2, len(whole)) if whole[place].isalpha())
     stop = whole[start : start + size]
-    found = answer(client, LONGER, max_tokens=30, stop=stop, logprobs=True)
+    how = {"max_tokens": 30, "stop": stop, "logprobs": True}
+    found = answer(client, LONGER, **how)
     assert spelt(logprobs_of(found)).startswith(text_of(found))
     assert not spelt(logprobs_of(found)[:-1]).startswith(text_of(found))
-    assert streamed_choices(client, LONGER, max_tokens=30, stop=stop, logprobs=True)[0]["logprobs"] == logprobs_of(found)
+    assert streamed_choices(client, LONGER, **how)[0]["logprobs"] == logprobs_of(found)
 
 
 def test_the_end_of_a_turn_has_no_logprob_of_its_own(parts):
@@ -330,8 +341,6 @@ def test_the_end_of_a_turn_has_no_logprob_of_its_own(parts):
 def test_logprobs_of_a_character_in_several_tokens(parts):
     processor, text = parts[1], "a 😀b"
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    from modeling_vikdf.server.logprobs import TokenLogprobs, TokenTexts
-
     told = []
     job = Job(None, None, len(ids), (), 0.0, None)
     job.emit = told.append
@@ -346,10 +355,11 @@ def test_logprobs_of_a_character_in_several_tokens(parts):
 
 
 def test_what_is_impossible_has_a_logprob_that_json_can_write(parts):
-    vocabulary = len(parts[1].tokenizer)
-    with patch.object(parts[0].generation_config, "suppress_tokens", [*range(3, vocabulary - 4)]), serving(parts) as client:
-        entries = logprobs_of(answer(client, max_tokens=2, logprobs=True, top_logprobs=20, temperature=1.0, seed=1))
-    assert not entries or min(each["logprob"] for each in entries[0]["top_logprobs"]) == -9999.0
+    possible = parts[1].tokenizer("dog water", add_special_tokens=False)["input_ids"]
+    rest = sorted({*range(512)} - {*possible})
+    with patch.object(parts[0].generation_config, "suppress_tokens", rest), serving(parts) as client:
+        entries = logprobs_of(answer(client, max_tokens=2, logprobs=True, top_logprobs=20))
+    assert min(each["logprob"] for each in entries[0]["top_logprobs"]) == -9999.0
 
 
 @pytest.mark.parametrize(
@@ -421,14 +431,220 @@ def test_origins_that_no_browser_sends(parts, wrong):
 
 
 def test_the_command_allows_origins(parts, tmp_path):
-    uvicorn = pytest.importorskip("uvicorn")
     for part in parts:
         part.save_pretrained(tmp_path / "mine")
     with patch.object(uvicorn, "run") as run:
         main(["serve", "--model", str(tmp_path / "mine"), "--allow-origin", "http://localhost:3000", ORIGIN])
-    from fastapi.testclient import TestClient
-
     with TestClient(run.call_args.args[0]) as client:
         assert preflight(client, ORIGIN).headers["access-control-allow-origin"] == ORIGIN
     with pytest.raises(SystemExit, match="vikdf: .*origin"):
         main(["serve", "--model", str(tmp_path / "mine"), "--allow-origin", "localhost"])
+
+
+# ---- the types of the official client ----
+
+
+def strictly(kind: type, answer: dict) -> None:
+    """That an answer is of an official type, with all of its fields and no others."""
+    found = kind.model_validate(answer, strict=True)
+    assert found.model_dump(exclude_unset=True, mode="json") == answer
+    assert unofficial(found) == []
+
+
+def unofficial(value) -> list[str]:
+    """Names of fields that the official types lack."""
+    if isinstance(value, list):
+        return sum(map(unofficial, value), [])
+    if not hasattr(value, "model_fields_set"):
+        return []
+    inner = [unofficial(getattr(value, name)) for name in value.model_fields_set]
+    return [*(value.model_extra or ()), *sum(inner, [])]
+
+
+@pytest.mark.parametrize("more", [{}, {"n": 2, "temperature": 1.0}, LOGPROBS, {"stop": "e"}, {"num_beams": 2}])
+def test_answers_are_of_the_official_types(client, more):
+    chat = pytest.importorskip("openai.types.chat")
+    strictly(chat.ChatCompletion, answer(client, **more))
+    for options in ({}, {"include_usage": True}):
+        for chunk in events(client.post(CHAT, json=body(stream=True, stream_options=options, **more))):
+            strictly(chat.ChatCompletionChunk, chunk)
+
+
+def test_models_and_errors_are_of_the_official_types(client):
+    openai = pytest.importorskip("openai")
+    strictly(openai.types.Model, client.get("/v1/models/vikdf").json())
+    found = client.get("/v1/models").json()
+    strictly(openai.pagination.SyncPage[openai.types.Model], found)
+    strictly(openai.types.shared.ErrorObject, client.get("/v1/models/gpt-4").json()["error"])
+
+
+# What a request may ask of OpenAI's API and not of this server, with something that it asks.
+REFUSED = {
+    "audio": {"format": "wav", "voice": "alloy"},
+    "frequency_penalty": 1.0,
+    "function_call": {"name": "a"},
+    "functions": [{"name": "a"}],
+    "logit_bias": {"50256": -100},
+    "metadata": {"a": "b"},
+    "modalities": ["text", "audio"],
+    "moderation": {"model": "omni-moderation-latest"},
+    "prediction": {"type": "content", "content": "a"},
+    "presence_penalty": 1.0,
+    "prompt_cache_options": {"mode": "explicit"},
+    "prompt_cache_retention": "24h",
+    "reasoning_effort": "low",
+    "response_format": {"type": "json_object"},
+    "service_tier": "priority",
+    "store": True,
+    "tool_choice": "required",
+    "tools": [{"type": "function", "function": {"name": "a"}}],
+    "verbosity": "low",
+    "web_search_options": {},
+}
+# How many tools may be called at once says nothing where there are none.
+ANYTHING = {"parallel_tool_calls"}
+
+
+def official_fields(module: str, name: str) -> set[str]:
+    """The fields of one of the official client's types of requests."""
+    kind = getattr(pytest.importorskip(module), name)
+    return {*kind.__required_keys__, *kind.__optional_keys__}
+
+
+def test_each_official_field_works_or_is_refused_by_name(client):
+    module = "openai.types.chat.completion_create_params"
+    fields = official_fields(module, "CompletionCreateParamsStreaming")
+    assert fields == official_fields(module, "CompletionCreateParamsNonStreaming")
+    ours = {*schema.ChatCompletionRequest.model_fields}
+    assert fields - ours - ANYTHING <= REFUSED.keys(), "new ones: let them work, or refuse them by name"
+    assert REFUSED.keys() <= fields
+    for field, value in REFUSED.items():
+        refused(client.post(CHAT, json=body(**{field: value})), 400, f"^{field}: ")
+
+
+SAID = {"audio": {"id": "a"}, "refusal": "No", "function_call": {}, "tool_calls": [{}]}
+CACHED = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+
+
+@pytest.mark.parametrize(
+    "kind, ours, others",
+    [
+        *((f"{role}MessageParam", schema.ChatMessage, {}) for role in ("System", "Developer", "User")),
+        ("AssistantMessageParam", schema.ChatMessage, SAID),
+        ("ContentPartTextParam", schema.TextPart, CACHED),
+        ("ContentPartImageParam", schema.ImagePart, CACHED),
+        ("StreamOptionsParam", schema.StreamOptions, {"include_obfuscation": True}),
+    ],
+)
+def test_each_official_field_of_a_part_works_or_is_refused_by_name(kind, ours, others):
+    assert official_fields("openai.types.chat", f"ChatCompletion{kind}") - {*ours.model_fields} == {*others}
+    for field, value in others.items():
+        with pytest.raises(ValidationError, match=rf"{field}\n  Extra inputs"):
+            ours.model_validate({field: value})
+
+
+def test_the_docs_name_what_is_refused():
+    page = (Path(modeling_vikdf.__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^\* Refused with 400: (.+?)^\* ", page, re.M | re.S)
+    assert REFUSED.keys() <= {*re.findall(r"`(\w+)`", section)}
+
+
+# ---- clients ----
+
+
+def test_the_examples_of_the_openai_client(parts, pipe):
+    openai = pytest.importorskip("openai")
+    with listening(parts, api_key=SECRET) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=SECRET, max_retries=0)
+        asked = {"model": "vikdf", "messages": LONGER, "max_tokens": 12}
+        ask = partial(client.chat.completions.create, **asked)
+        expected = pipe(LONGER, max_new_tokens=12)[0]["generated_text"]
+        several = ask(n=3, temperature=1.2, seed=4)
+        assert len({choice.message.content for choice in several.choices}) > 1
+        texts = ["", "", ""]
+        for chunk in ask(n=3, temperature=1.2, seed=4, stream=True, stream_options={"include_usage": True}):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        assert texts == [choice.message.content for choice in several.choices]
+        assert chunk.usage == several.usage
+        likely = ask(logprobs=True, top_logprobs=3).choices[0]
+        assert likely.message.content == expected
+        assert {len(entry.top_logprobs) for entry in likely.logprobs.content} == {3}
+        with client.chat.completions.stream(**asked, logprobs=True) as stream:
+            kinds = {event.type for event in stream}
+            assert stream.get_final_completion().choices[0].message.content == expected
+        assert {"chunk", "content.delta", "content.done", "logprobs.content.delta"} <= kinds
+        assert client.chat.completions.with_raw_response.create(**asked).parse().choices == ask().choices
+        assert client.models.retrieve("vikdf").id == "vikdf"
+        for field in ("tools", "response_format"):
+            with pytest.raises(openai.BadRequestError, match=f"{field}: not supported by this server"):
+                ask(**{field: REFUSED[field]})
+
+
+def test_the_openai_client_that_does_not_block(parts, pipe):
+    openai = pytest.importorskip("openai")
+
+    async def ask(url: str) -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            create = partial(client.chat.completions.create, model="vikdf", messages=LONGER, max_tokens=12)
+            pieces = [chunk.choices[0].delta.content or "" async for chunk in await create(stream=True)]
+            whole = await asyncio.gather(*(create() for _ in range(3)))
+            return ["".join(pieces), *(each.choices[0].message.content for each in whole)]
+
+    with listening(parts) as url:
+        assert asyncio.run(ask(url)) == [pipe(LONGER, max_new_tokens=12)[0]["generated_text"]] * 4
+
+
+def test_langchain(parts, pipe, monkeypatch):
+    langchain = pytest.importorskip("langchain_openai")
+    monkeypatch.setenv("LANGSMITH_TRACING", "false")
+    expected = pipe(LONGER, max_new_tokens=12)[0]["generated_text"]
+    shown = with_picture(data_url(picture("red")))
+    of_the_picture = pipe("Look!", images=picture("red"), max_new_tokens=12)[0]["generated_text"]
+    with listening(parts, api_key=SECRET) as url:
+        asked = {"base_url": f"{url}/v1", "api_key": SECRET, "model": "vikdf", "max_tokens": 12, "max_retries": 0}
+        chat = langchain.ChatOpenAI(**asked)
+        reply = chat.invoke(LONGER)
+        assert reply.content == expected and reply.usage_metadata["output_tokens"] == 12
+        chunks = [*chat.stream(LONGER)]
+        assert "".join(chunk.content for chunk in chunks) == expected and len(chunks) > 3
+        assert [each.content for each in chat.batch([LONGER, LONGER, shown])] == [expected] * 2 + [of_the_picture]
+        likely = chat.bind(logprobs=True, top_logprobs=2).invoke(LONGER).response_metadata["logprobs"]
+        assert spelt(likely["content"]) == expected
+        several = langchain.ChatOpenAI(**asked, n=3, temperature=1.2)
+        (found,) = several.generate([several._convert_input(LONGER).to_messages()]).generations
+        assert len({each.text for each in found}) > 1
+
+
+def test_litellm(parts, pipe, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks the network for it
+    litellm = pytest.importorskip("litellm")
+    expected = pipe(LONGER, max_new_tokens=12)[0]["generated_text"]
+    with listening(parts, api_key=SECRET) as url:
+        ask = partial(
+            litellm.completion, "openai/vikdf", LONGER, api_base=f"{url}/v1", api_key=SECRET, max_tokens=12
+        )
+        assert ask().choices[0].message.content == expected
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in ask(stream=True)) == expected
+        assert len(ask(n=2, temperature=1.2).choices) == 2
+
+
+def curl(*arguments: str) -> str:
+    command = ["curl", "--silent", "--show-error", "--max-time", "60", "--noproxy", "*", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(which("curl") is None, reason="curl is not installed")
+def test_curl(parts, pipe):
+    expected = pipe(LONGER, max_new_tokens=12)[0]["generated_text"]
+    ask = partial(curl, "--header", "Content-Type: application/json", "--header", f"Authorization: Bearer {SECRET}")
+    with listening(parts, api_key=SECRET) as url:
+        assert text_of(json.loads(ask(url + CHAT, "--data", json.dumps(body(LONGER, max_tokens=12))))) == expected
+        streamed = ask(url + CHAT, "--no-buffer", "--data", json.dumps(body(LONGER, max_tokens=12, stream=True)))
+        *lines, done, end = streamed.split("\n\n")
+        assert (done, end) == ("data: [DONE]", "")
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected
+        assert json.loads(ask(f"{url}/v1/knowledge", "--data", json.dumps(body(LONGER))))["object"] == "knowledge"
+        assert "API key" in json.loads(curl(f"{url}/v1/models"))["error"]["message"]
+        assert curl(f"{url}/health", "--output", "/dev/null", "--write-out", "%{http_code}") == "200"

@@ -16,6 +16,9 @@ from .schema import error_response
 from .worker import Job, Update
 
 
+# ---- what is answered: these types are the OpenAPI page's ----
+
+
 class TopLogprob(TypedDict):
     """A likely token. One that is a part of a character has U+FFFD for text, and its own bytes."""
 
@@ -69,6 +72,63 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[Choice]
     usage: Usage
+
+
+class Vectors(TypedDict):
+    """Vectors [m, d]: rows of numbers, or base64 of little-endian float32."""
+
+    shape: list[int]
+    data: list[list[float]] | str
+
+
+class Knowledge(TypedDict):
+    """A chat's knowledge vectors [m, h], and their projections [m, d_llm], which the LLM reads."""
+
+    object: Literal["knowledge"]
+    model: str
+    encoding_format: Literal["float", "base64"]
+    knowledge: Vectors
+    projected: Vectors
+
+
+class Model(TypedDict):
+    """A model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(TypedDict):
+    """The models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(TypedDict):
+    """`ok`, or what is wrong."""
+
+    status: str
+
+
+class Error(TypedDict):
+    """What is wrong, and whose fault it is."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: None
+    code: None
+
+
+class Refusal(TypedDict):
+    """An error, as OpenAI's clients read it."""
+
+    error: Error
+
+
+# ---- from a job to its answer ----
 
 
 def usage(job: Job, last: dict[int, Update]) -> Usage:
@@ -144,4 +204,5 @@ async def server_sent_events(
     yield "data: [DONE]\n\n"
 
 
-__all__ = ["ChatCompletion", "completion", "server_sent_events", "usage"]
+__all__ = ["ChatCompletion", "Health", "Knowledge", "Model", "ModelList", "Refusal"]
+__all__ += ["completion", "server_sent_events"]

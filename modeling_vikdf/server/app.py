@@ -28,24 +28,27 @@ import io
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
 from ..building import load_model
 from ..pipeline_vikdf import prompt_embeddings as prompt_embeddings  # was here up to 0.1: for one more release
-from .answers import completion, server_sent_events
+from .answers import ChatCompletion, Health, Knowledge, Model, ModelList, Refusal, completion, server_sent_events
 from .logprobs import TokenTexts
 from .schema import ChatBody, ChatCompletionRequest, KnowledgeRequest, error_response
 from .worker import Job, Metrics, Update, Worker, log_failure
@@ -55,6 +58,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 * 2**20
 CLIENT_LEFT = 499  # never sent: for the log and the metrics only
+ANSWERED_CHAT = {200: {"model": ChatCompletion, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is nginx's
 
 
@@ -332,6 +336,7 @@ def create_app(
     max_batch_tokens: int | None = None,
     max_queue: int = 64,
     timeout: float = 60.0,
+    allow_origins: Sequence[str] = (),
 ) -> FastAPI:
     """
     The server as an ASGI application, which can be started once, or mounted in another one.
@@ -347,9 +352,11 @@ def create_app(
             it alone are refused. By default the LLM's window, so that each chat fits, or 16,384 if that is more.
         max_queue: maximum number of waiting requests; further ones get 429.
         timeout: seconds that a request may take to arrive, and its response after that.
+        allow_origins: origins whose pages a browser lets use this server, `https://example.org` or `*` for all. They
+            need the key, too.
 
     Raises:
-        ValueError: if the key is empty, or a limit is not positive.
+        ValueError: if the key is empty, a limit is not positive, or an origin is none that a browser sends.
     """
     if api_key == "":
         raise ValueError("The API key is empty; leave it out to require none.")
@@ -362,6 +369,7 @@ def create_app(
     for setting, value in limits.items():
         if value is not None and value <= 0:
             raise ValueError(f"{setting} must be positive, not {value}.")
+    check_origins(allow_origins)
     metrics = Metrics()
     worker = Worker(model, processor, max_batch, max_batch_tokens, max_queue, metrics)
     api = Api(name, worker, metrics, timeout)
@@ -373,22 +381,47 @@ def create_app(
         worker.stop()
         await asyncio.to_thread(worker.join)
 
+    # what the OpenAPI page says of all routes of the API; it is the guard that checks the key
+    described: dict[str, Any] = {"responses": {"4XX": {"model": Refusal}, "5XX": {"model": Refusal}}}
+    if api_key is not None:
+        described["dependencies"] = [Security(HTTPBearer(auto_error=False))]
     # no documentation pages: they load their scripts from elsewhere
     app = FastAPI(title="VIKDF", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(RequestGuard, metrics=metrics, api_key=api_key, timeout=timeout)
+    if allow_origins:  # outside the guard: browsers ask without the key first, and show a page no refusal but such
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allow_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),  # clients send many of their own
+            expose_headers=("Retry-After",),
+        )
     app.add_exception_handler(StarletteHTTPException, refuse)
     app.add_exception_handler(RequestValidationError, refuse_body)
-    app.post("/v1/chat/completions")(api.chat_completions)
-    app.post("/v1/knowledge")(api.knowledge)
-    app.get("/v1/models")(api.models)
-    app.get("/v1/models/{model:path}")(api.model)  # a Hub id contains a slash
-    app.get("/health")(api.health)
-    app.get("/metrics")(api.metrics_page)
+    v1 = APIRouter(prefix="/v1", **described)
+    v1.post("/chat/completions", responses=ANSWERED_CHAT)(api.chat_completions)
+    v1.post("/knowledge", responses={200: {"model": Knowledge}})(api.knowledge)
+    v1.get("/models", responses={200: {"model": ModelList}})(api.models)
+    v1.get("/models/{model:path}", responses={200: {"model": Model}})(api.model)  # a Hub id contains a slash
+    app.include_router(v1)
+    app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}})(api.health)
+    app.get("/metrics", response_class=PlainTextResponse)(api.metrics_page)
     return app
 
 
+def check_origins(origins: Sequence[str]) -> None:
+    """Raises `ValueError` unless all are `*`, or written as browsers send them."""
+    for origin in origins:
+        parts = urlsplit(origin)
+        if origin != "*" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}".lower()):
+            raise ValueError(
+                f"{origin!r} is no origin that a browser sends: write scheme, host and any port, in lower case, as in "
+                "https://example.org or http://localhost:3000, or * for all."
+            )
+
+
 def serve(
-    source: str | None = None, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None, **limits: Any
+    source: str | None = None, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None, **settings: Any
 ) -> None:
     """
     Loads a model and serves it until the process is terminated.
@@ -398,7 +431,7 @@ def serve(
         host: address to listen on.
         port: port to listen on.
         api_key: see `create_app`.
-        **limits: see `create_app`.
+        **settings: see `create_app`.
 
     Raises:
         OSError, ValueError: if the model cannot be loaded, or a setting is out of range.
@@ -419,9 +452,11 @@ def serve(
             model.attach_vision_encoder()
         except OSError:
             logger.warning("The vision encoder was not found: requests with pictures are refused.")
-    app = create_app(model, processor, name, api_key=api_key, **limits)
+    app = create_app(model, processor, name, api_key=api_key, **settings)
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("Anyone who can reach %s:%d can use this server: it requires no API key.", host, port)
+    if api_key is None and "*" in settings.get("allow_origins", ()):
+        logger.warning("Any page in a browser on this machine can use this server: it requires no API key.")
     # uvicorn's own access log would show whole URLs, whatever they contain
     uvicorn.run(
         app,

@@ -3,7 +3,7 @@
 Knows JSON, the processor's messages and the arguments of `generate`; knows nothing of queues, batches and routes.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -44,39 +44,45 @@ class Decoding(NamedTuple):
         return self.num_beams * self.num_candidates
 
 
-# What some clients send although it asks for nothing: accepted with these values, refused with any other.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),  # among no tools
-    "parallel_tool_calls": (True, False),
-    "logit_bias": ({},),
-    "store": (False,),
-    "metadata": ({},),
-    "service_tier": ("auto", "default"),
-    "modalities": (["text"],),
-    "include_obfuscation": (False,),
-    "tool_calls": ([],),
-    "annotations": ([],),
-}
-
-
-def asks_for_nothing(field: str, value: Any) -> bool:
-    """Whether a field's value is `null` or one of those that some clients send although they ask for nothing."""
-    return value is None or any(type(value) is type(each) and value == each for each in NEUTRAL.get(field, ()))
-
-
 class _Body(BaseModel):
-    """Strict JSON types; `null` means "not given"; fields that are unknown and ask for something are refused."""
+    """
+    Strict JSON types; `null` means "not given"; fields that are unknown and ask for something are refused.
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    `neutral` are values of other fields that ask for nothing, which some clients send: these are accepted.
+    """
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        json_schema_extra=lambda schema, body: body.describe_what_asks_for_nothing(schema),
+    )
+
+    @classmethod
+    def asks_for_nothing(cls, field: str, value: Any) -> bool:
+        """Whether a field's value is `null` or neutral."""
+        neutral = cls.neutral.get(field, ())
+        return value is None or any(type(value) is type(each) and value == each for each in neutral)
+
+    @classmethod
+    def describe_what_asks_for_nothing(cls, schema: dict[str, Any]) -> None:
+        """Adds to a JSON schema what is accepted beside the fields and their values."""
+        fields, null = schema["properties"], {"type": "null"}
+        for name in fields.keys() - {*schema.get("required", ())}:
+            if null not in fields[name].get("anyOf", ()):
+                about = {key: fields[name].pop(key) for key in ("title", "default") if key in fields[name]}
+                fields[name] = {"anyOf": [fields[name], null], **about}
+        fields |= {name: {"enum": [*values, None]} for name, values in cls.neutral.items()}
+        schema["additionalProperties"] = null
 
     @model_validator(mode="before")
     @classmethod
     def _without_what_asks_for_nothing(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {key: item for key, item in value.items() if not asks_for_nothing(key, item)}
+        return {key: item for key, item in value.items() if not cls.asks_for_nothing(key, item)}
 
 
 class TextPart(_Body):
@@ -117,6 +123,8 @@ class ImagePart(_Body):
 
 class ChatMessage(_Body):
     """One turn: plain text, or parts. `developer` is another name for `system`."""
+
+    neutral = {"tool_calls": ([],), "annotations": ([],)}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
@@ -182,6 +190,8 @@ class KnowledgeRequest(ChatBody):
 class StreamOptions(_Body):
     """Whether a streamed reply ends with a chunk that holds its token counts."""
 
+    neutral = {"include_obfuscation": (False,)}
+
     include_usage: bool = False
 
 
@@ -204,6 +214,22 @@ class ChatCompletionRequest(ChatBody):
     before temperature and truncation.
     """
 
+    neutral = {
+        "response_format": ({"type": "text"},),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),  # among no tools
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),  # the older names
+        "function_call": ("none", "auto"),
+        "logit_bias": ({},),
+        "store": (False,),
+        "metadata": ({},),
+        "service_tier": ("auto", "default"),
+        "modalities": (["text"],),
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
+    }
+
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -219,7 +245,10 @@ class ChatCompletionRequest(ChatBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     use_knowledge: bool = True
     continue_final_message: bool | None = None
-    user: str | None = None  # accepted and unused: for a provider's statistics
+    # accepted and unused: names of users and of prompts, for a provider's statistics and cache
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     # accepted at their defaults alone, which some clients send
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0
     presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
@@ -270,8 +299,8 @@ class ChatCompletionRequest(ChatBody):
         """Raises `ValueError` unless decoding with so many beams or candidates has `n` replies."""
         if 1 < options < self.n:
             raise ValueError(
-                f"n={self.n} replies cannot be the best of {options} beams or candidates: ask for at least {self.n} of "
-                "them, or for num_beams=1 and num_candidates=1."
+                f"n={self.n} replies cannot be the best of {options} beams or candidates: ask for as many, or for "
+                "num_beams=1 and num_candidates=1."
             )
         if options == 1 < self.n and not samples:
             raise ValueError(f"n={self.n} needs a temperature above 0, or num_beams: greedy decoding has one reply.")
