@@ -11,8 +11,8 @@ Reads as a request flows:
 User text is never logged: a request is one line with its route, status and duration, a failure its exception's type
 and traceback without the message. Pictures come with the request; the server fetches nothing.
 
-Knows HTTP; what a request may say is in schema.py, how the model answers it in worker.py, which connections end
-in connections.py.
+Knows HTTP; what a request may say is in schema.py, what is answered in answers.py, how the model answers in worker.py,
+which connections end in connections.py.
 
 Example run:
     VIKDF_API_KEY=secret vikdf serve --port 8000
