@@ -611,8 +611,8 @@ def test_langchain(parts, pipe, monkeypatch):
         assert [each.content for each in chat.batch([LONGER, LONGER, shown])] == [expected] * 2 + [of_the_picture]
         likely = chat.bind(logprobs=True, top_logprobs=2).invoke(LONGER).response_metadata["logprobs"]
         assert spelt(likely["content"]) == expected
-        several = langchain.ChatOpenAI(**asked, n=3, temperature=1.2)
-        (found,) = several.generate([several._convert_input(LONGER).to_messages()]).generations
+        messages = pytest.importorskip("langchain_core.messages").convert_to_messages(LONGER)
+        (found,) = langchain.ChatOpenAI(**asked, n=3, temperature=1.2).generate([messages]).generations
         assert len({each.text for each in found}) > 1
 
 

@@ -67,7 +67,7 @@ UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the sec
 
 class RequestGuard:
     """
-    The outermost ASGI middleware.
+    The outermost ASGI middleware, but for that of other origins.
 
     It refuses wrong keys and bodies that are too large or too slow, turns unexpected errors into a 500, and counts and
     logs every response.
@@ -388,7 +388,7 @@ def create_app(
     # no documentation pages: they load their scripts from elsewhere
     app = FastAPI(title="VIKDF", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(RequestGuard, metrics=metrics, api_key=api_key, timeout=timeout)
-    if allow_origins:  # outside the guard: browsers ask without the key first, and show a page no refusal but such
+    if allow_origins:  # outside the guard: browsers ask without the key first, and pages read its refusals, too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=allow_origins,

@@ -470,8 +470,8 @@ class BatchSteps(StoppingCriteria):
     """
     Streams the rows of a batch, where transformers' streamers take one row only.
 
-    It passes each reply its new token, and ends rows that are finished or cancelled. With beams or candidates it
-    only ends them, for which replies are chosen is known in the end.
+    It passes each reply its new token, and ends rows that are finished or cancelled. Beams and candidates it only
+    ends; `finish` passes on what is chosen among them.
 
     Args:
         jobs: those of the batch, whose decoding is the same.
@@ -503,7 +503,7 @@ class BatchSteps(StoppingCriteria):
         newest = input_ids[:, -1]  # [R]
         logprobs = [None] * len(newest) if self.recorder is None else self.recorder.read(newest)
         if self.chooses:
-            self.recorded.append(logprobs)
+            self.recorded.append(logprobs)  # of candidates; it is known in the end which are the replies
             self.written = input_ids
             copies = len(newest) // len(self.jobs)  # a beam search looks at more than its beams
             ended = [job.cancelled for job in self.jobs for _ in range(copies)]
