@@ -381,10 +381,6 @@ def create_app(
         worker.stop()
         await asyncio.to_thread(worker.join)
 
-    # what the OpenAPI page says of all routes of the API; it is the guard that checks the key
-    described: dict[str, Any] = {"responses": {"4XX": {"model": Refusal}, "5XX": {"model": Refusal}}}
-    if api_key is not None:
-        described["dependencies"] = [Security(HTTPBearer(auto_error=False))]
     # no documentation pages: they load their scripts from elsewhere
     app = FastAPI(title="VIKDF", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(RequestGuard, metrics=metrics, api_key=api_key, timeout=timeout)
@@ -398,7 +394,17 @@ def create_app(
         )
     app.add_exception_handler(StarletteHTTPException, refuse)
     app.add_exception_handler(RequestValidationError, refuse_body)
-    v1 = APIRouter(prefix="/v1", **described)
+    add_routes(app, api, api_key is not None)
+    return app
+
+
+def add_routes(app: FastAPI, api: Api, has_key: bool) -> None:
+    """Adds the routes with what the OpenAPI page says of them; it is the guard that checks the key."""
+    v1 = APIRouter(
+        prefix="/v1",
+        responses={"4XX": {"model": Refusal}, "5XX": {"model": Refusal}},
+        dependencies=[Security(HTTPBearer(auto_error=False))] if has_key else [],
+    )
     v1.post("/chat/completions", responses=ANSWERED_CHAT)(api.chat_completions)
     v1.post("/knowledge", responses={200: {"model": Knowledge}})(api.knowledge)
     v1.get("/models", responses={200: {"model": ModelList}})(api.models)
@@ -406,7 +412,6 @@ def create_app(
     app.include_router(v1)
     app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}})(api.health)
     app.get("/metrics", response_class=PlainTextResponse)(api.metrics_page)
-    return app
 
 
 def check_origins(origins: Sequence[str]) -> None:
