@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from shutil import which
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ import torch
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 uvicorn = pytest.importorskip("uvicorn")
 
+from fastapi import HTTPException  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 from test_server import (  # noqa: E402, F401
@@ -40,7 +41,6 @@ from test_server import (  # noqa: E402, F401
     pipe,
     refused,
     serving,
-    slowed,
     text_of,
     wait_until,
     with_picture,
@@ -49,9 +49,10 @@ from test_server import (  # noqa: E402, F401
 import modeling_vikdf  # noqa: E402
 from modeling_vikdf.cli import main  # noqa: E402
 from modeling_vikdf.server import schema  # noqa: E402
-from modeling_vikdf.server.app import create_app  # noqa: E402
+from modeling_vikdf.server.app import create_app, stream_updates  # noqa: E402
 from modeling_vikdf.server.logprobs import TokenLogprobs, TokenTexts  # noqa: E402
-from modeling_vikdf.server.worker import Job  # noqa: E402
+from modeling_vikdf.server.schema import Decoding  # noqa: E402
+from modeling_vikdf.server.worker import Job, Update  # noqa: E402
 
 
 SAMPLED = {"temperature": 1.3, "max_tokens": 10}
@@ -197,13 +198,23 @@ def test_more_replies_than_the_model_has_candidates_by_default(parts):
             assert len(texts_of(answer(client, n=1))) == 1
 
 
-def test_several_replies_that_are_not_done_in_time_end_early(parts):
-    with serving(parts, timeout=2.0) as client, slowed(parts[0], 0.1):
-        found = answer(client, n=3, temperature=1.0, max_tokens=400)
-        assert [choice["finish_reason"] for choice in found["choices"]] == ["length"] * 3
-        assert all(texts_of(found)) and 0 < found["usage"]["completion_tokens"] < 90
-        streams = streamed_choices(client, n=3, temperature=1.0, max_tokens=400)
-        assert [streams[index]["reason"] for index in range(3)] == ["length"] * 3
+def test_several_replies_that_are_not_done_in_time_end_early():
+    decoding = Decoding(True, 3, 1, 1, None, None, ())
+
+    async def updates(*queued: Update) -> list[Update]:
+        loop = asyncio.get_running_loop()
+        job = Job(None, decoding, 9, (), loop.time() - 1, loop)  # whose deadline is over when nothing more is queued
+        for update in queued:
+            job.events.put_nowait(update)
+        return [update async for update in stream_updates(job, Mock())]
+
+    queued = [Update("a", None, 1, 0), Update("b", "stop", 2, 1), Update("c", None, 3, 0)]
+    cut = [Update("", "length", 3, 0), Update("", "length", 0, 2)]
+    assert asyncio.run(updates(*queued)) == queued + cut
+    whole = [*queued, Update("", "stop", 4, 0), Update("d", "length", 9, 2)]
+    assert asyncio.run(updates(*whole)) == whole
+    with pytest.raises(HTTPException, match="504"):
+        asyncio.run(updates())
 
 
 # ---- logprobs ----
