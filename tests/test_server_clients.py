@@ -50,9 +50,9 @@ import modeling_vikdf  # noqa: E402
 from modeling_vikdf.cli import main  # noqa: E402
 from modeling_vikdf.server import schema  # noqa: E402
 from modeling_vikdf.server.app import create_app, stream_updates  # noqa: E402
+from modeling_vikdf.server.jobs import Job, Update  # noqa: E402
 from modeling_vikdf.server.logprobs import TokenLogprobs, TokenTexts  # noqa: E402
 from modeling_vikdf.server.schema import Decoding  # noqa: E402
-from modeling_vikdf.server.worker import Job, Update  # noqa: E402
 
 
 SAMPLED = {"temperature": 1.3, "max_tokens": 10}

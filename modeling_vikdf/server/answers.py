@@ -11,9 +11,9 @@ from typing import Any, Literal
 from fastapi import HTTPException
 from typing_extensions import TypedDict  # typing's lacks what pydantic needs before Python 3.12
 
+from .jobs import Job, Update
 from .logprobs import TokenTexts
 from .schema import error_response
-from .worker import Job, Update
 
 
 # ---- what is answered: these types are the OpenAPI page's ----

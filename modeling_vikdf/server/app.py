@@ -49,9 +49,10 @@ from .. import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
 from ..building import load_model
 from ..pipeline_vikdf import prompt_embeddings as prompt_embeddings  # was here up to 0.1: for one more release
 from .answers import ChatCompletion, Health, Knowledge, Model, ModelList, Refusal, completion, server_sent_events
+from .jobs import Job, Update
 from .logprobs import TokenTexts
 from .schema import ChatBody, ChatCompletionRequest, KnowledgeRequest, error_response
-from .worker import Job, Metrics, Update, Worker, log_failure
+from .worker import Metrics, Worker, log_failure
 
 
 logger = logging.getLogger(__name__)
@@ -369,7 +370,6 @@ def create_app(
     for setting, value in limits.items():
         if value is not None and value <= 0:
             raise ValueError(f"{setting} must be positive, not {value}.")
-    check_origins(allow_origins)
     metrics = Metrics()
     worker = Worker(model, processor, max_batch, max_batch_tokens, max_queue, metrics)
     api = Api(name, worker, metrics, timeout)
@@ -384,14 +384,7 @@ def create_app(
     # no documentation pages: they load their scripts from elsewhere
     app = FastAPI(title="VIKDF", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(RequestGuard, metrics=metrics, api_key=api_key, timeout=timeout)
-    if allow_origins:  # outside the guard: browsers ask without the key first, and pages read its refusals, too
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=allow_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("*",),  # clients send many of their own
-            expose_headers=("Retry-After",),
-        )
+    add_origins(app, allow_origins)
     app.add_exception_handler(StarletteHTTPException, refuse)
     app.add_exception_handler(RequestValidationError, refuse_body)
     add_routes(app, api, api_key is not None)
@@ -414,8 +407,13 @@ def add_routes(app: FastAPI, api: Api, has_key: bool) -> None:
     app.get("/metrics", response_class=PlainTextResponse)(api.metrics_page)
 
 
-def check_origins(origins: Sequence[str]) -> None:
-    """Raises `ValueError` unless all are `*`, or written as browsers send them."""
+def add_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """
+    Lets browsers show the answers to pages of other origins.
+
+    Raises:
+        ValueError: unless all are `*`, or written as browsers send them.
+    """
     for origin in origins:
         parts = urlsplit(origin)
         if origin != "*" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}".lower()):
@@ -423,6 +421,14 @@ def check_origins(origins: Sequence[str]) -> None:
                 f"{origin!r} is no origin that a browser sends: write scheme, host and any port, in lower case, as in "
                 "https://example.org or http://localhost:3000, or * for all."
             )
+    if origins:
+        app.add_middleware(  # outside the guard: browsers ask without the key first, and pages read its refusals, too
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),  # clients send many of their own
+            expose_headers=("Retry-After",),
+        )
 
 
 def serve(
