@@ -518,6 +518,14 @@ def benchmark(args: argparse.Namespace) -> None:
     ),
     option("--max-queue", type=int, default=64, help="waiting requests before others get 429 (default: 64)"),
     option("--timeout", type=float, default=60, help="seconds for an answer (default: 60)"),
+    option(
+        "--allow-origin",
+        dest="allow_origins",
+        nargs="+",
+        default=(),
+        metavar="ORIGIN",
+        help="origins whose web pages may use the server, as in https://example.org; * for all (default: none)",
+    ),
     extra="serve",
 )
 def serve(args: argparse.Namespace) -> None:
@@ -525,8 +533,8 @@ def serve(args: argparse.Namespace) -> None:
     from modeling_vikdf.server.app import serve
 
     key = os.environ.get("VIKDF_API_KEY") if args.api_key is None else args.api_key
-    limits = ("max_batch", "max_batch_tokens", "max_queue", "timeout")
-    serve(args.model, args.host, args.port, key, **{name: getattr(args, name) for name in limits})
+    settings = ("max_batch", "max_batch_tokens", "max_queue", "timeout", "allow_origins")
+    serve(args.model, args.host, args.port, key, **{name: getattr(args, name) for name in settings})
 
 
 @command("print the version of the package")

@@ -60,11 +60,11 @@ WRONG: dict[tuple[str | int, ...], list[Any]] = {
     ("stream",): ["true", 1, 0, [], {}],
     ("stream_options",): [1, [], "a", {"a": 1}, {"include_usage": 1}],
     ("seed",): [1.5, "1", True, 2**64, []],
-    ("n",): [0, 2, -1, 1.5, "1", True],
+    ("n",): [0, 129, -1, 1.5, "2", True],
     ("num_beams",): [0, -1, 9, 1.5, "2", True],
     ("use_knowledge",): ["no", 0, []],
     ("user",): [1, [], {}],
-    ("logprobs",): [True, 1, "a"],
+    ("logprobs",): [1, "a"],
     ("frequency_penalty",): [1, -1, "0"],
     ("presence_penalty",): [0.5, [], True],
     **{

@@ -11,8 +11,8 @@ Reads as a request flows:
 User text is never logged: a request is one line with its route, status and duration, a failure its exception's type
 and traceback without the message. Pictures come with the request; the server fetches nothing.
 
-Knows HTTP; what a request may say is in schema.py, how the model answers it in worker.py, which connections end
-in connections.py.
+Knows HTTP; what a request may say is in schema.py, what is answered in answers.py, how the model answers in worker.py,
+which connections end in connections.py.
 
 Example run:
     VIKDF_API_KEY=secret vikdf serve --port 8000
@@ -25,35 +25,41 @@ import asyncio
 import base64
 import hmac
 import io
-import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
 from ..building import load_model
 from ..pipeline_vikdf import prompt_embeddings as prompt_embeddings  # was here up to 0.1: for one more release
+from .answers import ChatCompletion, Health, Knowledge, Model, ModelList, Refusal, completion, server_sent_events
+from .jobs import Job, Update
+from .logprobs import TokenTexts
 from .schema import ChatBody, ChatCompletionRequest, KnowledgeRequest, error_response
-from .worker import Job, Metrics, Update, Worker, log_failure
+from .worker import Metrics, Worker, log_failure
 
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 * 2**20
 CLIENT_LEFT = 499  # never sent: for the log and the metrics only
+ANSWERED_CHAT = {200: {"model": ChatCompletion, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is nginx's
 
 
@@ -62,7 +68,7 @@ UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the sec
 
 class RequestGuard:
     """
-    The outermost ASGI middleware.
+    The outermost ASGI middleware, but for that of other origins.
 
     It refuses wrong keys and bodies that are too large or too slow, turns unexpected errors into a 500, and counts and
     logs every response.
@@ -142,26 +148,31 @@ class RequestGuard:
 
 async def stream_updates(job: Job, worker: Worker) -> AsyncIterator[Update]:
     """
-    The updates of a reply, up to the one with a finish reason.
+    The updates of a job's replies, up to the one with a finish reason of each.
 
-    A reply that is not finished by its deadline is cut there, with the finish reason "length". Closing the iterator
+    Replies that are not finished by the deadline are cut there, with the finish reason "length". Closing the iterator
     cancels the job.
 
     Raises:
         HTTPException: 504 if no token arrives before the deadline, or the error that the job ended with.
     """
-    update = None
+    tokens: dict[int, int] = {}  # of each reply that has some
+    unfinished = dict.fromkeys(range(len(job.replies)))
     try:
-        while update is None or update.finish_reason is None:
+        while unfinished:
             async with asyncio.timeout_at(job.deadline):
                 update = await job.events.get()
             if isinstance(update, Exception):
                 raise update
+            tokens[update.index] = update.tokens
+            if update.finish_reason is not None:
+                del unfinished[update.index]
             yield update
     except TimeoutError:
-        if update is None:
+        if not tokens:
             raise HTTPException(504, "No answer before the deadline.") from None
-        yield Update("", "length", update.tokens)
+        for index in unfinished:
+            yield Update("", "length", tokens.get(index, 0), index)
     finally:
         worker.cancel(job)
 
@@ -172,42 +183,6 @@ async def cancel_when_client_leaves(request: Request, job: Job, worker: Worker) 
         pass
     worker.cancel(job)
     job.events.put_nowait(HTTPException(CLIENT_LEFT, "The client disconnected."))
-
-
-def usage(job: Job, tokens: int) -> dict[str, int]:
-    """Token counts; knowledge placeholders count as prompt tokens."""
-    return {
-        "prompt_tokens": job.prompt_length,
-        "completion_tokens": tokens,
-        "total_tokens": job.prompt_length + tokens,
-    }
-
-
-async def server_sent_events(
-    first: Update, rest: AsyncIterator[Update], job: Job, head: dict[str, Any], include_usage: bool
-) -> AsyncIterator[str]:
-    """A reply as OpenAI streams it; `head` holds the fields that all chunks share."""
-
-    def event(delta: dict[str, str], reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
-
-    yield event({"role": "assistant", "content": ""})
-    async with aclosing(rest):
-        try:
-            update = first
-            while True:
-                if update.text:
-                    yield event({"content": update.text})
-                if update.finish_reason is not None:
-                    break
-                update = await anext(rest)
-            yield event({}, update.finish_reason)
-            if include_usage:
-                yield f"data: {json.dumps(head | {'choices': [], 'usage': usage(job, update.tokens)})}\n\n"
-        except HTTPException as error:  # the status has been sent
-            yield f"data: {error_response(error.status_code, error.detail).body.decode()}\n\n"
-    yield "data: [DONE]\n\n"
 
 
 def encode(vectors: torch.Tensor, encoding_format: str) -> list[list[float]] | str:
@@ -238,8 +213,12 @@ class Api:
     metrics: Metrics
     timeout: float
     started: int = field(default_factory=lambda: int(time.time()))
+    texts: TokenTexts = field(init=False)
     preparing: int = 0  # requests whose job is not yet in the worker's queue
     looking: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a picture is decoded
+
+    def __post_init__(self):
+        self.texts = TokenTexts(self.worker.processor)
 
     async def submit(self, body: ChatBody, request: Request) -> Job:
         """
@@ -266,7 +245,7 @@ class Api:
         return job
 
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
-        """A reply, whole or streamed."""
+        """A reply or several, whole or streamed."""
         job = await self.submit(body, request)
         updates = stream_updates(job, self.worker)
         first = await anext(updates)  # an error before the first text sets the status
@@ -277,12 +256,9 @@ class Api:
             "model": self.name,
         }
         if body.stream:
-            events = server_sent_events(first, updates, job, head, body.stream_options.include_usage)
+            events = server_sent_events(job, first, updates, head, self.texts, body.stream_options.include_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers=UNBUFFERED)
-        last = [first, *[update async for update in updates]][-1]
-        message = {"role": "assistant", "content": job.text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last.finish_reason}
-        return JSONResponse(head | {"choices": [choice], "usage": usage(job, last.tokens)})
+        return JSONResponse(completion(job, [first, *[update async for update in updates]], head, self.texts))
 
     async def knowledge(self, body: KnowledgeRequest, request: Request) -> Response:
         """A chat's knowledge vectors, and their projections, which the LLM reads."""
@@ -361,6 +337,7 @@ def create_app(
     max_batch_tokens: int | None = None,
     max_queue: int = 64,
     timeout: float = 60.0,
+    allow_origins: Sequence[str] = (),
 ) -> FastAPI:
     """
     The server as an ASGI application, which can be started once, or mounted in another one.
@@ -376,9 +353,11 @@ def create_app(
             it alone are refused. By default the LLM's window, so that each chat fits, or 16,384 if that is more.
         max_queue: maximum number of waiting requests; further ones get 429.
         timeout: seconds that a request may take to arrive, and its response after that.
+        allow_origins: origins whose pages a browser lets use this server, `https://example.org` or `*` for all. They
+            need the key, too.
 
     Raises:
-        ValueError: if the key is empty, or a limit is not positive.
+        ValueError: if the key is empty, a limit is not positive, or an origin is none that a browser sends.
     """
     if api_key == "":
         raise ValueError("The API key is empty; leave it out to require none.")
@@ -405,19 +384,55 @@ def create_app(
     # no documentation pages: they load their scripts from elsewhere
     app = FastAPI(title="VIKDF", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(RequestGuard, metrics=metrics, api_key=api_key, timeout=timeout)
+    add_origins(app, allow_origins)
     app.add_exception_handler(StarletteHTTPException, refuse)
     app.add_exception_handler(RequestValidationError, refuse_body)
-    app.post("/v1/chat/completions")(api.chat_completions)
-    app.post("/v1/knowledge")(api.knowledge)
-    app.get("/v1/models")(api.models)
-    app.get("/v1/models/{model:path}")(api.model)  # a Hub id contains a slash
-    app.get("/health")(api.health)
-    app.get("/metrics")(api.metrics_page)
+    add_routes(app, api, api_key is not None)
     return app
 
 
+def add_routes(app: FastAPI, api: Api, has_key: bool) -> None:
+    """Adds the routes with what the OpenAPI page says of them; it is the guard that checks the key."""
+    v1 = APIRouter(
+        prefix="/v1",
+        responses={"4XX": {"model": Refusal}, "5XX": {"model": Refusal}},
+        dependencies=[Security(HTTPBearer(auto_error=False))] if has_key else [],
+    )
+    v1.post("/chat/completions", responses=ANSWERED_CHAT)(api.chat_completions)
+    v1.post("/knowledge", responses={200: {"model": Knowledge}})(api.knowledge)
+    v1.get("/models", responses={200: {"model": ModelList}})(api.models)
+    v1.get("/models/{model:path}", responses={200: {"model": Model}})(api.model)  # a Hub id contains a slash
+    app.include_router(v1)
+    app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}})(api.health)
+    app.get("/metrics", response_class=PlainTextResponse)(api.metrics_page)
+
+
+def add_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """
+    Lets browsers show the answers to pages of other origins.
+
+    Raises:
+        ValueError: unless all are `*`, or written as browsers send them.
+    """
+    for origin in origins:
+        parts = urlsplit(origin)
+        if origin != "*" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}".lower()):
+            raise ValueError(
+                f"{origin!r} is no origin that a browser sends: write scheme, host and any port, in lower case, as in "
+                "https://example.org or http://localhost:3000, or * for all."
+            )
+    if origins:
+        app.add_middleware(  # outside the guard: browsers ask without the key first, and pages read its refusals, too
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),  # clients send many of their own
+            expose_headers=("Retry-After",),
+        )
+
+
 def serve(
-    source: str | None = None, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None, **limits: Any
+    source: str | None = None, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None, **settings: Any
 ) -> None:
     """
     Loads a model and serves it until the process is terminated.
@@ -427,7 +442,7 @@ def serve(
         host: address to listen on.
         port: port to listen on.
         api_key: see `create_app`.
-        **limits: see `create_app`.
+        **settings: see `create_app`.
 
     Raises:
         OSError, ValueError: if the model cannot be loaded, or a setting is out of range.
@@ -448,9 +463,11 @@ def serve(
             model.attach_vision_encoder()
         except OSError:
             logger.warning("The vision encoder was not found: requests with pictures are refused.")
-    app = create_app(model, processor, name, api_key=api_key, **limits)
+    app = create_app(model, processor, name, api_key=api_key, **settings)
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("Anyone who can reach %s:%d can use this server: it requires no API key.", host, port)
+    if api_key is None and "*" in settings.get("allow_origins", ()):
+        logger.warning("Any page in a browser on this machine can use this server: it requires no API key.")
     # uvicorn's own access log would show whole URLs, whatever they contain
     uvicorn.run(
         app,

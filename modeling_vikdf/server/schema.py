@@ -3,7 +3,7 @@
 Knows JSON, the processor's messages and the arguments of `generate`; knows nothing of queues, batches and routes.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -31,47 +31,58 @@ class Decoding(NamedTuple):
     """Decoding settings. Jobs with the same ones can share a batch."""
 
     use_knowledge: bool
+    num_replies: int
     num_beams: int
     num_candidates: int
     max_new_tokens: int | None  # beams and candidates stop together; other rows where their own request says
     seed: int | None
     sampling: tuple[tuple[str, Any], ...]  # arguments of `generate`
 
-
-# What some clients send although it asks for nothing: accepted with these values, refused with any other.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),  # among no tools
-    "parallel_tool_calls": (True, False),
-    "logit_bias": ({},),
-    "store": (False,),
-    "metadata": ({},),
-    "service_tier": ("auto", "default"),
-    "modalities": (["text"],),
-    "top_logprobs": (0,),
-    "include_obfuscation": (False,),
-    "tool_calls": ([],),
-    "annotations": ([],),
-}
-
-
-def asks_for_nothing(field: str, value: Any) -> bool:
-    """Whether a field's value is `null` or one of those that some clients send although they ask for nothing."""
-    return value is None or any(type(value) is type(each) and value == each for each in NEUTRAL.get(field, ()))
+    @property
+    def options(self) -> int:
+        """Beams or candidates that the replies are chosen from; 1: nothing is chosen."""
+        return self.num_beams * self.num_candidates
 
 
 class _Body(BaseModel):
-    """Strict JSON types; `null` means "not given"; fields that are unknown and ask for something are refused."""
+    """
+    Strict JSON types; `null` means "not given"; fields that are unknown and ask for something are refused.
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    `neutral` are values of other fields that ask for nothing, which some clients send: these are accepted.
+    """
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        json_schema_extra=lambda schema, body: body.describe_what_asks_for_nothing(schema),
+    )
+
+    @classmethod
+    def asks_for_nothing(cls, field: str, value: Any) -> bool:
+        """Whether a field's value is `null` or neutral."""
+        neutral = cls.neutral.get(field, ())
+        return value is None or any(type(value) is type(each) and value == each for each in neutral)
+
+    @classmethod
+    def describe_what_asks_for_nothing(cls, schema: dict[str, Any]) -> None:
+        """Adds to a JSON schema what is accepted beside the fields and their values."""
+        fields, null = schema["properties"], {"type": "null"}
+        for name in fields.keys() - {*schema.get("required", ())}:
+            if null not in fields[name].get("anyOf", ()):
+                about = {key: fields[name].pop(key) for key in ("title", "default") if key in fields[name]}
+                fields[name] = {"anyOf": [fields[name], null], **about}
+        fields |= {name: {"enum": [*values, None]} for name, values in cls.neutral.items()}
+        schema["additionalProperties"] = null
 
     @model_validator(mode="before")
     @classmethod
     def _without_what_asks_for_nothing(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {key: item for key, item in value.items() if not asks_for_nothing(key, item)}
+        return {key: item for key, item in value.items() if not cls.asks_for_nothing(key, item)}
 
 
 class TextPart(_Body):
@@ -112,6 +123,8 @@ class ImagePart(_Body):
 
 class ChatMessage(_Body):
     """One turn: plain text, or parts. `developer` is another name for `system`."""
+
+    neutral = {"tool_calls": ([],), "annotations": ([],)}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
@@ -177,6 +190,8 @@ class KnowledgeRequest(ChatBody):
 class StreamOptions(_Body):
     """Whether a streamed reply ends with a chunk that holds its token counts."""
 
+    neutral = {"include_obfuscation": (False,)}
+
     include_usage: bool = False
 
 
@@ -194,7 +209,26 @@ class ChatCompletionRequest(ChatBody):
 
     Without `temperature` and `top_p` the model's generation config decides; `temperature=0` is greedy. A request with
     a `seed` has a batch of its own, since samples depend on the batch.
+
+    With `num_beams` or `num_candidates` the `n` replies are the best of these, the best first. `logprobs` are those
+    before temperature and truncation.
     """
+
+    neutral = {
+        "response_format": ({"type": "text"},),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),  # among no tools
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),  # the older names
+        "function_call": ("none", "auto"),
+        "logit_bias": ({},),
+        "store": (False,),
+        "metadata": ({},),
+        "service_tier": ("auto", "default"),
+        "modalities": (["text"],),
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
+    }
 
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -206,12 +240,16 @@ class ChatCompletionRequest(ChatBody):
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] = []
     num_beams: Annotated[int, Field(ge=1, le=8)] | None = None
     num_candidates: Annotated[int, Field(ge=1, le=16)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     use_knowledge: bool = True
     continue_final_message: bool | None = None
-    user: str | None = None  # accepted and unused: for a provider's statistics
+    # accepted and unused: names of users and of prompts, for a provider's statistics and cache
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     # accepted at their defaults alone, which some clients send
-    n: Annotated[int, Field(ge=1, le=1)] = 1
-    logprobs: Literal[False] = False
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0
     presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
 
@@ -235,9 +273,12 @@ class ChatCompletionRequest(ChatBody):
             temperature = 1.0 if self.temperature is None else self.temperature
             sampling = {"do_sample": True, "temperature": temperature, "top_p": self.top_p, "top_k": 0}
         num_beams = self.num_beams or config.num_beams or 1
-        num_candidates = self._candidates(config, sampling.get("do_sample", config.do_sample) and num_beams == 1)
+        samples = sampling.get("do_sample", config.do_sample) and num_beams == 1
+        num_candidates = self._candidates(config, samples)
+        self._check_replies(num_beams * num_candidates, samples)
         return Decoding(
             use_knowledge=self.use_knowledge,
+            num_replies=self.n,
             num_beams=num_beams,
             num_candidates=num_candidates,
             max_new_tokens=self.max_new_tokens(config) if num_beams > 1 or num_candidates > 1 else None,
@@ -249,7 +290,33 @@ class ChatCompletionRequest(ChatBody):
         """How many replies are sampled to choose the best from; greedy and beam search have one."""
         if (self.num_candidates or 1) > 1 and not samples:
             raise ValueError("num_candidates needs a temperature above 0 and num_beams=1, or there is one candidate.")
-        return (self.num_candidates or getattr(config, "num_candidates", None) or 1) if samples else 1
+        if not samples or self.num_candidates:
+            return self.num_candidates or 1
+        default = getattr(config, "num_candidates", None) or 1
+        return default if default == 1 else max(default, self.n)
+
+    def _check_replies(self, options: int, samples: bool) -> None:
+        """Raises `ValueError` unless decoding with so many beams or candidates has `n` replies."""
+        if 1 < options < self.n:
+            raise ValueError(
+                f"n={self.n} replies cannot be the best of {options} beams or candidates: ask for as many, or for "
+                "num_beams=1 and num_candidates=1."
+            )
+        if options == 1 < self.n and not samples:
+            raise ValueError(f"n={self.n} needs a temperature above 0, or num_beams: greedy decoding has one reply.")
+
+    def num_logprobs(self, num_beams: int) -> int | None:
+        """
+        How many of the most likely tokens are told beside each of the reply's own; `None` for not even these.
+
+        Raises:
+            ValueError: if there are none to tell.
+        """
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true.")
+        if self.logprobs and num_beams > 1:
+            raise ValueError("logprobs need num_beams=1.")
+        return self.top_logprobs if self.logprobs else None
 
     def max_new_tokens(self, config: GenerationConfig) -> int:
         """The reply's maximum length in tokens, with the model's generation config for defaults."""

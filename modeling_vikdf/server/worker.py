@@ -10,20 +10,21 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchFeature, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
-from .schema import ChatBody, ChatCompletionRequest, Decoding
+from .jobs import Job
+from .logprobs import LogprobRecorder, TokenLogprobs
+from .schema import ChatBody, ChatCompletionRequest
 
 
 logger = logging.getLogger(__name__)
@@ -31,98 +32,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_BATCH_TOKENS = 16_384  # if the window is not larger: 16 rows of 1,024 tokens
 
 STATM = Path("/proc/self/statm")  # where Linux, and no other system, tells the memory of this process
-
-
-# ---- jobs ----
-
-
-class Update(NamedTuple):
-    """New text of a reply, the finish reason if the reply ends here, and the tokens so far."""
-
-    text: str
-    finish_reason: str | None
-    tokens: int
-
-
-@dataclass(eq=False)
-class Job:
-    """
-    A request in progress: its input for the worker, and the queue through which its results return.
-
-    Args:
-        features: tensors of one row, from the processor.
-        decoding: `None` asks for the knowledge instead of a reply.
-        max_new_tokens, stop: the reply's maximum length, and its stop sequences.
-        deadline: on the event loop's clock.
-        loop: the event loop that waits for the results.
-        continued: whether the reply continues the chat's last message.
-    """
-
-    features: BatchFeature
-    decoding: Decoding | None
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    deadline: float
-    loop: asyncio.AbstractEventLoop
-    continued: bool = False
-    events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    arrived: float = field(default_factory=time.monotonic)
-    cancelled: bool = False
-    finished: bool = False
-    watcher: asyncio.Task | None = None  # kept here: the event loop holds only weak references to tasks
-    ids: list[int] = field(default_factory=list)
-    searched: int = 0  # characters of the decoded text that are known to hold no stop sequence
-    text: str = ""  # the part of the reply that cannot change any more
-    sent: int = 0  # characters of it that were emitted
-
-    @property
-    def copies(self) -> int:
-        """Rows that the reply takes: its beams, or its candidates."""
-        return 1 if self.decoding is None else self.decoding.num_beams * self.decoding.num_candidates
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the prompt, placeholders included."""
-        return self.features["input_ids"].shape[1]
-
-    def append(self, token: int, ends: bool, decode: Callable[[list[int]], str]) -> None:
-        """
-        Takes the next token of the reply and emits the text that cannot change any more.
-
-        Args:
-            token: its id.
-            ends: whether it is an end-of-sequence token.
-            decode: ids -> text.
-        """
-        self.ids.append(token)
-        text = decode(self.ids)
-        reason = "stop" if ends else "length" if len(self.ids) >= self.max_new_tokens else None
-        ends_at = (text.find(stop, max(0, self.searched - len(stop) + 1)) for stop in self.stop)
-        if positions := [at for at in ends_at if at >= 0]:
-            text, reason = text[: min(positions)], "stop"
-        elif reason is None:
-            self.searched = len(text.rstrip("\ufffd"))
-            text = text[: len(text) - _undecided(text, self.stop)]
-        # trailing white space waits, too, so that streamed and whole replies are the same
-        self.text = text.rstrip() if self.continued else text.strip()
-        # broken UTF-8 at the end can change text that was emitted already; a stream cannot take it back
-        new = self.text[self.sent :]
-        self.sent += len(new)
-        self.finished = reason is not None
-        if new or reason:
-            self.emit(Update(new, reason, len(self.ids)))
-
-    def emit(self, event: Any) -> None:
-        """Passes an update, a result or an exception to the event loop, from any thread."""
-        self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-
-def _undecided(text: str, stops: tuple[str, ...]) -> int:
-    """How many characters at the end may yet change: an incomplete character, or the beginning of a stop sequence."""
-    incomplete = len(text) - len(text.rstrip("\ufffd"))
-    longest = (range(min(len(stop) - 1, len(text)), 0, -1) for stop in stops)
-    beginnings = (n for stop, lengths in zip(stops, longest, strict=True) for n in lengths if text.endswith(stop[:n]))
-    return max(incomplete, max(beginnings, default=0))
 
 
 # ---- what is counted and logged ----
@@ -232,9 +141,12 @@ class Worker(threading.Thread):
         if body.pictures():
             self._check_eyes()
         chat, config = body.chat(), self.model.generation_config
-        decoding, new_tokens, stop = None, 0, ()
+        decoding, new_tokens, stop, num_logprobs = None, 0, (), None
         if isinstance(body, ChatCompletionRequest):
             decoding, new_tokens, stop = body.decoding(config), body.max_new_tokens(config), body.stops()
+            num_logprobs = body.num_logprobs(decoding.num_beams)
+            if body.n > self.max_batch:
+                raise ValueError(f"n={body.n} replies; this server writes at most {self.max_batch} at once.")
         if self.window is not None and new_tokens >= self.window:
             raise ValueError(f"max_tokens={new_tokens} leaves no room: the model's window is {self.window} tokens.")
         with self._tokenizing:
@@ -244,12 +156,12 @@ class Worker(threading.Thread):
                 continue_final_message=getattr(body, "continue_final_message", None),
                 max_length=None if self.window is None else self.window - new_tokens,
             )
-        job = Job(features, decoding, new_tokens, stop, deadline, loop, features.continued[0])
+        job = Job(features, decoding, new_tokens, stop, deadline, loop, features.continued[0], num_logprobs)
         if self._tokens([job]) > self.max_batch_tokens:
             raise ValueError(
-                f"the chat's {job.prompt_length} tokens and the reply's {new_tokens}, times {job.copies} for beams or "
-                f"candidates, are {self._tokens([job])} tokens; at most {self.max_batch_tokens} are processed. Send a "
-                "shorter chat, or ask for fewer max_tokens, num_beams or num_candidates."
+                f"the chat's {job.prompt_length} tokens and the reply's {new_tokens}, times {job.copies} for beams, "
+                f"candidates or replies, are {self._tokens([job])} tokens; at most {self.max_batch_tokens} are "
+                "processed. Send a shorter chat, or ask for less by max_tokens, n, num_beams or num_candidates."
             )
         return job
 
@@ -332,8 +244,9 @@ class Worker(threading.Thread):
         seeded = jobs[0].decoding is not None and jobs[0].decoding.seed is not None
         length = max(job.prompt_length for job in jobs) + max(job.max_new_tokens for job in jobs)
         in_window = self.window is None or length <= self.window
-        few = len(jobs) <= (1 if seeded else self.max_batch) and self._tokens(jobs) <= self.max_batch_tokens
-        return in_window and few
+        replies = sum(len(job.replies) for job in jobs)
+        few = replies <= self.max_batch and self._tokens(jobs) <= self.max_batch_tokens
+        return in_window and few and not (seeded and len(jobs) > 1)
 
     def _collate(self, jobs: list[Job]) -> BatchFeature:
         """The rows of the jobs as one batch, on the model's device."""
@@ -382,26 +295,28 @@ class Worker(threading.Thread):
                 num_beams=decoding.num_beams,
                 num_candidates=decoding.num_candidates,
                 processor=self.processor,
-                num_return_sequences=1,
+                num_return_sequences=decoding.num_replies,
                 return_dict_in_generate=False,
+                logits_processor=LogitsProcessorList([steps.recorder] if steps.recorder else []),
                 stopping_criteria=StoppingCriteriaList([steps]),
                 **dict(decoding.sampling),
             )
-        # beam search, and the choice among candidates, know their tokens only at the end
-        for job, tokens in zip(jobs, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            for token in tokens[len(job.ids) :]:
-                self._step(job, token)
+        steps.finish(sequences, inputs["input_ids"].shape[1])
 
     def _progress(self) -> None:
         self.progressed = time.monotonic()
 
-    def _step(self, job: Job, token: int) -> None:
-        """Appends a token to a row's reply, unless it is finished or cancelled."""
-        if job.finished or job.cancelled:
+    def _step(self, job: Job, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Appends a token to a reply, unless it is finished or cancelled."""
+        if job.replies[index].finished or job.cancelled:
             return
         self.metrics.completion_tokens.inc()
-        if not job.ids:
+        if not any(reply.ids for reply in job.replies):
             self.metrics.time_to_first_token.observe(time.monotonic() - job.arrived)
+        if job.num_logprobs is None:
+            logprobs = None  # another job of the batch asks for them
+        else:
+            logprobs = logprobs._replace(top=logprobs.top[: job.num_logprobs])
         ends = self.model.generation_config.eos_token_id
         job.append(
             token,
@@ -411,6 +326,8 @@ class Worker(threading.Thread):
                 job.features["input_ids"][0, -1:].tolist() if job.continued else [],
                 skip_special_tokens=True,
             ),
+            index,
+            logprobs,
         )
 
 
@@ -418,24 +335,60 @@ class BatchSteps(StoppingCriteria):
     """
     Streams the rows of a batch, where transformers' streamers take one row only.
 
-    It passes each row its new token, and ends rows that are finished or cancelled. With beams or candidates it
-    only ends them.
+    It passes each reply its new token, and ends rows that are finished or cancelled. Beams and candidates it only
+    ends; `finish` passes on what is chosen among them.
 
     Args:
-        jobs: the rows.
-        step: called with a row and its new token.
+        jobs: those of the batch, whose decoding is the same.
+        step: called with a job, which of its replies, its new token and that token's log-probabilities, if any job
+            asks for these.
         progress: called once a step.
+
+    Attributes:
+        recorder: the logits processor that `generate` needs for them, or `None`.
     """
 
-    def __init__(self, jobs: list[Job], step: Callable[[Job, int], None], progress: Callable[[], None]):
+    def __init__(
+        self,
+        jobs: list[Job],
+        step: Callable[[Job, int, int, TokenLogprobs | None], None],
+        progress: Callable[[], None],
+    ):
         self.jobs, self.step, self.progress = jobs, step, progress
+        self.replies = [(job, index) for job in jobs for index in range(len(job.replies))]
+        self.chooses = jobs[0].decoding.options > 1
+        asked = [job.num_logprobs for job in jobs if job.num_logprobs is not None]
+        self.recorder = LogprobRecorder(max(asked)) if asked else None
+        self.recorded: list[list[TokenLogprobs]] = []  # a list of all rows for each step
+        self.written: torch.Tensor | None = None  # prompts and replies of all rows
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Which rows end, bool [B * copies], after the step that wrote the last of `input_ids` [B * copies, T]."""
+        """Which rows end, bool [R], after the step that wrote the last of `input_ids` [R, T]."""
         self.progress()
-        copies = input_ids.shape[0] // len(self.jobs)
-        if copies == 1:
-            for job, token in zip(self.jobs, input_ids[:, -1].tolist(), strict=True):
-                self.step(job, token)
-        ended = [job.finished or job.cancelled for job in self.jobs]
-        return torch.tensor(ended, device=input_ids.device).repeat_interleave(copies)  # [B * copies]
+        newest = input_ids[:, -1]  # [R]
+        logprobs = [None] * len(newest) if self.recorder is None else self.recorder.read(newest)
+        if self.chooses:
+            self.recorded.append(logprobs)  # of candidates; it is known in the end which are the replies
+            self.written = input_ids
+            copies = len(newest) // len(self.jobs)  # a beam search looks at more than its beams
+            ended = [job.cancelled for job in self.jobs for _ in range(copies)]
+        else:
+            for (job, index), *told in zip(self.replies, newest.tolist(), logprobs, strict=True):
+                self.step(job, index, *told)
+            ended = [job.cancelled or job.replies[index].finished for job, index in self.replies]
+        return torch.tensor(ended, device=input_ids.device)
+
+    def finish(self, sequences: torch.Tensor, start: int) -> None:
+        """Passes on the replies that were chosen among beams or candidates, `sequences` [B * n, T] from `start` on."""
+        if not self.chooses:
+            return
+        for (job, index), sequence in zip(self.replies, sequences, strict=True):
+            row = None if self.recorder is None else self._row(job, sequence)
+            for place, token in enumerate(sequence[start:].tolist()):
+                self.step(job, index, token, None if row is None else self.recorded[place][row])
+
+    def _row(self, job: Job, sequence: torch.Tensor) -> int:
+        """The candidate that a chosen sequence [T] is."""
+        first = self.jobs.index(job) * job.copies
+        candidates = self.written[first : first + job.copies, : len(sequence)]  # [copies, T]
+        return first + int((candidates == sequence).all(1).nonzero()[0])
