@@ -219,6 +219,7 @@ def test_masked_text_scores_the_chosen_tokens_alone():
     model = pretraining_model({"masked_text": 1.0})
     batch = batch_of(model)
     loss = model(**batch).loss
+    del batch["masked_columns"]  # of the labels that are replaced
     batch["masked_labels"][:] = -100
     batch["masked_labels"][1, 2], batch["masked_labels"][3, 1] = 60, 61
     states = model.encode_context(batch["masked_input_ids"], batch["context_attention_mask"])
@@ -450,6 +451,12 @@ def test_pretraining_cannot_generate_but_keeps_what_the_llm_generates_with(backb
 # ---- text before the knowledge, read without gradient ----
 
 
+@pytest.fixture
+def apart(monkeypatch):
+    """The prefix is read in a pass of its own, which does not pay for models as small as these."""
+    monkeypatch.setattr(modeling_vikdf.modeling_prefix, "WORTH_APART", {"cpu": 0, "cuda": 0})
+
+
 def gradients_of(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = model(**batch).loss
@@ -479,6 +486,7 @@ def assert_same(one: tuple, other: tuple) -> None:
         assert (gradient - other[1][name]).norm() <= 1e-6 * size, name
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
 @pytest.mark.parametrize("objective", ["knowledge_to_text", "text_to_knowledge"])
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "left_padded"])
@@ -497,6 +505,7 @@ def test_prefix_without_gradient_is_exact(llm, objective, aligned, worth_sharing
     assert_same(cut, whole)
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
 @pytest.mark.parametrize(
     "place", [("last_user", "end"), ("last_user", "start"), ("first_user", "start")], ids="-".join
@@ -510,6 +519,7 @@ def test_prefix_without_gradient_is_exact_for_dialogues(llm, place, monkeypatch)
     assert_same(cut, whole)
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
 def test_what_all_dialogues_begin_with_is_read_once(llm, monkeypatch):
     monkeypatch.setattr(modeling_vikdf.modeling_prefix, "WORTH_SHARING", 1)
@@ -559,6 +569,7 @@ def test_checkpointed_activations_of_the_frozen_llm_are_computed_anew(llm, objec
     assert not any(module.training for module in model.language_model.modules())
 
 
+@pytest.mark.usefixtures("apart")
 def test_supervised_text_before_the_knowledge_is_not_cut_off(monkeypatch):
     """Replies in front of the knowledge count in the loss when they are asked for."""
     reader = processor()
@@ -624,6 +635,7 @@ def test_captions_beside_dialogues_shift_the_base_vectors():
     assert gradients_of(model, batch)[1]["knowledge_base"].any()
 
 
+@pytest.mark.usefixtures("apart")
 def test_lora_on_the_llm(monkeypatch):
     """The LLM's own new weights get gradients, and then the text before the knowledge is part of what is learnt."""
     peft = pytest.importorskip("peft")
