@@ -39,7 +39,7 @@ from .modeling_objectives import (
     take_found_columns,
     to_patches,
 )
-from .modeling_prefix import chosen_columns, predict_tokens, shift_labels, take_columns
+from .modeling_prefix import chosen_columns, predict_tokens, shift, take_columns
 from .modeling_vikdf import VikdfForConditionalGeneration, reply_loss
 
 
@@ -179,7 +179,7 @@ def masked_text(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Cou
 def knowledge_to_text(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
     """The LLM, asked for a caption, finds it likely (paper, BVIF, knowledge -> text; see `reply_loss`)."""
     if batch.caption_states is not None:
-        targets = take_columns(shift_labels(batch.labels), batch.columns["target_columns"])  # [B, k]
+        targets = take_columns(shift(batch.labels), batch.columns["target_columns"])  # [B, k]
         return reply_loss(predict_tokens(model.language_model, batch.caption_states), targets, count, batch.smoothing)
     states = {name: getattr(batch, name) for name in LLM_STATES if getattr(batch, name) is not None}
     batch.llm_output = VikdfForConditionalGeneration.forward(

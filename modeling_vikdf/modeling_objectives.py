@@ -243,7 +243,7 @@ def read_captions_and_draws(model: Any, batch: SimpleNamespace, active: Collecti
     is not active, their columns are not known, a pass for the prefix pays, or the LLM's states are asked for.
     """
     batch.caption_states = batch.draw_states = None
-    if not {"knowledge_to_text", "text_to_knowledge"} <= set(active) or model._returns_states(vars(batch)):
+    if not {"knowledge_to_text", "text_to_knowledge"} <= set(active) or model.returns_states(vars(batch)):
         return
     prompts, columns = (batch.input_ids, batch.draw_input_ids), (batch.columns, batch.draw_columns)
     known = all("knowledge_columns" in found for found in columns) and "target_columns" in batch.columns

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 
 # The name of the LLM's cache in the installed transformers: "past_key_values" up to 5.23, "cache" since 5.24.
@@ -151,7 +152,7 @@ def locate_columns(batch: dict[str, torch.Tensor], token_id: int) -> dict[str, t
     if placeholders[0].any() and (placeholders.sum(1) == placeholders[0].sum()).all():
         columns["knowledge_columns"] = chosen_columns(placeholders)
     if "labels" in batch:
-        columns["target_columns"] = chosen_columns(shift_labels(batch["labels"]) != -100)
+        columns["target_columns"] = chosen_columns(shift(batch["labels"]) != -100)
     return columns
 
 
@@ -232,25 +233,51 @@ def read_tokens(
     return [take_columns(rows, some) for rows, some in zip(states, wanted, strict=True)]
 
 
-def predict_targets(
-    model: Any, embeds: torch.Tensor, columns: dict[str, torch.Tensor], targets: torch.Tensor, **kwargs: Any
-) -> tuple[CausalLMOutputWithPast, torch.Tensor]:
+def read_prompts(
+    model: Any,
+    input_ids: torch.Tensor | None,
+    embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    columns: dict[str, torch.Tensor],
+    *,
+    shift_labels: torch.Tensor | None = None,
+    logits_to_keep: int | torch.Tensor = 0,
+    **kwargs: Any,
+) -> tuple[ModelOutput, torch.Tensor | None]:
     """
-    The LLM's logits [B, k, vocabulary] in each row's own columns with targets, and these targets [B, k].
+    The LLM's outputs, and the targets of their logits; `None` without labels.
 
     Args:
         model: the dialogue model.
-        embeds: prompts [B, T, d_llm].
-        columns: what `locate_columns` found in them.
-        targets: ids that each column predicts, -100 for none, [B, T].
+        input_ids: prompts [B, T], if they are given as ids.
+        embeds: the same, spliced [B, T, d_llm].
+        attention_mask: 1 for tokens, 0 for padding, [B, T].
+        labels: ids [B, T] that position t - 1 predicts.
+        columns: what `locate_columns` found in the prompts, or nothing.
+        shift_labels: ids [B, T] that position t predicts, in place of `labels`.
+        logits_to_keep: as in transformers; with labels 0 means those of the labels.
         kwargs: for the LLM.
     """
-    (states,) = read_tokens(model, (embeds, columns, columns["target_columns"]), **kwargs)  # [B, k, d_llm]
-    logits = predict_tokens(model.language_model, states)
-    return CausalLMOutputWithPast(logits=logits), take_columns(targets, columns["target_columns"])
+    labelled = labels is not None or shift_labels is not None
+    # requested caches, hidden states and attentions are those of all columns
+    whole = kwargs.get(CACHE) is not None or kwargs.get("use_cache") or model.returns_states(kwargs)
+    prefix = 0
+    if labelled and input_ids is not None and not whole and pays_apart(input_ids, model.config):
+        prefix = model.tokens_before_knowledge(input_ids)
+    all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+    if labelled and shift_labels is None and "target_columns" in columns and all_logits and not (whole or prefix):
+        unread = ("position_ids", CACHE)  # those of tokens alone are as the LLM counts them
+        settings = {name: value for name, value in kwargs.items() if name not in unread}
+        (states,) = read_tokens(model, (embeds, columns, columns["target_columns"]), **settings)  # [B, k, d_llm]
+        targets = take_columns(shift(labels), columns["target_columns"])  # [B, k]
+        return CausalLMOutputWithPast(logits=predict_tokens(model.language_model, states)), targets
+    targets, logits_to_keep = choose_targets(labels, shift_labels, logits_to_keep)
+    llm = {"prefix": prefix, "logits_to_keep": logits_to_keep, **kwargs}
+    return model.run_language_model(embeds, attention_mask, **llm), targets
 
 
-def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+def shift(labels: torch.Tensor) -> torch.Tensor:
     """The ids that each column predicts, [B, T]: column t those of label t + 1, -100 for none."""
     return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
 
@@ -269,7 +296,7 @@ def choose_targets(
     targets = shifted
     if labels is not None:
         if targets is None:
-            targets = shift_labels(labels)
+            targets = shift(labels)
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
             # the vocabulary head is a large part of a small LLM: compute logits only where some row has a label
             logits_to_keep = (targets != -100).any(0).nonzero().squeeze(1)  # [k]
@@ -297,11 +324,11 @@ __all__ = [
     "pays_apart",
     "pop_cache",
     "pop_columns",
-    "predict_targets",
     "predict_tokens",
     "read_prefix",
+    "read_prompts",
     "read_tokens",
     "select_rows",
-    "shift_labels",
+    "shift",
     "take_columns",
 ]

@@ -27,17 +27,7 @@ from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_checkpointing import ReadOnlyCache, checkpointed_layers, checkpointing, unwritten_cache
 from .modeling_generation import KnowledgeGenerationMixin
 from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert, whole_mask
-from .modeling_prefix import (
-    CACHE,
-    choose_targets,
-    pays_apart,
-    pop_cache,
-    pop_columns,
-    predict_targets,
-    read_prefix,
-    shift_labels,
-    take_columns,
-)
+from .modeling_prefix import CACHE, pop_cache, pop_columns, read_prefix, read_prompts, take_columns
 from .modeling_pretrained import VikdfPreTrainedModel, find_backbone
 
 
@@ -464,25 +454,14 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)  # [B, m, h]
         # 2. projected, and spliced into the prompt
         if inputs_embeds is None:
-            prompt = (input_ids, knowledge, image_mask, base, columns.get("knowledge_columns"))
-            inputs_embeds = self.embed_prompt(*prompt)  # [B, T, d_llm]
+            places = columns.get("knowledge_columns")
+            inputs_embeds = self.embed_prompt(input_ids, knowledge, image_mask, base, places)  # [B, T, d_llm]
         elif knowledge is not None:
             raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
         # 3. the frozen LLM; `shift_labels` is not a parameter, because Trainer requires every parameter with "label"
         # in its name in each batch
-        shifted = kwargs.pop("shift_labels", None)
-        trains = not (labels is None and shifted is None) and input_ids is not None and cache is None
-        trains = trains and not self._returns_states(kwargs)  # requested ones cover all columns
-        prefix = 0
-        if trains and pays_apart(input_ids, self.config):
-            prefix = self.tokens_before_knowledge(input_ids)
-        collated = "target_columns" in columns and shifted is None and not kwargs.get("use_cache")
-        if trains and collated and not prefix and isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            outputs, targets = predict_targets(self, inputs_embeds, columns, shift_labels(labels), **kwargs)
-        else:
-            targets, logits_to_keep = choose_targets(labels, shifted, logits_to_keep)
-            llm = {"prefix": prefix, "position_ids": position_ids, CACHE: cache, "logits_to_keep": logits_to_keep}
-            outputs = self.run_language_model(inputs_embeds, attention_mask, **llm, **kwargs)
+        llm = {"position_ids": position_ids, CACHE: cache, "logits_to_keep": logits_to_keep, **kwargs}
+        outputs, targets = read_prompts(self, input_ids, inputs_embeds, attention_mask, labels, columns, **llm)
         # 4. how likely it finds the labels
         loss = None if targets is None else reply_loss(outputs.logits, targets, num_items_in_batch, smoothing)
         if input_ids is None and loss is None:
@@ -496,7 +475,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _returns_states(self, kwargs: dict[str, Any]) -> bool:
+    def returns_states(self, kwargs: dict[str, Any]) -> bool:
         """Whether hidden states or attentions are requested, by arguments or by the LLM's configuration."""
         flags = ((kwargs.get(name), name) for name in ("output_hidden_states", "output_attentions"))
         return any(getattr(self.language_model.config, name) if value is None else value for value, name in flags)
