@@ -3,6 +3,7 @@
 import inspect
 import math
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from modeling_vikdf.modeling_distillation import (
     matching_loss,
     text_to_knowledge_loss,
 )
+from modeling_vikdf.modeling_prefix import pays_apart
 from modeling_vikdf.modeling_vikdf import reply_loss
 from modeling_vikdf.training.trainer import freeze_unused
 
@@ -542,6 +544,47 @@ def test_what_all_dialogues_begin_with_is_read_once(llm, monkeypatch):
     head = len(reader.tokenizer("You are a friendly person in a casual chat.", add_special_tokens=False).input_ids)
     assert read[0][0] == 1 and read[0][1] > head and [rows for rows, _ in read[1:]] == [4, 4]
     assert_same(once, gradients_of(model, padded))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("llm", ["qwen", "llama"])
+@pytest.mark.parametrize("objectives", [None, ALL, {"knowledge_to_text": 1.0}, {"text_to_knowledge": 1.0}], ids=str)
+def test_what_the_collator_found_changes_no_gradient(objectives, llm, checkpointing):
+    """Both directions in one pass, tokens alone without a mask, each row's own targets: all of it is exact."""
+    reader, settings = processor(llm), {"llm": llm, "knowledge_token_id": processor(llm).knowledge_token_id}
+    if objectives is None:
+        model, batch = dialogue_model(**settings), DialogueCollator(reader)(dialogues(4))
+    else:
+        model = pretraining_model(objectives, **settings)
+        batch = PreTrainingCollator(reader, model.config, image_knowledge_share=0.5)(pairs(4))
+    if checkpointing:
+        checkpoint_activations(model)
+    plain = {name: value for name, value in batch.items() if not name.endswith(("_columns", "_positions", "_patches"))}
+    assert len(plain) < len(batch)
+    passes = []
+    model.language_model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    found = gradients_of(model, batch)
+    assert len(passes) == 1
+    assert_same(found, gradients_of(model, plain))
+
+
+def test_columns_of_prompts_that_have_been_cut_are_not_used():
+    model = dialogue_model()
+    batch = DialogueCollator(processor())(dialogues(4))
+    names = ("input_ids", "attention_mask", "labels", "position_ids")
+    cut = batch | {name: batch[name][:, 1:] for name in names}
+    plain = {name: cut[name] for name in (*names, "context_input_ids", "context_attention_mask")}
+    assert_same(gradients_of(model, cut), gradients_of(model, plain))
+
+
+def test_the_prefix_is_read_apart_where_that_pays():
+    """By the size of the step, and never without gradient; on a GPU from larger sizes on."""
+    config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=576))
+    small, large = torch.zeros(2, 8, dtype=torch.long), torch.zeros(8, 56, dtype=torch.long)
+    assert pays_apart(large, config) and not pays_apart(small, config)
+    assert not pays_apart(large.to("meta"), config)  # as on any device that is no CPU
+    with torch.no_grad():
+        assert not pays_apart(large, config)
 
 
 def checkpoint_activations(model) -> None:
