@@ -29,7 +29,7 @@ from .modeling_vikdf import VikdfForConditionalGeneration
 
 # of prompts: the targets end the caption's
 CAPTION_TOKENS, CAPTION_PROMPT, DRAW_PROMPT, TARGET_TOKENS = 20, 24, 32, 14
-KNOWLEDGE_TOKENS, KNOWLEDGE_ID, IMAGE_SIZE, SMALLEST_VOCABULARY = 32, 3, 224, 32000
+KNOWLEDGE_TOKENS, KNOWLEDGE_ID, IMAGE_SIZE = 32, 3, 224
 NEW_TOKENS = 32  # as in the paper
 
 
@@ -122,13 +122,13 @@ def training_batch(
 ) -> dict[str, torch.Tensor]:
     """A random batch with inputs for all five objectives, and where in it what lies, as a collator gives it."""
     torch.manual_seed(0)
-    n = config.num_knowledge_tokens
-    caption = torch.randint(10, SMALLEST_VOCABULARY, (rows, context_tokens))
+    n, vocabulary = config.num_knowledge_tokens, config.text_config.vocab_size
+    caption = torch.randint(10, config.context_config.vocab_size - 2, (rows, context_tokens))
     caption[:, -1] = config.context_config.eos_token_id
     labels = torch.full_like(caption, -100)
     labels[:, 5:8] = caption[:, 5:8]
     knowledge = torch.full((rows, n), KNOWLEDGE_ID)
-    prompt, draw = (torch.randint(10, SMALLEST_VOCABULARY, (rows, length)) for length in (CAPTION_PROMPT, DRAW_PROMPT))
+    prompt, draw = (torch.randint(10, vocabulary, (rows, length)) for length in (CAPTION_PROMPT, DRAW_PROMPT))
     prompt = torch.cat([prompt[:, :-TARGET_TOKENS], knowledge, prompt[:, -TARGET_TOKENS:]], dim=1)
     targets = torch.full_like(prompt, -100)
     targets[:, -TARGET_TOKENS:] = prompt[:, -TARGET_TOKENS:]
@@ -262,8 +262,9 @@ def reply_arms(
     """Calls that generate so many new tokens: with knowledge, from context to reply, and by the bare LLM."""
     torch.manual_seed(0)
     device, length = model.device, CAPTION_PROMPT + KNOWLEDGE_TOKENS
-    prompt = torch.randint(10, SMALLEST_VOCABULARY, (batch_size, length), device=device)
-    context = torch.randint(10, SMALLEST_VOCABULARY, (batch_size, CAPTION_TOKENS), device=device)
+    prompt = torch.randint(10, model.config.text_config.vocab_size, (batch_size, length), device=device)
+    vocabulary = model.config.context_config.vocab_size
+    context = torch.randint(10, vocabulary, (batch_size, CAPTION_TOKENS), device=device)
     bare = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     placed = prompt.clone()
     placed[:, 10 : 10 + KNOWLEDGE_TOKENS] = KNOWLEDGE_ID

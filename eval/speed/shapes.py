@@ -8,7 +8,6 @@ import argparse
 import functools
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +40,14 @@ SWEEPS = {
 def tiny_shapes() -> Shapes:
     """Small enough for a CPU, with an LLM that is most of the model and a text encoder that reads long contexts."""
     widths = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-    small = SHAPES["small"]
-    tower = widths | {"projection_dim": 64}
-    return replace(
-        small,
-        llm=small.llm
-        | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
-        | {"num_key_value_heads": 4},
-        text=small.text | tower | {"max_position_embeddings": max(SWEEPS["context_tokens"])},
-        vision=small.vision | tower,
-        iqformer=small.iqformer | widths,
+    words = {"vocab_size": 1024}
+    tower, longest = widths | {"projection_dim": 64}, {"max_position_embeddings": max(SWEEPS["context_tokens"])}
+    llm = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
+    return Shapes(
+        llm=llm | words | {"num_key_value_heads": 4},
+        text=tower | words | longest | {"eos_token_id": 1023},
+        vision=tower | {"patch_size": 32},
+        iqformer=widths,
     )
 
 

@@ -141,10 +141,10 @@ def throughput_table(result: dict[str, Any]) -> str:
 def speed_table(result: dict[str, Any]) -> str:
     """The results of eval/speed/shapes.py: what is asked of the host, and on a GPU the times."""
     lines = [
-        "What is asked of the host by a training step of all five objectives (cached states; forward and backward), and "
-        "by a decoding step, in models of these depths:\n",
-        "| | operations of a step | over those of LLM, encoders and IQ-Former | `item` | `nonzero` | decoding step over "
-        "the bare LLM's: operations | Python calls |",
+        "What is asked of the host by a training step of all five objectives (cached states; forward and backward), "
+        "and by a decoding step, in models of these depths:\n",
+        "| | operations of a step | over those of LLM, encoders and IQ-Former | `item` | `nonzero` | decoding step "
+        "over the bare LLM's: operations | Python calls |",
         "|---|---|---|---|---|---|---|",
     ]
     for shapes, parts in result["speed"].items():
