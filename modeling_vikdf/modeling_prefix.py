@@ -25,11 +25,11 @@ CACHE = {"cache", "past_key_values"}.intersection(CausalLMOutputWithPast.__datac
 
 WORTH_SHARING = 64  # tokens that a shared pass must save to pay for another pass through the LLM's layers
 
-# From which tokens x d_llm^2 on (what one square weight matrix takes) a pass without gradient over the prefix pays, by
-# kind of device. A CPU starts an operation at once and computes slowly. A GPU computes faster than its host can start
-# operations: with 1344 tokens of a 7b LLM (2e10) the pass cost an H100 a tenth of the step.
-WORTH_APART = {"cpu": 2**25, "cuda": 2**37}
-
+# From which width of the LLM on a training step gains by reading the prefix in a pass of its own, by kind of device. A
+# CPU computes what that saves more slowly than it starts the operations of another pass. On a GPU the host does not
+# keep up: the pass cost an H100 a tenth of the step of a 7b LLM, even with 32 rows. Depends on nothing in the batch, for
+# processes that hold the LLM in shards run the same passes.
+WORTH_APART = {"cpu": 256}
 
 COLUMNS = ("token_positions", "token_columns", "knowledge_columns", "target_columns")  # see `locate_columns`
 
@@ -123,8 +123,8 @@ def read_prefix(
 
 def pays_apart(input_ids: torch.Tensor, config: PreTrainedConfig) -> bool:
     """Whether a training step over prompts [B, T] is faster if it reads their prefix in a pass of its own."""
-    worth = WORTH_APART.get(input_ids.device.type, WORTH_APART["cuda"])
-    return torch.is_grad_enabled() and input_ids.numel() * config.text_config.hidden_size**2 >= worth
+    worth = WORTH_APART.get(input_ids.device.type)
+    return torch.is_grad_enabled() and worth is not None and config.text_config.hidden_size >= worth
 
 
 def chosen_columns(chosen: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ def chosen_columns(chosen: torch.Tensor) -> torch.Tensor:
 
 def locate_columns(batch: dict[str, torch.Tensor], token_id: int) -> dict[str, torch.Tensor]:
     """
-    Where in a batch of prompts what lies: for the CPU, so that a training step need not ask the GPU for it.
+    Where in a batch of prompts what lies: found on the CPU, so that a training step need not wait for a GPU to tell.
 
     Args:
         batch: `input_ids`, `attention_mask` and optionally `labels` [B, T], as they are trained on.

@@ -578,13 +578,13 @@ def test_columns_of_prompts_that_have_been_cut_are_not_used():
 
 
 def test_the_prefix_is_read_apart_where_that_pays():
-    """By the size of the step, and never without gradient; on a GPU from larger sizes on."""
-    config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=576))
-    small, large = torch.zeros(2, 8, dtype=torch.long), torch.zeros(8, 56, dtype=torch.long)
-    assert pays_apart(large, config) and not pays_apart(small, config)
-    assert not pays_apart(large.to("meta"), config)  # as on any device that is no CPU
-    with torch.no_grad():
-        assert not pays_apart(large, config)
+    """On a CPU with an LLM of a width that is in use; whatever the batch, so that all processes do the same."""
+    small, large = (SimpleNamespace(text_config=SimpleNamespace(hidden_size=width)) for width in (48, 576))
+    for ids in (torch.zeros(1, 8, dtype=torch.long), torch.zeros(8, 56, dtype=torch.long)):
+        assert pays_apart(ids, large) and not pays_apart(ids, small)
+        assert not pays_apart(ids.to("meta"), large)  # as on any device that is no CPU
+        with torch.no_grad():
+            assert not pays_apart(ids, large)
 
 
 def checkpoint_activations(model) -> None:
