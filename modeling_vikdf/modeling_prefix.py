@@ -27,8 +27,8 @@ WORTH_SHARING = 64  # tokens that a shared pass must save to pay for another pas
 
 # From which width of the LLM on a training step gains by reading the prefix in a pass of its own, by kind of device. A
 # CPU computes what that saves more slowly than it starts the operations of another pass. On a GPU the host does not
-# keep up: the pass cost an H100 a tenth of the step of a 7b LLM, even with 32 rows. Depends on nothing in the batch, for
-# processes that hold the LLM in shards run the same passes.
+# keep up: the pass cost an H100 a tenth of the step of a 7b LLM, even with 32 rows. Nothing in the batch counts, so
+# that processes that hold the LLM in shards run the same passes.
 WORTH_APART = {"cpu": 256}
 
 COLUMNS = ("token_positions", "token_columns", "knowledge_columns", "target_columns")  # see `locate_columns`
