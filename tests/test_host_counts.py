@@ -1,9 +1,12 @@
 """What a training step and a decoding step ask of the host is counted, and stays within limits."""
 
+import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import load_script
 from tiny_training import ALL, dialogue_model, dialogues, pairs, pretraining_model, processor
 from torch import nn
 
@@ -111,3 +114,19 @@ def test_a_gpu_that_is_not_there_is_said_to_be_missing(monkeypatch):
     assert benchmark_shapes.choose_device() == "cpu"
     with pytest.raises(ValueError, match='no GPU: pass device "cpu"'):
         benchmark_shapes.benchmark_shapes("training", "small", "cuda")
+
+
+def test_the_figures_are_written_and_plotted(tmp_path, monkeypatch):
+    script = load_script("speed/shapes")
+    flat = {name: part | {"num_hidden_layers": 1} for name, part in vars(SHAPES["small"]).items()}
+    monkeypatch.setitem(SHAPES, "small", replace(SHAPES["small"], **flat))
+    monkeypatch.delitem(SHAPES, "paper")
+    monkeypatch.setattr(script, "SWEEPS", {"batch": (1, 2), "context_tokens": (32,)})
+    output = tmp_path / "speed.json"
+    monkeypatch.setattr(sys, "argv", ["shapes.py", "--device", "cpu", "--repeats", "1", "--output", str(output)])
+    script.main()
+    report = json.loads(output.read_text())
+    assert report["speed"].keys() == {"small"} and report["speed"]["small"].keys() == {"training", "generation"}
+    assert [point["batch"] for point in report["sweeps"]["batch"]] == [1, 2]
+    assert all(point["ratio"] > 0 for points in report["sweeps"].values() for point in points)
+    assert "<svg" in output.with_suffix(".svg").read_text()

@@ -45,7 +45,7 @@ def tiny_shapes() -> Shapes:
     llm = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
     return Shapes(
         llm=llm | words | {"num_key_value_heads": 4},
-        text=tower | words | longest | {"eos_token_id": 1023},
+        text=tower | words | longest | {"bos_token_id": 1022, "eos_token_id": 1023},
         vision=tower | {"patch_size": 32},
         iqformer=widths,
     )
