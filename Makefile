@@ -1,4 +1,4 @@
-# make setup | chat | demo | test | test-lowest | test-newest | test-common | test-browser | docs | study | results
+# make setup | chat | demo | test | test-lowest | test-newest | test-common | test-browser | docs | study | benchmark | results
 # All run in .venv, which setup makes, and remakes when its ingredients change.
 
 VENV := .venv
@@ -7,7 +7,7 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup chat demo test test-lowest test-newest test-common test-browser docs study results
+.PHONY: setup chat demo test test-lowest test-newest test-common test-browser docs study benchmark results
 
 setup: $(VENV)/.installed
 
@@ -95,6 +95,11 @@ docs: $(VENV)/.docs-installed
 # Trains and evaluates the arms of the study: make study STUDY_ARGS='--pairs ... --dialogues ... --steps vikdf soft_prompt'
 study: setup
 	$(VENV)/bin/python eval/study/train.py --config configs/study.yaml $(STUDY_ARGS)
+
+# What training and replies cost, into eval/results/speed.json and .svg: times on a GPU; elsewhere what is asked of the
+# host, which takes some minutes.
+benchmark: setup
+	$(VENV)/bin/python eval/speed/shapes.py
 
 # Renders the tables and plots of eval/results/ anew.
 results: setup

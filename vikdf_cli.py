@@ -491,13 +491,22 @@ def push(args: argparse.Namespace) -> None:
     MODEL,
     option("--output", help="JSON file to write"),
     option("--repeats", type=int, default=7, help="timed runs of each arm (default: 7)"),
+    option("--shapes", choices=["small", "paper"], help="random models with a 135M or a 7b LLM, in place of --model"),
+    option("--device", choices=["cuda", "cpu"], help="for --shapes: a GPU is timed, on a CPU operations are counted"),
     extra="train",  # only measuring training needs it
 )
 def benchmark(args: argparse.Namespace) -> None:
     """Measures speed and memory, as ratios where figures depend on the machine."""
     from modeling_vikdf.benchmark import benchmark_generation, benchmark_training
+    from modeling_vikdf.benchmark_shapes import benchmark_shapes, choose_device
 
-    if args.what == "generation":
+    if args.device and not args.shapes:
+        raise ValueError("--device says where random models run: pass --shapes, too.")
+    if args.shapes and args.model:
+        raise ValueError("--shapes asks for random models, and --model for one: pass either.")
+    if args.shapes:
+        figures = benchmark_shapes(args.what, args.shapes, args.device or choose_device(), repeats=args.repeats)
+    elif args.what == "generation":
         figures = benchmark_generation(args.model, repeats=args.repeats)
     else:
         figures = benchmark_training(repeats=args.repeats)

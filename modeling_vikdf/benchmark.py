@@ -11,16 +11,25 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, pipeline
+from transformers import pipeline
 
+from .benchmark_shapes import (
+    NEW_TOKENS,
+    SHAPES,
+    language_model_step,
+    training_batch,
+    training_model,
+    training_step,
+    turns,
+    with_states,
+)
 from .building import load_model
-from .configuration_vikdf import OBJECTIVES, VikdfConfig
+from .configuration_vikdf import OBJECTIVES
 from .environment import versions
 from .modeling_distillation import VikdfForPreTraining
 
 
 CHAT = [{"role": "user", "content": "I spent the whole day at the beach with my dog. What do you think we did there?"}]
-NEW_TOKENS = 32  # as in the paper
 
 
 def _peak_rss_mb() -> float:
@@ -104,104 +113,18 @@ def benchmark_generation(model: str | None = None, repeats: int = 7) -> dict[str
 
 # ---- training ----
 
-# CLIP-like towers, Q-Former and LLM of the shapes at which the authors' code was measured for comparison
-BATCH, CAPTION_TOKENS, CAPTION_PROMPT, DRAW_PROMPT, TARGET_TOKENS = 8, 20, 24, 32, 14  # targets end the caption prompt
-KNOWLEDGE_TOKENS, KNOWLEDGE_ID, IMAGE_SIZE = 32, 3, 224
+BATCH = 8
 
 
 def _training_model(dtype: torch.dtype, objectives: dict[str, float]) -> VikdfForPreTraining:
-    # imported here because it needs the extra "train", which the benchmark of generation does not
-    from .training.stages import use_plain_attention
-    from .training.trainer import freeze_unused
-
-    tower = {"intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6, "projection_dim": 384}
-    config = VikdfConfig(
-        text_config=LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-        ),
-        context_config=CLIPTextConfig(hidden_size=384, **tower),
-        vision_config=CLIPVisionConfig(hidden_size=384, image_size=IMAGE_SIZE, patch_size=16, **tower),
-        iqformer_config={
-            "hidden_size": 384,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 6,
-        },
-        num_knowledge_tokens=KNOWLEDGE_TOKENS,
-        knowledge_token_id=KNOWLEDGE_ID,
-        loss_weights=objectives,
-    )
-    torch.manual_seed(0)
-    model = VikdfForPreTraining(config)
-    freeze_unused(model)
-    model.language_model.to(dtype)
-    if dtype == torch.bfloat16:
-        use_plain_attention(model)
-    return model.train()
-
-
-def _training_batch() -> dict[str, torch.Tensor]:
-    """A random batch with inputs for all five objectives, of the shapes above."""
-    torch.manual_seed(0)
-    caption = torch.randint(10, 49000, (BATCH, CAPTION_TOKENS))
-    caption[:, -1] = 49407
-    labels = torch.full_like(caption, -100)
-    labels[:, 5:8] = caption[:, 5:8]
-    knowledge = torch.full((BATCH, KNOWLEDGE_TOKENS), KNOWLEDGE_ID)
-    prompt, draw = torch.randint(10, 49000, (BATCH, CAPTION_PROMPT)), torch.randint(10, 49000, (BATCH, DRAW_PROMPT))
-    prompt = torch.cat([prompt[:, :-TARGET_TOKENS], knowledge, prompt[:, -TARGET_TOKENS:]], dim=1)
-    targets = torch.full_like(prompt, -100)
-    targets[:, -TARGET_TOKENS:] = prompt[:, -TARGET_TOKENS:]
-    cells = torch.rand(BATCH, (IMAGE_SIZE // 28) ** 2) < 0.6
-    return {
-        "context_input_ids": caption,
-        "context_attention_mask": torch.ones_like(caption),
-        "pixel_values": torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE),
-        "masked_cells": cells,
-        "masked_input_ids": caption.masked_fill(labels != -100, 5),
-        "masked_labels": labels,
-        "input_ids": prompt,
-        "attention_mask": torch.ones_like(prompt),
-        "labels": targets,
-        "draw_input_ids": torch.cat([draw, knowledge], dim=1),
-        "draw_attention_mask": torch.ones(BATCH, DRAW_PROMPT + KNOWLEDGE_TOKENS, dtype=torch.long),
-    }
-
-
-def _with_states(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch as from the feature cache: with the states of the frozen encoders."""
-    return batch | {
-        "context_states": model.encode_context(batch["context_input_ids"], batch["context_attention_mask"]),
-        "vision_states": model.encode_images(batch["pixel_values"]),
-    }
-
-
-def _training_step(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -> None:
-    """Forward and backward pass of all objectives, under autocast with a bfloat16 LLM, as in a Trainer."""
-    half = model.language_model.dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        loss = model(**batch).loss
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-
-
-def _language_model_step(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -> None:
-    """The bare LLM's forward and backward pass, through its frozen weights, on the same tokens of both directions."""
-    for ids in (batch["input_ids"], batch["draw_input_ids"]):
-        embeds = model.get_input_embeddings()(ids).requires_grad_()
-        model.language_model(inputs_embeds=embeds, labels=ids).loss.backward()
+    return training_model(SHAPES["small"], objectives, dtype)
 
 
 def _peak_memory(step: str, dtype: torch.dtype, connection: Any) -> None:
     """Sends the peak memory in MB of a process that builds the model and runs the step once."""
-    model, batch = _training_model(dtype, OBJECTIVES), _training_batch()
-    {"all": _training_step, "language_model": _language_model_step}[step](model, batch)
+    model = _training_model(dtype, OBJECTIVES)
+    batch = training_batch(model.config, BATCH)
+    {"all": training_step, "language_model": language_model_step}[step](model, batch)
     connection.send(_peak_rss_mb())
 
 
@@ -212,17 +135,6 @@ def _peak_memory_mb(step: str, dtype: torch.dtype) -> float:
     process.start()
     process.join()
     return receiver.recv()
-
-
-def _turns(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step [repeats], run alternately after one warm-up."""
-    seconds = {name: [] for name in steps}
-    for i in range(repeats + 1):
-        for name, step in steps.items():
-            duration = _seconds(step)
-            if i:
-                seconds[name].append(duration)
-    return seconds
 
 
 def benchmark_training(repeats: int = 5) -> dict[str, Any]:
@@ -240,17 +152,17 @@ def benchmark_training(repeats: int = 5) -> dict[str, Any]:
         `share`: fraction of the float32 step's time that each objective takes. Further keys describe the run.
     """
     pairs_per_s, uncached, ratios, share = {}, {}, {}, {}
-    batch = _training_batch()
     paper = [objective for objective, weight in OBJECTIVES.items() if weight]
     rounds = tqdm(total=2 + len(paper), desc="benchmark", unit="part")
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         model = _training_model(dtype, OBJECTIVES)
-        cached = _with_states(model, batch)
-        seconds = _turns(
+        batch = training_batch(model.config, BATCH)
+        cached = with_states(model, batch)
+        seconds = turns(
             {
-                "cached": functools.partial(_training_step, model, cached),
-                "language_model": functools.partial(_language_model_step, model, batch),
-                "uncached": functools.partial(_training_step, model, batch),
+                "cached": functools.partial(training_step, model, cached),
+                "language_model": functools.partial(language_model_step, model, batch),
+                "uncached": functools.partial(training_step, model, batch),
             },
             repeats,
         )
@@ -262,11 +174,11 @@ def benchmark_training(repeats: int = 5) -> dict[str, Any]:
     for objective in paper:
         whole = _training_model(torch.float32, OBJECTIVES)
         without = _training_model(torch.float32, OBJECTIVES | {objective: 0.0})
-        cached = _with_states(whole, batch)
-        seconds = _turns(
+        cached = with_states(whole, batch)
+        seconds = turns(
             {
-                "whole": functools.partial(_training_step, whole, cached),
-                "without": functools.partial(_training_step, without, cached),
+                "whole": functools.partial(training_step, whole, cached),
+                "without": functools.partial(training_step, without, cached),
             },
             max(repeats // 2, 1),
         )

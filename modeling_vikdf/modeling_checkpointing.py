@@ -23,6 +23,8 @@ def checkpointed_layers(language_model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: if it is enabled, but no layer supports it.
     """
+    if getattr(language_model.base_model, "gradient_checkpointing", None) is False:
+        return []  # the switch sets all modules that have it, so that one of them answers for the others
     modules = [part for part in language_model.modules() if getattr(part, "gradient_checkpointing", False)]
     layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
     if modules and not layers:
@@ -33,10 +35,10 @@ def checkpointed_layers(language_model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def rereads_its_cache(language_model: PreTrainedModel) -> bool:
-    """Whether a layer of the LLM can be recomputed from one cache; linear attention overwrites its states."""
+def unwritten_cache(language_model: PreTrainedModel) -> "ReadOnlyCache | None":
+    """An empty cache that stays empty; `None` for linear attention, which overwrites the states in its cache."""
     layers = DynamicCache(config=language_model.config.get_text_config(decoder=True)).layers
-    return all(isinstance(layer, DynamicLayer) for layer in layers)
+    return ReadOnlyCache(layers) if all(isinstance(layer, DynamicLayer) for layer in layers) else None
 
 
 @contextlib.contextmanager
@@ -65,13 +67,20 @@ def _checkpoint(checkpoint: Callable[..., Any], forward: Callable[..., Any], *ar
 
 
 class ReadOnlyCache(Cache):
-    """A cache that is read but never written, so that a recomputed layer finds it unchanged."""
+    """
+    A cache that is read but never written, so that a recomputed layer finds it unchanged.
+
+    With an empty one the LLM copies no keys and values, and needs not ask positions whether they are those of several
+    sequences in a row.
+    """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, heads, P + T, d_head] of the cached and the new tokens; the cache keeps the old ones."""
+        if not self.layers[layer_idx].get_seq_length():
+            return key_states, value_states
         return copy.copy(self.layers[layer_idx]).update(key_states, value_states, *args, **kwargs)
 
 
-__all__ = ["ReadOnlyCache", "checkpointed_layers", "checkpointing", "rereads_its_cache"]
+__all__ = ["ReadOnlyCache", "checkpointed_layers", "checkpointing", "unwritten_cache"]

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_vikdf import OBJECTIVES, VikdfConfig
 from .modeling_objectives import (
+    LLM_STATES,
     SOURCES,
     Count,
     Objective,
@@ -31,13 +32,15 @@ from .modeling_objectives import (
     cells_to_pixels,
     count_labels,
     count_masked_pixels,
-    keep_scored,
+    read_captions_and_draws,
+    read_draws,
+    refuse_unusable,
+    scored_patches,
+    take_found_columns,
     to_patches,
 )
-from .modeling_vikdf import VikdfForConditionalGeneration
-
-
-LLM_STATES = ("output_hidden_states", "output_attentions")  # what may be asked for of the LLM that reads captions
+from .modeling_prefix import chosen_columns, predict_tokens, shift, take_columns
+from .modeling_vikdf import VikdfForConditionalGeneration, reply_loss
 
 
 # ---- the equations ----
@@ -109,16 +112,16 @@ def masked_text_loss(
     Cross-entropy of the chosen tokens (paper, "Image-Assisted Masked Text Modelling"; Devlin et al. 2019, BERT).
 
     Args:
-        logits: of the chosen tokens alone [K, vocabulary].
-        targets: their true ids [K].
-        count: number of chosen tokens in the whole batch; default K.
+        logits: of the chosen tokens [K, vocabulary].
+        targets: their true ids [K]; -100 for one that is not chosen.
+        count: number of chosen tokens in the whole batch; default those of `targets`.
         smoothing: share of each target's probability that is spread over the vocabulary (label smoothing).
 
     Returns:
         Scalar, in nats a token; 0 when no token was chosen.
     """
     loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
-    return loss / _count(torch.tensor(len(targets), device=logits.device), count)
+    return loss / _count((targets != -100).sum(), count)
 
 
 def text_to_knowledge_loss(predicted: torch.Tensor, knowledge: torch.Tensor, count: Count = None) -> torch.Tensor:
@@ -135,9 +138,8 @@ def text_to_knowledge_loss(predicted: torch.Tensor, knowledge: torch.Tensor, cou
     Returns:
         Scalar, mean over rows, vectors and components.
     """
-    rows = torch.tensor(len(predicted), device=predicted.device)
     error = (predicted.float() - knowledge.float()).square().sum()
-    return error / (_count(rows, count) * predicted[0].numel())
+    return error / (_count(error.new_full((), len(predicted)), count) * predicted[0].numel())
 
 
 def _count(own: torch.Tensor, whole: Count) -> torch.Tensor:
@@ -163,17 +165,22 @@ def text_text_matching(model: "VikdfForPreTraining", batch: SimpleNamespace, cou
 def masked_image(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
     """The first M pictures are completed with the help of K^T."""
     cells, pictures = batch.masked_cells, batch.pixel_values[: len(batch.masked_cells)]
-    return model.masked_image_modelling(pictures, cells, batch.hidden_cells, batch.text_knowledge, count)
+    settings = (batch.hidden_cells, batch.text_knowledge, count, batch.scored_patches)
+    return model.masked_image_modelling(pictures, cells, *settings)
 
 
 def masked_text(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
     """The first M captions are completed with the help of K^I."""
     ids, mask, labels = batch.masked_input_ids, batch.context_attention_mask, batch.masked_labels
-    return model.masked_text_modelling(ids, mask, labels, batch.image_knowledge, count, batch.smoothing)
+    settings = (batch.image_knowledge, count, batch.smoothing, batch.masked_columns)
+    return model.masked_text_modelling(ids, mask, labels, *settings)
 
 
 def knowledge_to_text(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
     """The LLM, asked for a caption, finds it likely (paper, BVIF, knowledge -> text; see `reply_loss`)."""
+    if batch.caption_states is not None:
+        targets = take_columns(shift(batch.labels), batch.columns["target_columns"])  # [B, k]
+        return reply_loss(predict_tokens(model.language_model, batch.caption_states), targets, count, batch.smoothing)
     states = {name: getattr(batch, name) for name in LLM_STATES if getattr(batch, name) is not None}
     batch.llm_output = VikdfForConditionalGeneration.forward(
         model,
@@ -186,6 +193,7 @@ def knowledge_to_text(model: "VikdfForPreTraining", batch: SimpleNamespace, coun
         num_items_in_batch=count,
         smoothing=batch.smoothing,
         return_dict=True,
+        **batch.columns,
         **states,  # what is not asked for is as the LLM's own configuration says
     )
     return batch.llm_output.loss
@@ -193,8 +201,8 @@ def knowledge_to_text(model: "VikdfForPreTraining", batch: SimpleNamespace, coun
 
 def text_to_knowledge(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
     """The LLM, having read a caption, predicts its knowledge (paper, BVIF, text -> knowledge)."""
-    mask, positions = batch.draw_attention_mask, batch.draw_position_ids
-    return model.text_to_knowledge(batch.draw_input_ids, mask, batch.llm_knowledge, positions, count)
+    prompts = (batch.draw_input_ids, batch.draw_attention_mask, batch.llm_knowledge, batch.draw_position_ids)
+    return model.text_to_knowledge(*prompts, count, batch.draw_columns, batch.draw_states)
 
 
 def reply(model: "VikdfForPreTraining", batch: SimpleNamespace, count: Count) -> torch.Tensor:
@@ -437,7 +445,8 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
             dialogues: text dialogues with labels, as inputs of `VikdfForConditionalGeneration.forward` (reply).
             output_hidden_states: whether to return those of the LLM that reads the captions.
             output_attentions: whether to return those of the LLM that reads the captions.
-            others: inputs that an objective from outside the package needs.
+            others: inputs that an objective from outside the package needs; and where in the batch what lies, as
+                `PreTrainingCollator` finds it (see `locate_columns`), so that a step need not wait for the GPU.
 
         Raises:
             TypeError: for an input that is none of these, and that no objective needs.
@@ -450,7 +459,8 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
     def _weigh_objectives(self, batch: SimpleNamespace) -> VikdfPreTrainingOutput:
         """The active objectives of the table, and the sum of their losses by weight: L = sum of weight * loss."""
         active, needs = active_objectives(self.config), needs_of(self.config)
-        _refuse_unusable(batch, active)
+        take_found_columns(batch)
+        refuse_unusable(batch, active, OBJECTIVE_TABLE)
         vars(batch).update(batch.others, llm_output=ModelOutput())
         add_shared(self, batch, needs)
         for name, objective in active.items():
@@ -460,6 +470,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         if batch.embed_only:
             states = {name: getattr(batch, name) for name in ("context_states", "vision_states", "partner_states")}
             return VikdfPreTrainingOutput(**embeddings, **states)
+        read_captions_and_draws(self, batch, active.keys())
         counts = batch.counts or {}
         losses = {name: objective.loss(self, batch, counts.get(name)) for name, objective in active.items()}
         return VikdfPreTrainingOutput(
@@ -493,6 +504,7 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         hidden_cells: torch.Tensor | None,
         text_knowledge: torch.Tensor,
         count: Count = None,
+        scored: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden cells are zeroed, the states of patches to score ask K^T, pixels come from these states alone."""
         rows, _, height, width = pixel_values.shape
@@ -504,7 +516,8 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         states = states[:, states.shape[1] - grid[0] * grid[1] :]  # [M, patches, d]: without class and register states
         mask = to_patches(cells_to_pixels(masked_cells, height, width, patch)[:, None], patch)  # [M, patches, patch^2]
         pixels = to_patches(pixel_values[..., : grid[0] * patch, : grid[1] * patch], patch)  # [M, patches, 3 patch^2]
-        mask, states, pixels = keep_scored(mask, states, pixels)  # [M, k, ...]
+        scored = scored_patches(mask) if scored is None else scored  # [M, k]
+        mask, states, pixels = (take_columns(patches, scored) for patches in (mask, states, pixels))  # [M, k, ...]
         predicted = self.pixel_decoder(self.masked_image_block(states, text_knowledge[:rows]))  # [M, k, 3 * patch^2]
         predicted, pixels = (patches.unflatten(-1, (3, -1)).transpose(1, 2) for patches in (predicted, pixels))
         return masked_image_loss(predicted, pixels, mask, count)  # of [M, 3, k, patch^2]
@@ -517,15 +530,17 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         image_knowledge: torch.Tensor,
         count: Count = None,
         smoothing: float = 0.0,
+        columns: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The encoder reads the caption with tokens replaced; the chosen ones' states ask K^I for the true ids."""
         rows = len(masked_input_ids)
         mask = None if attention_mask is None else attention_mask[:rows]
         states = self.encode_context(masked_input_ids, mask)  # [M, T, d]
         states = self.iqformer.context_projection(states.to(image_knowledge.dtype))
-        chosen = labels != -100  # [M, T]
-        states = self.masked_text_block(states, image_knowledge[:rows])[chosen]  # [K, d]
-        return masked_text_loss(self.token_decoder(states), labels[chosen], count, smoothing)
+        states = self.masked_text_block(states, image_knowledge[:rows])  # [M, T, d]
+        columns = chosen_columns(labels != -100) if columns is None else columns  # [M, k]
+        states, targets = (take_columns(tensor, columns).flatten(0, 1) for tensor in (states, labels))
+        return masked_text_loss(self.token_decoder(states), targets, count, smoothing)
 
     def text_to_knowledge(
         self,
@@ -534,6 +549,8 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
         knowledge: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         count: Count = None,
+        columns: dict[str, torch.Tensor] | None = None,
+        states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         The LLM's last hidden state before knowledge vector i predicts vector i, with the vectors before it as input.
@@ -546,39 +563,14 @@ class VikdfForPreTraining(VikdfForConditionalGeneration):
                 would become easy to predict instead of predictable.
             position_ids: [B, T]; default, as the LLM counts.
             count: number of rows in the whole batch; default B.
+            columns: what `locate_columns` found in `input_ids`.
+            states: the hidden states [B, n, d_llm], if the LLM has read the captions already.
         """
-        n = self.config.num_knowledge_tokens
-        if not (input_ids[:, -n:] == self.config.knowledge_token_id).all():
-            raise ValueError(f"draw_input_ids must end in {n} placeholders in every row: pad on the left.")
-        embeds = self.embed_prompt(input_ids, knowledge)[:, :-1]  # [B, T - 1, d_llm]: nothing follows the last vector
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        positions = {} if position_ids is None else {"position_ids": position_ids[:, :-1]}
-        outputs = self.run_language_model(
-            embeds,
-            mask[:, :-1],
-            **positions,
-            prefix=input_ids.shape[1] - n - 1,  # the state of the token before the first vector is wanted
-            language_model=self.language_model.base_model,
-        )
-        states = outputs.last_hidden_state[:, -n:]  # [B, n, d_llm]
+        if states is None:
+            states = read_draws(self, input_ids, attention_mask, knowledge, position_ids, columns or {})
         predicted = self.knowledge_predictor(states.to(self.knowledge_predictor.weight.dtype))
         target = knowledge.detach() if self.config.detach_knowledge_target else knowledge
         return text_to_knowledge_loss(predicted, target, count)
-
-
-def _refuse_unusable(batch: SimpleNamespace, active: dict[str, Objective]) -> None:
-    """Refuses a batch without objectives, and what is asked for or given to none of them."""
-    asked = [name for name in LLM_STATES if getattr(batch, name)]
-    if asked and (batch.embed_only or "knowledge_to_text" not in active):
-        raise ValueError(
-            f"{' and '.join(asked)}=True asks for what the LLM computes when it reads captions, but the objective "
-            "knowledge_to_text is not computed here."
-        )
-    if not active and not batch.embed_only:
-        raise ValueError("No objective has a positive weight in config.loss_weights.")
-    known = {need for objective in OBJECTIVE_TABLE.values() for need in objective.needs} - SOURCES.keys()
-    if unknown := sorted(batch.others.keys() - known):
-        raise TypeError(f"forward() got the inputs {unknown}, which no objective of OBJECTIVE_TABLE needs.")
 
 
 __all__ = [

@@ -17,6 +17,31 @@ from .configuration_vikdf import VikdfConfig
 CLIP_LOGIT_SCALE = 2.6592
 
 
+def whole_mask(
+    mask: torch.Tensor, model: PreTrainedModel, dtype: torch.dtype, causal: bool = False
+) -> torch.Tensor:
+    """
+    A padding mask [B, S] as a model's attention takes it, [B, 1, 1 or S, S].
+
+    Given the padding mask, transformers would look whether there is any padding, for which a GPU has to be waited for.
+
+    Args:
+        mask: 1 for states to attend to, 0 for padding, [B, S].
+        model: whose attention it is for; others than "eager" and "sdpa" get the mask as it is.
+        dtype: of the states.
+        causal: whether states attend to those before them alone.
+    """
+    attention = model.config._attn_implementation
+    if attention not in ("eager", "sdpa"):
+        return mask
+    visible = mask[:, None, None].bool()
+    if causal:
+        visible = visible & torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
+    if attention == "sdpa":
+        return visible
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
 class VikdfInputProjection(nn.Module):
     """LayerNorm-Linear-LayerNorm from an encoder's width to the IQ-Former's."""
 
@@ -88,6 +113,8 @@ class VikdfIQFormer(nn.Module):
             mean = (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)  # [B, d]
             pooled = torch.cat([states[:, 0], mean], dim=-1)  # [B, 2d]: most encoders' first state is a summary, too
             queries = queries + self.pooled_projection(pooled)[:, None]
+        if mask is not None and torch.is_grad_enabled():
+            mask = whole_mask(mask, qformer, queries.dtype)
         return qformer(query_embeds=queries, encoder_hidden_states=states, encoder_attention_mask=mask, **kwargs)
 
     def text_knowledge(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

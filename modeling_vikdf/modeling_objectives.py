@@ -5,7 +5,7 @@ them. Then come the block through which what is masked asks for knowledge, and c
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .configuration_vikdf import VikdfConfig
+from .modeling_prefix import pays_apart, pop_columns, read_tokens
 
 
 Count = torch.Tensor | float | None  # how much the whole batch scores; `None`: what is given is the whole
@@ -30,6 +31,11 @@ SOURCES = {
     "image_embeddings": "pixel_values",
     "partner_embeddings": "partner_input_ids",
 }
+
+# What a collator knows of where the masked objectives score: patches of pictures [M, k], columns of captions [M, k].
+MASKED_COLUMNS = ("scored_patches", "masked_columns")
+
+LLM_STATES = ("output_hidden_states", "output_attentions")  # what may be asked for of the LLM that reads captions
 
 # What a dialogue model trains beside the IQ-Former: each of these is reached by some objectives alone.
 SHARED = ("matching_head", "language_projection", "knowledge_gate", "knowledge_base")
@@ -140,6 +146,31 @@ class VikdfPreTrainingOutput(ModelOutput):
 # ---- what the model computes for the objectives that need it ----
 
 
+def refuse_unusable(
+    batch: SimpleNamespace, active: dict[str, Objective], table: dict[str, Objective]
+) -> None:
+    """Refuses a batch without objectives, and what is asked for or given to none of them."""
+    asked = [name for name in LLM_STATES if getattr(batch, name)]
+    if asked and (batch.embed_only or "knowledge_to_text" not in active):
+        raise ValueError(
+            f"{' and '.join(asked)}=True asks for what the LLM computes when it reads captions, but the objective "
+            "knowledge_to_text is not computed here."
+        )
+    if not active and not batch.embed_only:
+        raise ValueError("No objective has a positive weight in config.loss_weights.")
+    known = {need for objective in table.values() for need in objective.needs} - SOURCES.keys()
+    if unknown := sorted(batch.others.keys() - known):
+        raise TypeError(f"forward() got the inputs {unknown}, which no objective of OBJECTIVE_TABLE needs.")
+
+
+def take_found_columns(batch: SimpleNamespace) -> None:
+    """Takes what a collator found of where things lie out of a batch's further inputs; `None` or empty without."""
+    batch.columns = pop_columns(batch.others, batch.input_ids)
+    batch.draw_columns = pop_columns(batch.others, batch.draw_input_ids, "draw_")
+    for name in MASKED_COLUMNS:
+        setattr(batch, name, batch.others.pop(name, None))
+
+
 def add_shared(model: Any, batch: SimpleNamespace, needs: set[str]) -> None:
     """
     Adds to a batch what its objectives need of `SOURCES`, `None` where the inputs are missing.
@@ -200,6 +231,62 @@ def _choose_knowledge(
     return torch.where(use_image[:, None, None], image, text)
 
 
+# ---- the LLM, read in both directions ----
+
+
+def read_captions_and_draws(model: Any, batch: SimpleNamespace, active: Collection[str]) -> None:
+    """
+    Adds to a batch what its objectives need of the LLM in both directions, from one pass.
+
+    `caption_states` [B, k, d_llm], the last states in the columns that predict a caption's tokens, and `draw_states`
+    [B, n, d_llm], those before each knowledge vector. `None` where each objective reads its own prompts: one of them
+    is not active, their columns are not known, a pass for the prefix pays, or the LLM's states are asked for.
+    """
+    batch.caption_states = batch.draw_states = None
+    if not {"knowledge_to_text", "text_to_knowledge"} <= set(active) or model.returns_states(vars(batch)):
+        return
+    prompts, columns = (batch.input_ids, batch.draw_input_ids), (batch.columns, batch.draw_columns)
+    known = all("knowledge_columns" in found for found in columns) and "target_columns" in batch.columns
+    if not known or any(pays_apart(ids, model.config) for ids in prompts):
+        return
+    embeds = (
+        model.embed_prompt(ids, batch.llm_knowledge, base=base, columns=found["knowledge_columns"])
+        for ids, base, found in zip(prompts, (model.caption_base(), None), columns, strict=True)
+    )
+    wanted = (batch.columns["target_columns"], batch.draw_columns["knowledge_columns"] - 1)
+    batch.caption_states, batch.draw_states = read_tokens(model, *zip(embeds, columns, wanted, strict=True))
+
+
+def read_draws(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    knowledge: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    columns: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """The LLM's last hidden states before each knowledge vector [B, n, d_llm]; see `text_to_knowledge`."""
+    n = model.config.num_knowledge_tokens
+    if "knowledge_columns" in columns and not pays_apart(input_ids, model.config):
+        places = columns["knowledge_columns"]
+        embeds = model.embed_prompt(input_ids, knowledge, columns=places)  # [B, T, d_llm]
+        return read_tokens(model, (embeds, columns, places - 1))[0]
+    if not (input_ids[:, -n:] == model.config.knowledge_token_id).all():
+        raise ValueError(f"draw_input_ids must end in {n} placeholders in every row: pad on the left.")
+    embeds = model.embed_prompt(input_ids, knowledge)[:, :-1]  # [B, T - 1, d_llm]: nothing follows the last vector
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    positions = {} if position_ids is None else {"position_ids": position_ids[:, :-1]}
+    outputs = model.run_language_model(
+        embeds,
+        mask[:, :-1],
+        **positions,
+        # the state of the token before the first vector is wanted
+        prefix=input_ids.shape[1] - n - 1 if pays_apart(input_ids, model.config) else 0,
+        language_model=model.language_model.base_model,
+    )
+    return outputs.last_hidden_state[:, -n:]
+
+
 # ---- the parts of masked modelling ----
 
 
@@ -247,13 +334,12 @@ def to_patches(pictures: torch.Tensor, patch: int) -> torch.Tensor:
     return F.pixel_unshuffle(pictures, patch).flatten(2).transpose(1, 2)
 
 
-def keep_scored(mask: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
-    """Of patches [M, patches, ...] in each picture the k with something to score, if it has so many, [M, k, ...]."""
+def scored_patches(mask: torch.Tensor) -> torch.Tensor:
+    """In each picture of a mask [M, patches, pixels] the k patches to score, if it has so many, [M, k]."""
     scored = mask.any(-1)  # [M, patches]
     # at least one: what runs in a step must not depend on chance
     most = max(int(scored.sum(1).max()), 1)
-    chosen = scored.int().argsort(dim=1, descending=True)[:, :most, None]  # [M, k, 1]
-    return [patches.gather(1, chosen.expand(-1, -1, patches.shape[-1])) for patches in (mask, *others)]
+    return scored.int().argsort(dim=1, descending=True)[:, :most]
 
 
 def count_masked_pixels(inputs: dict[str, Any], config: VikdfConfig) -> torch.Tensor:
@@ -263,6 +349,7 @@ def count_masked_pixels(inputs: dict[str, Any], config: VikdfConfig) -> torch.Te
 
 
 __all__ = [
+    "LLM_STATES",
     "SHARED",
     "SOURCES",
     "Objective",
@@ -273,6 +360,10 @@ __all__ = [
     "count_labels",
     "count_masked_pixels",
     "count_pairs",
-    "keep_scored",
+    "read_captions_and_draws",
+    "read_draws",
+    "refuse_unusable",
+    "scored_patches",
+    "take_found_columns",
     "to_patches",
 ]

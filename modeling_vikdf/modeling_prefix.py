@@ -1,24 +1,37 @@
-"""The prompt's prefix, all tokens before the knowledge: aligned across rows, and read by the LLM only once.
+"""How the LLM reads a batch of prompts: aligned at the knowledge, what is before it perhaps once, or tokens alone.
 
     rows of a batch -> `align_at_knowledge`: the knowledge begins in the same column of every row
                     -> `read_prefix`: the LLM's cache of the columns before it; what all rows share is computed once
                     -> `select_rows`: that cache for several replies to one prompt
+                    -> `locate_columns`: where tokens, knowledge and targets lie, found once, where the batch is made
+                    -> `take_columns`: with padding behind the tokens, where a causal LLM needs no mask
 
-Nothing here is trained. Knows only the LLM's cache, and the processor's placeholder and padding.
+Which of the two ways a training step takes is decided by `pays_apart`. Nothing here is trained. Knows only the LLM's
+cache and vocabulary head, and the processor's placeholder and padding.
 """
 
 import copy
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from torch import nn
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 
 # The name of the LLM's cache in the installed transformers: "past_key_values" up to 5.23, "cache" since 5.24.
 CACHE = {"cache", "past_key_values"}.intersection(CausalLMOutputWithPast.__dataclass_fields__).pop()
 
 WORTH_SHARING = 64  # tokens that a shared pass must save to pay for another pass through the LLM's layers
+
+# From which width of the LLM on a training step gains by reading the prefix in a pass of its own, by kind of device. A
+# CPU computes what that saves more slowly than it starts the operations of another pass. On a GPU the host does not
+# keep up: the pass cost an H100 a tenth of the step of a 7b LLM, even with 32 rows. Nothing in the batch counts, so
+# that processes that hold the LLM in shards run the same passes.
+WORTH_APART = {"cpu": 256}
+
+COLUMNS = ("token_positions", "token_columns", "knowledge_columns", "target_columns")  # see `locate_columns`
 
 
 def pop_cache(kwargs: dict[str, Any]) -> Any:
@@ -108,6 +121,191 @@ def read_prefix(
     return past
 
 
+def pays_apart(input_ids: torch.Tensor, config: PreTrainedConfig) -> bool:
+    """Whether a training step over prompts [B, T] is faster if it reads their prefix in a pass of its own."""
+    worth = WORTH_APART.get(input_ids.device.type)
+    return torch.is_grad_enabled() and worth is not None and config.text_config.hidden_size >= worth
+
+
+def chosen_columns(chosen: torch.Tensor) -> torch.Tensor:
+    """Of each row [B, T] (bool) the columns that are chosen, then others, [B, k]: k those of the row with the most."""
+    # at least one: what runs in a step must not depend on chance
+    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, : max(int(chosen.sum(1).max()), 1)]
+
+
+def locate_columns(batch: dict[str, torch.Tensor], token_id: int) -> dict[str, torch.Tensor]:
+    """
+    Where in a batch of prompts what lies: found on the CPU, so that a training step need not wait for a GPU to tell.
+
+    Args:
+        batch: `input_ids`, `attention_mask` and optionally `labels` [B, T], as they are trained on.
+        token_id: the placeholder's.
+
+    Returns:
+        `token_positions` [B, T], the position of the token in each column. `token_columns` [B, W], those of a row's
+        tokens from left to right, then of padding, W of the longest row. `knowledge_columns` [B, m], those of its
+        placeholders, if all rows have m. With labels `target_columns` [B, k], those that predict one, k of the row
+        with the most, then others.
+    """
+    mask, placeholders = batch["attention_mask"], batch["input_ids"] == token_id
+    columns = {"token_positions": (mask.cumsum(1) - 1).clamp(min=0), "token_columns": chosen_columns(mask == 1)}
+    if placeholders[0].any() and (placeholders.sum(1) == placeholders[0].sum()).all():
+        columns["knowledge_columns"] = chosen_columns(placeholders)
+    if "labels" in batch:
+        columns["target_columns"] = chosen_columns(shift(batch["labels"]) != -100)
+    return columns
+
+
+def pop_columns(inputs: dict[str, Any], input_ids: torch.Tensor | None, prefix: str = "") -> dict[str, torch.Tensor]:
+    """
+    Takes what `locate_columns` found out of inputs.
+
+    Args:
+        inputs: perhaps with these columns.
+        input_ids: the prompts [B, T] that are to be read.
+        prefix: of the names in `inputs`.
+
+    Returns:
+        The columns by their names; empty where they are not given, or those of prompts that have been cut since.
+    """
+    columns = {name: inputs.pop(prefix + name, None) for name in COLUMNS}
+    positions = columns["token_positions"]
+    if positions is None or input_ids is None or positions.shape != input_ids.shape:
+        return {}
+    return {name: value for name, value in columns.items() if value is not None}
+
+
+def take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Of each row of a tensor [B, T, ...] the given columns [B, k]: [B, k, ...]."""
+    shape = columns.shape + tensor.shape[2:]
+    return tensor.gather(1, columns.view(*columns.shape, *[1] * (tensor.dim() - 2)).expand(shape))
+
+
+def stack_rows(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors [B_i, T_i, ...], padded with zeros behind their columns, as one [sum of B_i, largest T_i, ...]."""
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat(
+        [nn.functional.pad(rows, [0, 0] * (rows.dim() - 2) + [0, width - rows.shape[1]]) for rows in tensors]
+    )
+
+
+class _GivenStates(nn.Module):
+    """In the place of an LLM's decoder: gives back its input."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+    @property
+    def decoder(self) -> nn.Module:  # which OPT calls
+        return self
+
+
+def predict_tokens(language_model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """Logits [B, k, vocabulary] of the decoder's last states [B, k, d_llm], with all that the LLM does to them."""
+    head = copy.copy(language_model)  # the same parameters
+    vars(head)["_modules"] = {**vars(language_model)["_modules"], language_model.base_model_prefix: _GivenStates()}
+    # the class's: what hooks put on the instance belongs to the LLM, not to its copy
+    return type(head).forward(head, inputs_embeds=states).logits
+
+
+def read_tokens(
+    model: Any, *readings: tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor], **kwargs: Any
+) -> list[torch.Tensor]:
+    """
+    The LLM's last states at some columns of prompts, of all readings in one pass.
+
+    Args:
+        model: the dialogue model.
+        readings: embeddings [B, T, d_llm]; what `locate_columns` found there; the columns [B, k] that are wanted.
+        kwargs: for the LLM.
+
+    Returns:
+        Of each reading [B, k, d_llm].
+    """
+    embeds, found, wanted = zip(*readings, strict=True)
+    states = model.run_language_model(
+        stack_rows(embeds) if len(embeds) > 1 else embeds[0],
+        tokens=stack_rows([columns["token_columns"] for columns in found]),
+        language_model=model.language_model.base_model,
+        **kwargs,
+    ).last_hidden_state.split([len(rows) for rows in embeds])
+    wanted = (take_columns(columns["token_positions"], some) for columns, some in zip(found, wanted, strict=True))
+    return [take_columns(rows, some) for rows, some in zip(states, wanted, strict=True)]
+
+
+def read_prompts(
+    model: Any,
+    input_ids: torch.Tensor | None,
+    embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    columns: dict[str, torch.Tensor],
+    *,
+    shift_labels: torch.Tensor | None = None,
+    logits_to_keep: int | torch.Tensor = 0,
+    **kwargs: Any,
+) -> tuple[ModelOutput, torch.Tensor | None]:
+    """
+    The LLM's outputs, and the targets of their logits; `None` without labels.
+
+    Args:
+        model: the dialogue model.
+        input_ids: prompts [B, T], if they are given as ids.
+        embeds: the same, spliced [B, T, d_llm].
+        attention_mask: 1 for tokens, 0 for padding, [B, T].
+        labels: ids [B, T] that position t - 1 predicts.
+        columns: what `locate_columns` found in the prompts, or nothing.
+        shift_labels: ids [B, T] that position t predicts, in place of `labels`.
+        logits_to_keep: as in transformers; with labels 0 means those of the labels.
+        kwargs: for the LLM.
+    """
+    labelled = labels is not None or shift_labels is not None
+    # requested caches, hidden states and attentions are those of all columns
+    whole = kwargs.get(CACHE) is not None or kwargs.get("use_cache") or model.returns_states(kwargs)
+    prefix = 0
+    if labelled and input_ids is not None and not whole and pays_apart(input_ids, model.config):
+        prefix = model.tokens_before_knowledge(input_ids)
+    all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+    if labelled and shift_labels is None and "target_columns" in columns and all_logits and not (whole or prefix):
+        unread = ("position_ids", CACHE)  # those of tokens alone are as the LLM counts them
+        settings = {name: value for name, value in kwargs.items() if name not in unread}
+        (states,) = read_tokens(model, (embeds, columns, columns["target_columns"]), **settings)  # [B, k, d_llm]
+        targets = take_columns(shift(labels), columns["target_columns"])  # [B, k]
+        return CausalLMOutputWithPast(logits=predict_tokens(model.language_model, states)), targets
+    targets, logits_to_keep = choose_targets(labels, shift_labels, logits_to_keep)
+    llm = {"prefix": prefix, "logits_to_keep": logits_to_keep, **kwargs}
+    return model.run_language_model(embeds, attention_mask, **llm), targets
+
+
+def shift(labels: torch.Tensor) -> torch.Tensor:
+    """The ids that each column predicts, [B, T]: column t those of label t + 1, -100 for none."""
+    return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+def choose_targets(
+    labels: torch.Tensor | None, shifted: torch.Tensor | None, logits_to_keep: int | torch.Tensor
+) -> tuple[torch.Tensor | None, int | torch.Tensor]:
+    """
+    The ids that the logits predict, -100 for none, [B, k], and the columns of these logits.
+
+    Args:
+        labels: ids [B, T] that position t - 1 predicts, or `None`.
+        shifted: ids [B, T] that position t predicts; replaces `labels`.
+        logits_to_keep: as in transformers; with `labels` 0 means the columns in which any row has a target.
+    """
+    targets = shifted
+    if labels is not None:
+        if targets is None:
+            targets = shift(labels)
+        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            # the vocabulary head is a large part of a small LLM: compute logits only where some row has a label
+            logits_to_keep = (targets != -100).any(0).nonzero().squeeze(1)  # [k]
+    if targets is not None:
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        targets = targets[:, keep]  # [B, k]
+    return targets, logits_to_keep
+
+
 def select_rows(past: Cache, rows: torch.Tensor) -> Cache:
     """A copy of a cache with the given rows [R] (int64); the original keeps its tensors."""
     selected = copy.copy(past)
@@ -116,4 +314,21 @@ def select_rows(past: Cache, rows: torch.Tensor) -> Cache:
     return selected
 
 
-__all__ = ["CACHE", "align_at_knowledge", "pop_cache", "read_prefix", "select_rows"]
+__all__ = [
+    "CACHE",
+    "COLUMNS",
+    "align_at_knowledge",
+    "choose_targets",
+    "chosen_columns",
+    "locate_columns",
+    "pays_apart",
+    "pop_cache",
+    "pop_columns",
+    "predict_tokens",
+    "read_prefix",
+    "read_prompts",
+    "read_tokens",
+    "select_rows",
+    "shift",
+    "take_columns",
+]

@@ -24,10 +24,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
-from .modeling_checkpointing import ReadOnlyCache, checkpointed_layers, checkpointing, rereads_its_cache
+from .modeling_checkpointing import ReadOnlyCache, checkpointed_layers, checkpointing, unwritten_cache
 from .modeling_generation import KnowledgeGenerationMixin
-from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert
-from .modeling_prefix import CACHE, pop_cache, read_prefix
+from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert, whole_mask
+from .modeling_prefix import CACHE, pop_cache, pop_columns, read_prefix, read_prompts, take_columns
 from .modeling_pretrained import VikdfPreTrainedModel, find_backbone
 
 
@@ -67,7 +67,8 @@ class VikdfCausalLMOutputWithPast(CausalLMOutputWithPast):
     `CausalLMOutputWithPast` of the installed transformers, whatever it calls the cache, and the knowledge.
 
     loss: mean negative log-likelihood of the labels, in nats per token, scalar.
-    logits: [B, T, vocabulary]; with `labels` only the positions that predict a label in any row, [B, k, vocabulary].
+    logits: [B, T, vocabulary]; with `labels` only the positions that predict a label in any row, [B, k, vocabulary],
+        and of a collated batch those of each row's own labels.
     knowledge: knowledge vectors [B, m, h], float32: n of the text, then n of the picture, whichever were given.
     """
 
@@ -203,12 +204,11 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
                 f"The context has {context_input_ids.shape[1]} tokens, but the text encoder reads at most {longest}: "
                 "set the processor's max_context_length."
             )
-        states = self.context_encoder(
-            input_ids=context_input_ids, attention_mask=context_attention_mask
-        ).last_hidden_state  # [B, T, d_text]
-        if self.config.context_config.model_type == "clip_text_model":
-            states = self.context_encoder.text_projection(states)
-        return states
+        encoder, is_clip = self.context_encoder, self.config.context_config.model_type == "clip_text_model"
+        if self.training and context_attention_mask is not None and (is_clip or encoder.config.model_type == "bert"):
+            context_attention_mask = whole_mask(context_attention_mask, encoder, encoder.dtype, causal=is_clip)
+        states = encoder(input_ids=context_input_ids, attention_mask=context_attention_mask).last_hidden_state
+        return encoder.text_projection(states) if is_clip else states  # [B, T, d]
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -302,7 +302,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             base: base vectors [n, d_llm]; default the model's.
 
         Raises:
-            ValueError: unless m is n or 2n and the width is h, and every value is finite.
+            ValueError: unless m is n or 2n and the width is h, and every value of given knowledge is finite.
         """
         n, width = self.config.num_knowledge_tokens, self.config.iqformer_config.hidden_size
         if knowledge.dim() != 3 or knowledge.shape[1] not in (n, 2 * n) or knowledge.shape[2] != width:
@@ -310,7 +310,8 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
                 f"knowledge must have the shape [batch, {n}, {width}], or [batch, {2 * n}, {width}] for text and "
                 f"picture together; got {list(knowledge.shape)}."
             )
-        if not torch.isfinite(knowledge).all():
+        # what is being trained shows in the loss if it diverges, and to look here is to wait for the GPU
+        if not knowledge.requires_grad and not torch.isfinite(knowledge).all():
             raise ValueError("knowledge holds NaN or infinite values; check what it was computed from.")
         sources = knowledge.shape[1] // n
         base = (self.knowledge_base if base is None else base).repeat(sources, 1)  # [m, d_llm]
@@ -344,6 +345,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         knowledge: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         base: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Token embeddings [B, T, d_llm] with the placeholders replaced by the projected knowledge.
@@ -353,6 +355,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             knowledge: [B, m, h], m = n or 2n (text, then picture).
             image_mask: rows that have a picture [B] (bool); in the others the last n vectors are unused.
             base: base vectors [n, d_llm]; default the model's.
+            columns: those of the placeholders [B, m], if they are known, which saves looking for them.
 
         Raises:
             ValueError: if a row's placeholders and knowledge vectors differ in number.
@@ -369,9 +372,12 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             return self.get_input_embeddings()(input_ids)
         if token_id is None:
             raise ValueError("config.knowledge_token_id is not set: it must be the id that the processor writes.")
+        vectors = self.project_knowledge(knowledge, base)  # [B, m, d_llm]
+        if columns is not None and columns.shape == vectors.shape[:2]:
+            embeds = self.get_input_embeddings()(input_ids.scatter(1, columns, 0))  # [B, T, d_llm]
+            return embeds.scatter(1, columns[..., None].expand_as(vectors), vectors.to(embeds.dtype))
         # the placeholder's own embedding is unused, so its id may lie outside the LLM's vocabulary
         embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))  # [B, T, d_llm]
-        vectors = self.project_knowledge(knowledge, base)  # [B, m, d_llm]
         keep = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)  # [B, m]
         if image_mask is not None:
             keep[:, -self.config.num_knowledge_tokens :] = image_mask.to(keep.device)[:, None]
@@ -431,7 +437,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             num_items_in_batch: number of labels over all accumulated batches, for an exact mean.
             smoothing: label smoothing of the loss; see `reply_loss`.
             kwargs: for the LLM; except `shift_labels` [B, T], the ids that each position predicts, -100 for none,
-                which replaces `labels` in the loss.
+                which replaces `labels` in the loss; and where in `input_ids` what lies, as collators find it (see
+                `locate_columns`). Then a loss waits for no GPU, and the logits are those of each row's own targets.
+                What changes a batch's labels must leave `target_columns` out.
 
         Raises:
             ValueError: see `embed_prompt`, `project_knowledge` and `get_image_knowledge`.
@@ -440,25 +448,24 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         self._require("language_model")
+        columns = pop_columns(kwargs, input_ids)
         # 1. the knowledge of context and picture
         if knowledge is None:
             knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)  # [B, m, h]
         # 2. projected, and spliced into the prompt
         if inputs_embeds is None:
-            inputs_embeds = self.embed_prompt(input_ids, knowledge, image_mask, base)  # [B, T, d_llm]
+            places = columns.get("knowledge_columns")
+            inputs_embeds = self.embed_prompt(input_ids, knowledge, image_mask, base, places)  # [B, T, d_llm]
         elif knowledge is not None:
             raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
         # 3. the frozen LLM; `shift_labels` is not a parameter, because Trainer requires every parameter with "label"
         # in its name in each batch
-        targets, logits_to_keep = _choose_targets(labels, kwargs.pop("shift_labels", None), logits_to_keep)
-        prefix = 0
-        # requested hidden states and attentions cover all columns
-        if targets is not None and input_ids is not None and cache is None and not self._returns_states(kwargs):
-            prefix = self.tokens_before_knowledge(input_ids)
-        llm = {"prefix": prefix, "position_ids": position_ids, CACHE: cache, "logits_to_keep": logits_to_keep}
-        outputs = self.run_language_model(inputs_embeds, attention_mask, **llm, **kwargs)
+        llm = {"position_ids": position_ids, CACHE: cache, "logits_to_keep": logits_to_keep, **kwargs}
+        outputs, targets = read_prompts(self, input_ids, inputs_embeds, attention_mask, labels, columns, **llm)
         # 4. how likely it finds the labels
         loss = None if targets is None else reply_loss(outputs.logits, targets, num_items_in_batch, smoothing)
+        if input_ids is None and loss is None:
+            return outputs  # of a step of `generate`, to which there is nothing to add
         return VikdfCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
@@ -468,7 +475,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _returns_states(self, kwargs: dict[str, Any]) -> bool:
+    def returns_states(self, kwargs: dict[str, Any]) -> bool:
         """Whether hidden states or attentions are requested, by arguments or by the LLM's configuration."""
         flags = ((kwargs.get(name), name) for name in ("output_hidden_states", "output_attentions"))
         return any(getattr(self.language_model.config, name) if value is None else value for value, name in flags)
@@ -486,6 +493,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         attention_mask: torch.Tensor | None = None,
         *,
         prefix: int = 0,
+        tokens: torch.Tensor | None = None,
         language_model: nn.Module | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -493,33 +501,45 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         """
         Runs the LLM over spliced embeddings.
 
-        In training the columns before the first knowledge vector depend on no trained weight, so they are read
+        In training the columns before the first knowledge vector depend on no trained weight, so they can be read
         without gradient, which is exact and saves their backward pass. With gradient checkpointing the layers keep
         only their input, without dropout and with the cache of these columns.
 
         Args:
             inputs_embeds: [B, T, d_llm].
             attention_mask: [B, T].
-            prefix: number of columns before the first knowledge vector.
+            prefix: number of columns before the first knowledge vector, if they are to be read apart.
+            tokens: the columns [B, W] to read instead of all, in each row those of its tokens, then of padding, which
+                needs no mask.
             language_model: the LLM (default), or its decoder if no logits are needed.
             logits_to_keep: as in transformers, in columns of the whole sequence.
             kwargs: for the LLM.
         """
         logits = {} if language_model is not None else {"logits_to_keep": logits_to_keep}
         language_model = self.language_model if language_model is None else language_model
-        frozen = not any(parameter.requires_grad for parameter in self.language_model.parameters())
-        keeps_prefix = isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep[0]) < prefix)
-        if language_model is self.language_model and keeps_prefix:
+        if tokens is not None:
+            inputs_embeds, attention_mask = take_columns(inputs_embeds, tokens), None
+            kwargs |= {CACHE: unwritten_cache(self.language_model)}
+            kwargs |= {} if kwargs[CACHE] is None else {"use_cache": False}
+        if prefix and logits and (
+            isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep[0]) < prefix)
+        ):
             prefix = 0  # the prefix's own logits are requested
-        if logits and isinstance(logits_to_keep, int) and logits_to_keep > 0:
+        if logits and isinstance(logits_to_keep, int) and logits_to_keep > 0 and inputs_embeds.shape[1] > 1:
             # indices copy these columns: for a slice PyTorch on CPUs copies the frozen vocabulary head for every row
             columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             logits["logits_to_keep"] = columns[-logits_to_keep:]
         recomputes = self.training and torch.is_grad_enabled()
         checkpointed = checkpointed_layers(self.language_model) if recomputes else []
-        if checkpointed and not rereads_its_cache(self.language_model):
+        if prefix and checkpointed and unwritten_cache(self.language_model) is None:
             prefix = 0
-        if prefix and frozen and torch.is_grad_enabled() and inputs_embeds.requires_grad:
+        # a trained LLM needs the gradient of the prefix, too
+        if (
+            prefix
+            and torch.is_grad_enabled()
+            and inputs_embeds.requires_grad
+            and not any(parameter.requires_grad for parameter in self.language_model.parameters())
+        ):
             if logits:
                 logits["logits_to_keep"] = logits_to_keep - prefix
             if attention_mask is None:
@@ -529,12 +549,13 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             kwargs[CACHE] = self.read_prefix(inputs_embeds[:, :prefix], attention_mask, positions)
             kwargs |= {} if positions is None else {"position_ids": positions[:, prefix:]}
             inputs_embeds = inputs_embeds[:, prefix:]
-        if checkpointed:
-            if kwargs.get("use_cache"):
-                logger.warning_once("Gradient checkpointing keeps no cache: use_cache=True is set to False.")
-            kwargs["use_cache"] = False
-            if (past := kwargs.get(CACHE)) is not None:
-                kwargs[CACHE] = ReadOnlyCache(past.layers)
+        if not checkpointed:
+            return language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **logits, **kwargs)
+        if kwargs.get("use_cache"):
+            logger.warning_once("Gradient checkpointing keeps no cache: use_cache=True is set to False.")
+        kwargs["use_cache"] = False
+        if (past := kwargs.get(CACHE)) is not None:
+            kwargs[CACHE] = ReadOnlyCache(past.layers)
         with checkpointing(checkpointed):
             return language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **logits, **kwargs)
 
@@ -543,30 +564,6 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
     ) -> Cache:
         """The LLM's cache of the first P columns of prompts, `embeds` [B, P, d_llm]; see modeling_prefix.py."""
         return read_prefix(self.language_model, embeds, attention_mask, position_ids)
-
-
-def _choose_targets(
-    labels: torch.Tensor | None, shifted: torch.Tensor | None, logits_to_keep: int | torch.Tensor
-) -> tuple[torch.Tensor | None, int | torch.Tensor]:
-    """
-    The ids that the logits predict, -100 for none, [B, k], and the columns of these logits.
-
-    Args:
-        labels: ids [B, T] that position t - 1 predicts, or `None`.
-        shifted: ids [B, T] that position t predicts; replaces `labels`.
-        logits_to_keep: as in transformers; with `labels` 0 means the columns in which any row has a target.
-    """
-    targets = shifted
-    if labels is not None:
-        if targets is None:
-            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # [B, T]: position t predicts label t+1
-        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            # the vocabulary head is a large part of a small LLM: compute logits only where some row has a label
-            logits_to_keep = (targets != -100).any(0).nonzero().squeeze(1)  # [k]
-    if targets is not None:
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        targets = targets[:, keep]  # [B, k]
-    return targets, logits_to_keep
 
 
 # Trainer's label smoothing shifts the labels of the classes listed here

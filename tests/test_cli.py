@@ -20,6 +20,7 @@ from test_golden import GOLDEN
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 import modeling_vikdf
+from modeling_vikdf.benchmark_shapes import SHAPES
 from modeling_vikdf.cli import main
 from modeling_vikdf.environment import describe_environment
 from modeling_vikdf.training.recipe_files import find_recipe, recipes
@@ -414,6 +415,23 @@ def test_benchmark_generation_writes_its_figures(checkpoint, capsys, tmp_path):
     assert json.loads(out) == figures
     for key in ("overhead_ratio", "time_to_first_token_s", "tokens_per_s", "batch8_over_batch1", "peak_memory_mb"):
         assert figures[key] > 0, key
+
+
+@pytest.mark.parametrize("what", ["training", "generation"])
+def test_benchmark_of_shapes_counts_where_there_is_no_gpu(what, capsys, tmp_path, monkeypatch):
+    flat = {name: vars(SHAPES["small"])[name] | {"num_hidden_layers": 1} for name in vars(SHAPES["small"])}
+    monkeypatch.setitem(SHAPES, "small", type(SHAPES["small"])(**flat))
+    output = tmp_path / "speed.json"
+    out, _ = run(capsys, "benchmark", what, "--shapes", "small", "--device", "cpu", "--output", output)
+    figures = json.loads(output.read_text())
+    assert json.loads(out) == figures and (figures["what"], figures["device"]) == (what, "cpu")
+    ours = figures["host_counts"]["step" if what == "training" else "vikdf"]
+    assert ours["aten_ops"] > 100 and figures["host_counts"]["language_model"]["aten_ops"] > 10
+
+
+def test_settings_of_a_benchmark_that_would_be_ignored_are_refused(capsys):
+    assert "pass --shapes" in fails(capsys, "benchmark", "training", "--device", "cpu")
+    assert "pass either" in fails(capsys, "benchmark", "generation", "--shapes", "small", "--model", "folder")
 
 
 # ---- the command itself ----

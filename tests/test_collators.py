@@ -22,6 +22,7 @@ from modeling_vikdf.data.collators import (
     align_at_knowledge,
 )
 from modeling_vikdf.data.sources import SkipReport
+from modeling_vikdf.modeling_prefix import COLUMNS
 
 
 PLACEHOLDER = 400  # the id that processor() gives to knowledge
@@ -207,10 +208,13 @@ def test_share_of_image_knowledge():
     ("objective", "inputs"),
     [
         ("text_image_matching", {"pixel_values"}),
-        ("masked_image", {"pixel_values", "masked_cells", "hidden_cells"}),
-        ("masked_text", {"pixel_values", "masked_input_ids", "masked_labels"}),
-        ("knowledge_to_text", {"input_ids", "attention_mask", "position_ids", "labels"}),
-        ("text_to_knowledge", {"draw_input_ids", "draw_attention_mask", "draw_position_ids"}),
+        ("masked_image", {"pixel_values", "masked_cells", "hidden_cells", "scored_patches"}),
+        ("masked_text", {"pixel_values", "masked_input_ids", "masked_labels", "masked_columns"}),
+        ("knowledge_to_text", {"input_ids", "attention_mask", "position_ids", "labels", *COLUMNS}),
+        (
+            "text_to_knowledge",
+            {"draw_input_ids", "draw_attention_mask", "draw_position_ids", *(f"draw_{name}" for name in COLUMNS[:3])},
+        ),
     ],
 )
 def test_each_objective_gets_its_inputs_and_no_others(objective, inputs):

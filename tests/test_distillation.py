@@ -3,6 +3,7 @@
 import inspect
 import math
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from modeling_vikdf.modeling_distillation import (
     matching_loss,
     text_to_knowledge_loss,
 )
+from modeling_vikdf.modeling_prefix import pays_apart
 from modeling_vikdf.modeling_vikdf import reply_loss
 from modeling_vikdf.training.trainer import freeze_unused
 
@@ -219,6 +221,7 @@ def test_masked_text_scores_the_chosen_tokens_alone():
     model = pretraining_model({"masked_text": 1.0})
     batch = batch_of(model)
     loss = model(**batch).loss
+    del batch["masked_columns"]  # of the labels that are replaced
     batch["masked_labels"][:] = -100
     batch["masked_labels"][1, 2], batch["masked_labels"][3, 1] = 60, 61
     states = model.encode_context(batch["masked_input_ids"], batch["context_attention_mask"])
@@ -450,6 +453,12 @@ def test_pretraining_cannot_generate_but_keeps_what_the_llm_generates_with(backb
 # ---- text before the knowledge, read without gradient ----
 
 
+@pytest.fixture
+def apart(monkeypatch):
+    """The prefix is read in a pass of its own, which does not pay for models as small as these."""
+    monkeypatch.setattr(modeling_vikdf.modeling_prefix, "WORTH_APART", {"cpu": 0, "cuda": 0})
+
+
 def gradients_of(model, batch) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = model(**batch).loss
@@ -479,6 +488,7 @@ def assert_same(one: tuple, other: tuple) -> None:
         assert (gradient - other[1][name]).norm() <= 1e-6 * size, name
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
 @pytest.mark.parametrize("objective", ["knowledge_to_text", "text_to_knowledge"])
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "left_padded"])
@@ -497,6 +507,7 @@ def test_prefix_without_gradient_is_exact(llm, objective, aligned, worth_sharing
     assert_same(cut, whole)
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
 @pytest.mark.parametrize(
     "place", [("last_user", "end"), ("last_user", "start"), ("first_user", "start")], ids="-".join
@@ -510,6 +521,7 @@ def test_prefix_without_gradient_is_exact_for_dialogues(llm, place, monkeypatch)
     assert_same(cut, whole)
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
 def test_what_all_dialogues_begin_with_is_read_once(llm, monkeypatch):
     monkeypatch.setattr(modeling_vikdf.modeling_prefix, "WORTH_SHARING", 1)
@@ -532,6 +544,47 @@ def test_what_all_dialogues_begin_with_is_read_once(llm, monkeypatch):
     head = len(reader.tokenizer("You are a friendly person in a casual chat.", add_special_tokens=False).input_ids)
     assert read[0][0] == 1 and read[0][1] > head and [rows for rows, _ in read[1:]] == [4, 4]
     assert_same(once, gradients_of(model, padded))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("llm", ["qwen", "llama"])
+@pytest.mark.parametrize("objectives", [None, ALL, {"knowledge_to_text": 1.0}, {"text_to_knowledge": 1.0}], ids=str)
+def test_what_the_collator_found_changes_no_gradient(objectives, llm, checkpointing):
+    """Both directions in one pass, tokens alone without a mask, each row's own targets: all of it is exact."""
+    reader, settings = processor(llm), {"llm": llm, "knowledge_token_id": processor(llm).knowledge_token_id}
+    if objectives is None:
+        model, batch = dialogue_model(**settings), DialogueCollator(reader)(dialogues(4))
+    else:
+        model = pretraining_model(objectives, **settings)
+        batch = PreTrainingCollator(reader, model.config, image_knowledge_share=0.5)(pairs(4))
+    if checkpointing:
+        checkpoint_activations(model)
+    plain = {name: value for name, value in batch.items() if not name.endswith(("_columns", "_positions", "_patches"))}
+    assert len(plain) < len(batch)
+    passes = []
+    model.language_model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    found = gradients_of(model, batch)
+    assert len(passes) == 1
+    assert_same(found, gradients_of(model, plain))
+
+
+def test_columns_of_prompts_that_have_been_cut_are_not_used():
+    model = dialogue_model()
+    batch = DialogueCollator(processor())(dialogues(4))
+    names = ("input_ids", "attention_mask", "labels", "position_ids")
+    cut = batch | {name: batch[name][:, 1:] for name in names}
+    plain = {name: cut[name] for name in (*names, "context_input_ids", "context_attention_mask")}
+    assert_same(gradients_of(model, cut), gradients_of(model, plain))
+
+
+def test_the_prefix_is_read_apart_where_that_pays():
+    """On a CPU with an LLM of a width that is in use; whatever the batch, so that all processes do the same."""
+    small, large = (SimpleNamespace(text_config=SimpleNamespace(hidden_size=width)) for width in (48, 576))
+    for ids in (torch.zeros(1, 8, dtype=torch.long), torch.zeros(8, 56, dtype=torch.long)):
+        assert pays_apart(ids, large) and not pays_apart(ids, small)
+        assert not pays_apart(ids.to("meta"), large)  # as on any device that is no CPU
+        with torch.no_grad():
+            assert not pays_apart(ids, large)
 
 
 def checkpoint_activations(model) -> None:
@@ -559,6 +612,7 @@ def test_checkpointed_activations_of_the_frozen_llm_are_computed_anew(llm, objec
     assert not any(module.training for module in model.language_model.modules())
 
 
+@pytest.mark.usefixtures("apart")
 def test_supervised_text_before_the_knowledge_is_not_cut_off(monkeypatch):
     """Replies in front of the knowledge count in the loss when they are asked for."""
     reader = processor()
@@ -624,6 +678,7 @@ def test_captions_beside_dialogues_shift_the_base_vectors():
     assert gradients_of(model, batch)[1]["knowledge_base"].any()
 
 
+@pytest.mark.usefixtures("apart")
 def test_lora_on_the_llm(monkeypatch):
     """The LLM's own new weights get gradients, and then the text before the knowledge is part of what is learnt."""
     peft = pytest.importorskip("peft")

@@ -257,6 +257,17 @@ def test_what_is_rendered(collector, monkeypatch, tmp_path):
     throughput = {"throughput": {"seconds_a_dialogue": seconds, "times_faster": 5.0}, "num_dialogues": 7}
     throughput |= {"data": "chat.jsonl", "batch_size": 16, "threads": 2}
     (collector.RESULTS / "throughput.json").write_text(json.dumps(throughput))
+    step = {"aten_ops": 9560, "item": 0, "nonzero": 0}
+    training = {"host_counts": {"step_with_cached_states": step, "step_over_parts": 1.044}}
+    training["batch_4"] = {
+        "pairs_per_s": {"cached": 22.04},
+        "step_over_llm_ratio": 0.98,
+        "peak_memory_gb": {"cached": 20.96},
+    }
+    replies = {"host_counts": {"ratios": {"aten_ops": 1.0018, "python_calls": 1.0178}}}
+    replies["first_token"] = {"tokens_per_s": {"vikdf": 20.0}, "overhead_ratio": 1.2, "peak_memory_gb": 14.0}
+    speed = {"speed": {"paper": {"training": training, "generation": replies}}, "device": "cuda"}
+    (collector.RESULTS / "speed.json").write_text(json.dumps(speed))
     monkeypatch.setattr(collector, "HEADLINES", ("chat", "missing"))
     collector.render(readme)
     text, everything = readme.read_text(), (collector.RESULTS / "tables.md").read_text()
@@ -265,6 +276,9 @@ def test_what_is_rendered(collector, monkeypatch, tmp_path):
     assert "old" not in text and "colours" not in text and "colours, 3 items" in everything
     assert "| queries | 20 | 1,000 |\n|---|---|---|\n| 4 | 1.20 | 1.00 |\n| 8 | 1.40 | 1.01 |" in everything
     assert "| in batches of 16 | 0.30 | 25 |\n| one at a time | 1.50 | 125 |\n\n5.0 times faster." in everything
+    assert "| paper | 9,560 | 1.04 | 0 | 0 | 1.002 | 1.018 |" in everything
+    assert "| paper, step, batch_4 | 22.0 | 0.98 | 21.0 |" in everything
+    assert "| paper, reply, first_token | 20.0 | 1.20 | 14.0 |" in everything
     plots = {path: path.read_bytes() for path in collector.RESULTS.glob("*.svg")}
     for data in ("chat", "colours"):
         assert f"![{data}]({data}.svg)" in everything

@@ -33,6 +33,7 @@ from modeling_vikdf import (
     VikdfForPreTraining,
     VikdfProcessor,
     modeling_distillation,
+    modeling_prefix,
     modeling_vikdf,
 )
 from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
@@ -82,6 +83,13 @@ MODELS = {"dialogues": dialogue_model, "pairs": lambda **kwargs: pretraining_mod
 # ---- gradient checkpointing ----
 
 
+@pytest.fixture
+def apart(monkeypatch):
+    """The prefix is read in a pass of its own, which does not pay for models as small as these."""
+    monkeypatch.setattr(modeling_prefix, "WORTH_APART", {"cpu": 0, "cuda": 0})
+
+
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("llm", ["qwen", "llama"])
 @pytest.mark.parametrize("kind", MODELS)
@@ -104,6 +112,7 @@ def test_checkpointing_keeps_the_gradients(kind, llm, use_reentrant):
     assert not any(module.training for module in model.language_model.modules())
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("kind", MODELS)
 def test_checkpointing_keeps_the_input_of_the_llms_layers_alone(kind):
     """And of the columns behind the prefix alone, which is read without gradient as it is without checkpointing."""

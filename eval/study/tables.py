@@ -138,4 +138,45 @@ def throughput_table(result: dict[str, Any]) -> str:
     )
 
 
-TIMES = {"latency": latency_table, "throughput": throughput_table}  # results that compare no arms
+def speed_table(result: dict[str, Any]) -> str:
+    """The results of eval/speed/shapes.py: what is asked of the host, and on a GPU the times."""
+    lines = [
+        "What is asked of the host by a training step of all five objectives (cached states; forward and backward), "
+        "and by a decoding step, in models of these depths:\n",
+        "| | operations of a step | over those of LLM, encoders and IQ-Former | `item` | `nonzero` | decoding step "
+        "over the bare LLM's: operations | Python calls |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shapes, parts in result["speed"].items():
+        training, replies = (parts[what]["host_counts"] for what in ("training", "generation"))
+        step, ratios = training["step_with_cached_states"], replies["ratios"]
+        cells = [shapes, f"{step['aten_ops']:,}", f"{training['step_over_parts']:.2f}", step["item"], step["nonzero"]]
+        cells += [f"{ratios[name]:.3f}" for name in ("aten_ops", "python_calls")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    if result["device"] == "cuda":
+        lines += ["", *_times(result["speed"])]
+    lines += ["", "How the time of a tiny model's step over that of its LLM's own grows:", "", "![speed](speed.svg)"]
+    return "\n".join(lines)
+
+
+def _times(speed: dict[str, Any]) -> list[str]:
+    """Rows of what a GPU was timed at."""
+    lines = ["| | pairs or tokens a second | over the bare LLM's time | peak GB |", "|---|---|---|---|"]
+
+    def add(name: str, rate: float, ratio: float, peak: float) -> None:
+        lines.append(f"| {name} | {rate:.1f} | {ratio:.2f} | {peak:.1f} |")
+
+    for shapes, parts in speed.items():
+        for name, times in parts["training"].items():
+            if name.startswith("batch_"):
+                rate, peak = (times[key]["cached"] for key in ("pairs_per_s", "peak_memory_gb"))
+                add(f"{shapes}, step, {name}", rate, times["step_over_llm_ratio"], peak)
+        for name, times in parts["generation"].items():
+            if isinstance(times, dict) and "overhead_ratio" in times:
+                rate = times["tokens_per_s"]["vikdf"]
+                add(f"{shapes}, reply, {name}", rate, times["overhead_ratio"], times["peak_memory_gb"])
+    return lines
+
+
+# results that compare no arms
+TIMES = {"latency": latency_table, "speed": speed_table, "throughput": throughput_table}

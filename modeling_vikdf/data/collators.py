@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from ..configuration_vikdf import VikdfConfig
 from ..modeling_distillation import active_objectives, needs_of
-from ..modeling_prefix import align_at_knowledge
+from ..modeling_objectives import cells_to_pixels, scored_patches, to_patches
+from ..modeling_prefix import align_at_knowledge, chosen_columns, locate_columns
 from ..processing_vikdf import VikdfProcessor, pad
 from .features import tokenize_captions
 from .sources import SkipReport
@@ -162,7 +163,23 @@ class PreTrainingCollator(_Collator):
             batch |= self._draw_prompts(examples, chosen, rngs)
         if self.uses_image_knowledge:
             batch["use_image_knowledge"] = torch.tensor([rng.random() < self.image_knowledge_share for rng in rngs])
-        return batch
+        return batch | self._locate(batch)
+
+    def _locate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Where in the batch what lies that objectives score, so that none of them has to look for it on a GPU."""
+        columns, token_id = {}, self.processor.knowledge_token_id
+        if "input_ids" in batch:
+            columns |= locate_columns(batch, token_id)
+        if "draw_input_ids" in batch:
+            draws = {key: batch[f"draw_{key}"] for key in ("input_ids", "attention_mask")}
+            columns |= {f"draw_{name}": value for name, value in locate_columns(draws, token_id).items()}
+        if "masked_cells" in batch and self.config.vision_config is not None:
+            size, patch = batch["pixel_values"].shape[-2:], self.config.vision_config.patch_size
+            pixels = cells_to_pixels(batch["masked_cells"], *size, patch)[:, None]
+            columns["scored_patches"] = scored_patches(to_patches(pixels, patch))
+        if "masked_labels" in batch:
+            columns["masked_columns"] = chosen_columns(batch["masked_labels"] != -100)
+        return columns
 
     def choose_pictures(
         self, examples: list[dict[str, Any]], chosen: list[int], rngs: list[random.Random]
@@ -328,7 +345,11 @@ class DialogueCollator(_Collator):
         return collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """-> `input_ids`, `attention_mask`, `labels` [B, T]; `context_input_ids`, `context_attention_mask` [B, C]."""
+        """
+        -> `input_ids`, `attention_mask`, `labels` [B, T]; `context_input_ids`, `context_attention_mask` [B, C].
+
+        And what `locate_columns` finds in them.
+        """
         chats = [example["messages"] for example in examples]
         rngs = [_make_rng(self.seed, self.epoch, example.get("key", "")) for example in examples]
         hidden = [rng.random() < self.hide_context for rng in rngs]
@@ -358,7 +379,7 @@ class DialogueCollator(_Collator):
         if not self.earlier_replies:
             knowledge = (batch["input_ids"] == self.processor.knowledge_token_id).any(0).int().argmax()
             batch["labels"][:, :knowledge] = -100
-        return batch
+        return batch | locate_columns(batch, self.processor.knowledge_token_id)
 
     def choose_contexts(
         self, chats: list[list[dict[str, Any]]], rngs: list[random.Random]
