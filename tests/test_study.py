@@ -46,9 +46,9 @@ def test_steps_of_the_study_fit_their_recipes():
             assert section in recipe and (not key or key in recipe[section]), (name, each)
 
 
-@pytest.mark.parametrize("llm", ["gemma", "qwen"])
-def test_arms_of_another_llm_differ_in_the_llm_alone(llm, monkeypatch, tmp_path):
-    """Their recipes are those of the arms around SmolLM2, equally long; stage 1 is the very same."""
+@pytest.mark.parametrize("llm, scale", [("gemma", 7.5), ("qwen", 0.125)])
+def test_arms_of_another_llm_differ_in_the_llm_alone(llm, scale, monkeypatch, tmp_path):
+    """Their recipes are those of the arms around SmolLM2, but for the scale of the LLM's embeddings; so is stage 1."""
     study, ran, built = load_script("study/train"), {}, []
     monkeypatch.setattr(study, "run_stage", lambda stage, recipe, collators: ran.update({_step(recipe): recipe}))
     monkeypatch.setattr(study, "new_model", lambda **settings: built.append(settings) or (Untrained(), Untrained()))
@@ -72,6 +72,9 @@ def test_arms_of_another_llm_differ_in_the_llm_alone(llm, monkeypatch, tmp_path)
         else:
             assert other["model"] == own["model"] | swap
         assert other["training"].pop("output_dir") == f"{own['training'].pop('output_dir')}_{llm}"
+        rates, own_rates = (recipe["training"].pop("learning_rates") for recipe in (other, own))
+        embedded = ("language_projection", "knowledge_base", "caption_shift")
+        assert rates == {part: rate * (scale if part in embedded else 1) for part, rate in own_rates.items()}
         lengths = [recipe["training"].pop("max_steps") for recipe in (other, own)]
         steps_of.add((*lengths, arm.startswith("integrate")))
         assert {**other, "model": None} == {**own, "model": None}
