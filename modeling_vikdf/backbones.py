@@ -41,7 +41,7 @@ class PackagedBackbone(NamedTuple):
     module: str
     path: str  # inside the module: a model folder, a GGUF file, or a piece of one
     parts: int = 1
-    sha256: str | None = None  # of the GGUF that the pieces make
+    sha256: str | None = None  # of the GGUF; it must be known where that comes in parts
     chat_template: str | None = None  # of a base LLM, see base_chat.py
 
     def pieces(self) -> "list[PackagedBackbone]":
