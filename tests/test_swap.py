@@ -98,6 +98,18 @@ def test_the_heads_of_the_objectives_are_new(name, folders, checkpoint):
     assert not model.knowledge_base.any() and model.knowledge_gate.tolist() == [1.0] * 4
 
 
+def test_encoders_that_the_checkpoint_holds_stay(folders, backbones, tmp_path):
+    model, processor = build_from(backbones, "llama", "separate")
+    model.save_pretrained(tmp_path, include_backbones=True)
+    processor.save_pretrained(tmp_path)
+    swapped, _ = swap_language_model(tmp_path, folders["wider"])
+    assert {*swapped.config.backbones} == {"language_model"}
+    for role in ("context_encoder", "vision_encoder"):
+        kept = getattr(swapped, role).state_dict()
+        assert all(torch.equal(weight, kept[name]) for name, weight in getattr(model, role).state_dict().items())
+    assert swapped.get_input_embeddings().embedding_dim == 64
+
+
 def test_a_reward_head_is_left_out(folders, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "reward_layer": 1}))
