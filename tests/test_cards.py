@@ -42,7 +42,7 @@ PLACEHOLDERS = ("[More Information Needed]", "{{", "{%", "TODO", "XXX", "None", 
 LICENSES = {"apache-2.0", "mit", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "other", "unknown"}
 COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SMOLLM, MINILM, DINO = BACKBONES
+SMOLLM, MINILM, DINO, *_ = BACKBONES
 KNOWN = {
     "language_model": {"repo_id": SMOLLM, "revision": "v1"},
     "context_encoder": {"repo_id": MINILM, "revision": None},

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +42,21 @@ def judge(key: list[dict], choose) -> dict[str, str]:
             winner, other = choose(entry), {"A": "B", "B": "A"}[entry["first"]]
             verdicts[str(entry["item"])] = "tie" if winner is None else entry["first"] if winner == 0 else other
     return verdicts
+
+
+def test_arms_of_other_llms_are_trained_ones_and_decode_as_the_packaged_checkpoint():
+    """One sample each, so that nothing but the model differs."""
+    arms = yaml.safe_load((ROOT / "eval" / "preference.yaml").read_text())["arms"]
+    steps = yaml.safe_load((ROOT / "configs" / "study.yaml").read_text())["steps"]
+    packaged = json.loads((ROOT / "modeling_vikdf" / "default_checkpoint" / "generation_config.json").read_text())
+    decoding = {name: packaged[name] for name in ("do_sample", "temperature", "top_k", "min_p", "max_new_tokens")}
+    swapped = {name: arm for name, arm in arms.items() if name.startswith("swap_")}
+    assert len(swapped) == 10
+    for name, arm in swapped.items():
+        step = Path(arm["model"]).name
+        assert step in steps and sorted(name.split("_")[1:]) == sorted(step.split("_"))
+        alone = {"use_knowledge": False} if "untrained" in steps[step] else {}
+        assert arm["call"] == decoding | alone
 
 
 def test_a_sheet_says_nothing_about_arms(preference):

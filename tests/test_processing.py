@@ -810,6 +810,19 @@ def test_the_placeholder_is_a_reserved_token_where_no_row_is_free():
     assert processor.decode(ids, skip_special_tokens=True) == "ab"
 
 
+def test_the_placeholder_is_a_token_that_fills_up_the_vocabulary(tmp_path):
+    """So a GGUF names the rows that its LLM's tokenizer leaves free; nothing that is written becomes it."""
+    qwen_tokenizer().save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["model"]["vocab"] |= {f"[PAD{id_}]": id_ for id_ in (400, 401)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    full = AutoTokenizer.from_pretrained(tmp_path)
+    processor = VikdfProcessor.from_backbones(full, bert_tokenizer(), vocab_size=402, num_knowledge_tokens=3)
+    assert (processor.knowledge_token, processor.knowledge_token_id) == ("[PAD400]", 400)
+    ids = processor([user("[PAD400]")])["input_ids"].tolist()
+    assert ids[0].count(400) == 3
+
+
 def test_an_ordinary_token_becomes_special_when_asked_for():
     tokenizer = qwen_tokenizer()
     tokenizer.add_tokens(["<keep>"])

@@ -46,6 +46,54 @@ def test_steps_of_the_study_fit_their_recipes():
             assert section in recipe and (not key or key in recipe[section]), (name, each)
 
 
+@pytest.mark.parametrize("llm, scale", [("gemma", 7.5), ("qwen", 0.125)])
+def test_arms_of_another_llm_differ_in_the_llm_alone(llm, scale, monkeypatch, tmp_path):
+    """Their recipes are those of the arms around SmolLM2, but for the scale of the LLM's embeddings; so is stage 1."""
+    study, ran, built = load_script("study/train"), {}, []
+    monkeypatch.setattr(study, "run_stage", lambda stage, recipe, collators: ran.update({_step(recipe): recipe}))
+    monkeypatch.setattr(study, "new_model", lambda **settings: built.append(settings) or (Untrained(), Untrained()))
+    config = ROOT / "configs" / "study.yaml"
+    args = SimpleNamespace(config=config, output=tmp_path, pairs="p.tar", dialogues="d.jsonl", features="cache")
+    steps, first = yaml.safe_load(config.read_text())["steps"], study.load_model_settings(config.parent)
+    trained = ("vikdf", "caption_only", "no_distillation", "soft_prompt", "integrate", "integrate_captions")
+    for arm in ("language_model", *trained):
+        study.train(arm, 0, steps, args)
+        study.train(f"{arm}_{llm}", 0, steps, args)
+    swap = {"language_model": built[1]["language_model"]}
+    assert built == [first, first | swap] and swap["language_model"] != first["language_model"]
+    start = {"base_text": first["base_text"], "initial_gate": first["initial_gate"]}
+    steps_of = set()
+    for arm in trained:
+        own, other = ran[arm], ran[f"{arm}_{llm}"]
+        if arm.startswith("integrate"):
+            assert other["model"] == own["model"] | swap | start
+        elif "checkpoint" in own["model"]:
+            assert other["model"]["checkpoint"] == f"{own['model']['checkpoint']}_{llm}"
+        else:
+            assert other["model"] == own["model"] | swap
+        assert other["training"].pop("output_dir") == f"{own['training'].pop('output_dir')}_{llm}"
+        rates, own_rates = (recipe["training"].pop("learning_rates") for recipe in (other, own))
+        embedded = ("language_projection", "knowledge_base", "caption_shift")
+        assert rates == {part: rate * (scale if part in embedded else 1) for part, rate in own_rates.items()}
+        lengths = [recipe["training"].pop("max_steps") for recipe in (other, own)]
+        steps_of.add((*lengths, arm.startswith("integrate")))
+        assert {**other, "model": None} == {**own, "model": None}
+        assert steps[arm].get("collators") == steps[f"{arm}_{llm}"].get("collators")
+    assert len(steps_of) == 2  # equally many for all arms
+    assert {"distill", "distill_captions"} == {name for name in ran if name.startswith("distill")}
+
+
+def _step(recipe: dict) -> str:
+    return Path(recipe["training"]["output_dir"]).name
+
+
+class Untrained:
+    system_prompt = None
+
+    def save_pretrained(self, folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
 @pytest.mark.parametrize(
     "text, written",
     [

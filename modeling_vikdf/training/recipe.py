@@ -38,13 +38,17 @@ class Section:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
+# What may stand beside a checkpoint: another LLM, and where the way into it starts.
+SWAP = {"language_model", "base_text", "initial_gate"}
+
+
 # ---- sections ----
 
 
 @strict
 @dataclass(kw_only=True)
 class ModelSection(Section):
-    """A trained model (`checkpoint`), or what `new_model` takes to make one."""
+    """A trained model (`checkpoint`), also with another LLM (`swap_language_model`), or what `new_model` takes."""
 
     checkpoint: str | os.PathLike | None = None
     language_model: str | None = None
@@ -75,10 +79,12 @@ class ModelSection(Section):
 
     def __post_init__(self):
         given = self.given()
-        if "checkpoint" in given and len(given) > 1:
+        ignored = set(given) - {"checkpoint"} - (SWAP if "language_model" in given else set())
+        if "checkpoint" in given and ignored:
             raise ValueError(
-                f"The model comes from model.checkpoint, so {sorted(set(given) - {'checkpoint'})} would be ignored: "
-                "leave them out, or leave out the checkpoint to begin with a new model."
+                f"The model comes from model.checkpoint, so {sorted(ignored)} would be ignored: leave them out, or "
+                "leave out the checkpoint to begin with a new model. What may stand beside a checkpoint is another "
+                "language_model, with its base_text and initial_gate."
             )
         if "checkpoint" not in given and not {"language_model", "context_encoder"} <= set(given):
             raise ValueError("The section 'model' needs a checkpoint, or language_model and context_encoder.")

@@ -13,7 +13,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..backbones import require_model
-from ..building import half_precision_is_slow, new_model, widen_slow_half_precision
+from ..building import half_precision_is_slow, new_model, swap_language_model, widen_slow_half_precision
 from ..configuration_vikdf import OBJECTIVES
 from ..data.collators import DialogueCollator, JointCollator, PreTrainingCollator
 from ..data.dialogues import load_dialogues
@@ -111,10 +111,12 @@ def _choose_collators(stage: str, loss_weights: dict[str, float] | None, collato
 def _build_model(
     settings: dict[str, Any], loss_weights: dict[str, float] | None, args: VikdfTrainingArguments
 ) -> tuple[nn.Module, VikdfProcessor]:
-    """The model of a checkpoint, or a new one, and its processor."""
+    """The model of a checkpoint, perhaps around another LLM, or a new one; and its processor."""
     model_class = VikdfForPreTraining if loss_weights else VikdfForConditionalGeneration
     checkpoint = settings.get("checkpoint")
-    if checkpoint is not None:
+    if checkpoint is not None and "language_model" in settings:
+        model, processor = swap_language_model(model_class=model_class, loss_weights=loss_weights, **settings)
+    elif checkpoint is not None:
         require_model(checkpoint)
         processor = VikdfProcessor.from_pretrained(checkpoint)
         config = model_class.config_class.from_pretrained(checkpoint)
