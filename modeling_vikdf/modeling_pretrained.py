@@ -15,24 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
-    GenerationConfig,
-    MT5EncoderModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    SiglipTextModel,
-    T5EncoderModel,
-    UMT5EncoderModel,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import cached_file, has_file, logging
@@ -438,14 +427,14 @@ def _backbone_class(role: str, config: PreTrainedConfig) -> Any:
     if role == "language_model":
         return AutoModelForCausalLM
     towers = {
-        "t5": T5EncoderModel,  # the Auto class would load the decoder, too
-        "mt5": MT5EncoderModel,
-        "umt5": UMT5EncoderModel,
-        "clip_text_model": CLIPTextModelWithProjection,
-        "clip_vision_model": CLIPVisionModelWithProjection,
-        "siglip_text_model": SiglipTextModel,  # the Auto class knows SigLIP's vision tower only
+        "t5": "T5EncoderModel",  # the Auto class would load the decoder, too
+        "mt5": "MT5EncoderModel",
+        "umt5": "UMT5EncoderModel",
+        "clip_text_model": "CLIPTextModelWithProjection",
+        "clip_vision_model": "CLIPVisionModelWithProjection",
+        "siglip_text_model": "SiglipTextModel",  # the Auto class knows SigLIP's vision tower only
     }
-    return towers.get(config.model_type, AutoModel)
+    return getattr(transformers, towers.get(config.model_type, "AutoModel"))  # imports that tower alone
 
 
 def _build_backbone(role: str, config: PreTrainedConfig, dtype: str | None) -> PreTrainedModel:

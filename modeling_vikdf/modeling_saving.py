@@ -30,6 +30,7 @@ from .sharing import push_to_hub
 logger = logging.get_logger(__name__)
 
 ADAPTER_FOLDER = "adapter"  # with PEFT's files in its own folder a checkpoint would be taken for an adapter only
+PART = 1 << 18  # values whose checksums are computed at a time
 
 
 class SavingMixin:
@@ -225,46 +226,53 @@ class SavingMixin:
 
 @functools.cache
 def _checksum_keys(device: torch.device) -> torch.Tensor:
-    """Odd random numbers [2^17], int64."""
+    """Odd random numbers [PART], int64."""
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randint(-(2**63), 2**63 - 1, (1 << 17,), generator=generator, dtype=torch.long)
+    keys = torch.randint(-(2**63), 2**63 - 1, (PART,), generator=generator, dtype=torch.long)
     return (keys | 1).to(device)
 
 
-def _checksum(weight: torch.Tensor) -> int:
-    """
-    A 64-bit checksum that tells whether weights are bitwise equal: their memory's words, weighted by random factors.
+def _sum_words(part: torch.Tensor) -> torch.Tensor:
+    """The sum of the 64-bit words of at most `PART` values, each times a random factor, int64, on their device."""
+    memory = part.view(torch.uint8)
+    if len(memory) % 8 or memory.storage_offset() % 8:
+        memory = torch.cat([memory, memory.new_zeros(-len(memory) % 8)])
+    words = memory.view(torch.long)
+    return (words * _checksum_keys(words.device)[: len(words)]).sum()
 
-    Any one changed word changes it; two different tensors share it with a probability below 2^-40. It takes one pass
-    over memory, on the weights' device; a CPU core reads about 2 GB/s, and a 7B model in bfloat16 has 14 GB.
+
+def _checksum(weight: torch.Tensor, *dtypes: torch.dtype) -> dict[torch.dtype, int]:
+    """
+    64-bit checksums that tell whether weights, rounded to each of some dtypes, are bitwise equal.
+
+    Any one changed word changes them; two different tensors share one with a probability below 2^-40. All take one
+    pass over memory together, on the weights' device: a part is rounded while it is in the processor's cache.
     """
     if hasattr(weight, "full_tensor"):  # sharded over processes
         weight = weight.full_tensor()
-    if hasattr(weight, "__tensor_flatten__"):  # quantised: made of several tensors
-        return hash(tuple(_checksum(getattr(weight, name)) for name in weight.__tensor_flatten__()[0]))
-    memory = weight.detach().contiguous().view(-1).view(torch.uint8)
-    if len(memory) % 8 or memory.storage_offset() % 8:
-        memory = torch.cat([memory, memory.new_zeros(-len(memory) % 8)])
-    keys = _checksum_keys(memory.device)
-    total = torch.zeros((), dtype=torch.long, device=memory.device)
-    for words in memory.view(torch.long).split(len(keys)):
-        total = total * 6364136223846793005 + (words * keys[: len(words)]).sum()
-    return int(total)
+    if hasattr(weight, "__tensor_flatten__"):  # quantised: made of several tensors, and never rounded
+        parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+        return dict.fromkeys(dtypes, hash(tuple(_checksum(part, part.dtype)[part.dtype] for part in parts)))
+    totals = {dtype: torch.zeros((), dtype=torch.long, device=weight.device) for dtype in dtypes}
+    for part in weight.detach().contiguous().view(-1).split(PART):
+        for dtype in dtypes:
+            totals[dtype] = totals[dtype] * 6364136223846793005 + _sum_words(part.to(dtype))
+    return {dtype: int(total) for dtype, total in totals.items()}
 
 
 def checksums(weight: torch.Tensor) -> dict[torch.dtype, int]:
     """Checksums of weights in their own dtype and, for float32, in the half precisions they may be cast to."""
     rounded = (torch.bfloat16, torch.float16) if weight.dtype == torch.float32 else ()
-    return {dtype: _checksum(weight.detach().to(dtype)) for dtype in (weight.dtype, *rounded)}
+    return _checksum(weight, weight.dtype, *rounded)
 
 
 def _is_unchanged(weight: torch.Tensor, loaded: dict[torch.dtype, int]) -> bool:
     """Whether weights equal those of the checksums, possibly rounded or widened since."""
     if weight.dtype in loaded:
-        return _checksum(weight) == loaded[weight.dtype]
+        return _checksum(weight, weight.dtype)[weight.dtype] == loaded[weight.dtype]
     dtype = next(iter(loaded))
     original = weight.detach().to(dtype)
-    return torch.equal(original.to(weight.dtype), weight) and _checksum(original) == loaded[dtype]
+    return torch.equal(original.to(weight.dtype), weight) and _checksum(original, dtype)[dtype] == loaded[dtype]
 
 
 def _name_shards(folder: str) -> None:

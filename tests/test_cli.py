@@ -526,14 +526,42 @@ def test_the_environment_names_every_accelerator(module, told, monkeypatch):
     assert describe_environment()["accelerators"] == told
 
 
-def test_importing_the_package_imports_no_library_of_an_extra():
-    script = """
-import sys
-import modeling_vikdf
-assert not {"datasets", "nltk", "gradio", "fastapi", "peft", "matplotlib"} & set(sys.modules)
-assert not {f"modeling_vikdf.{name}" for name in ("data", "training", "evaluation", "cards")} & set(sys.modules)
+NOT_FOR_A_REPLY = """
+for name in ("data", "training", "evaluation", "cards", "server", "benchmark"):
+    assert f"modeling_vikdf.{name}" not in sys.modules, name
+for name in ("datasets", "nltk", "gradio", "fastapi", "peft", "trl", "matplotlib", "sklearn", "scipy", "pandas"):
+    assert name not in sys.modules, name
+for name in ("torchvision", "torch.utils.tensorboard", "transformers.trainer"):
+    assert name not in sys.modules, name
+for name in ("clip", "siglip", "t5", "mt5", "umt5", "dinov2"):  # the towers of other models
+    assert f"transformers.models.{name}.modeling_{name}" not in sys.modules, name
 """
+
+
+def test_importing_the_package_imports_no_library_of_an_extra():
+    script = f"import sys\nimport modeling_vikdf\n{NOT_FOR_A_REPLY}"
     subprocess.run([sys.executable, "-c", script], env=in_process(), check=True, capture_output=True)
+
+
+def test_a_reply_imports_nothing_that_it_does_not_need(checkpoint):
+    command = ["chat", "--model", str(checkpoint), "--message", "It rained.", "--max-new-tokens", "2"]
+    script = f"import sys\nfrom vikdf_cli import main\nmain({command})\n{NOT_FOR_A_REPLY}"
+    result = subprocess.run([sys.executable, "-c", script], env=in_process(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_command_starts_without_looking_for_garbage_among_what_it_imports():
+    script = """
+import gc
+full = []
+gc.callbacks.append(lambda phase, info: full.append(1) if phase == "start" and info["generation"] == 2 else None)
+from vikdf_cli import main
+main(["env"])
+assert len(full) <= 2, len(full)
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+"""
+    result = subprocess.run([sys.executable, "-c", script], env=in_process(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_shrinking_needs_no_library_for_training():

@@ -134,6 +134,27 @@ def test_likelihoods_are_those_of_one_chat_at_a_time(dialogues, llm, placing, ar
             torch.testing.assert_close(score, expected, rtol=0, atol=1e-5)
 
 
+@given(st.lists(st.integers(0, 90), max_size=60), st.integers(1, 200))
+def test_batches_hold_every_row_once_and_no_more_tokens_than_they_may(lengths, tokens):
+    batches = list(evaluation.batch_by_tokens(lengths, tokens))
+    assert sorted(itertools.chain(*batches)) == [*range(len(lengths))]
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens
+    assert [lengths[i] for batch in batches for i in batch] == sorted(lengths, reverse=True)
+
+
+def test_one_long_candidate_does_not_lengthen_the_others(parts, dialogues):
+    """Padding is computed like any token, and was a third of what DailyDialog's replies took."""
+    model, reader = parts
+    long = {**dialogues[0], "references": [" ".join(["dog"] * 60)]}
+    examples, _ = prepare(model, reader, [long, *dialogues[1:]], EvaluationSettings(limit=4), None, SkipReport())
+    knowledge = compute_knowledge(model, reader, [example.context for example in examples])
+    with patch.object(model, "forward", wraps=model.forward) as forward:
+        score_candidates(model, reader, examples, 16, prefill(model, reader, examples, knowledge))
+    computed = sum(call.kwargs["input_ids"].numel() for call in forward.call_args_list)
+    assert computed < 1.5 * sum(len(ids) - 1 for example in examples for ids in example.candidates)
+
+
 def test_perplexities(parts, dialogues):
     model, reader = parts
     report = evaluate_dialogues(model, reader, dialogues, LIKELIHOOD)

@@ -9,10 +9,12 @@ import torch
 from conftest import build_from
 from test_checkpoints import LOADERS, inputs_of, logits, names_in
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from modeling_vikdf import VikdfForConditionalGeneration
+from modeling_vikdf.modeling_saving import checksums
 
 
 BACKBONES = {"language_model", "context_encoder", "vision_encoder"}
@@ -107,6 +109,36 @@ def test_another_precision_is_no_change(trained, tmp_path, dtype):
     loaded = saved_and_loaded(trained, tmp_path)
     assert roles_in(tmp_path) == {"language_model"}
     assert torch.equal(loaded.get_input_embeddings().weight, weight)
+
+
+class LargestResult(TorchDispatchMode):
+    """The number of values of the largest tensor that is made, views excepted."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.size = max(self.size, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+def test_checksums_of_each_precision_take_one_pass(dtype):
+    """Copies of a backbone in half precision would cost more than reading it."""
+    weight = torch.arange(3_000_001).remainder(127).to(dtype)  # no whole number of words or parts
+    with LargestResult() as largest:
+        sums = checksums(weight)
+    assert largest.size < len(weight) / 4
+    rounded = [torch.bfloat16, torch.float16] if dtype == torch.float32 else []
+    assert [*sums] == [dtype, *rounded]
+    for precision in rounded:
+        assert checksums(weight.to(precision)) == {precision: sums[precision]}
+    assert checksums(weight[1:]) != sums and checksums(weight[1:]) == checksums(weight[1:].clone())
+    for position in (0, 1_234_567, 3_000_000):
+        changed = weight.clone()
+        changed[position] += 1
+        assert all(checksums(changed)[precision] != value for precision, value in sums.items())
 
 
 def test_a_vocabulary_that_was_resized(trained, tmp_path):

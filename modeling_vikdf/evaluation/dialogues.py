@@ -46,6 +46,7 @@ from .reports import REPORT_VERSION, summarise
 
 DISTRACTORS = 9  # replies of other dialogues among which the true one is ranked
 DECODING = {"num_beams": 3, "no_repeat_ngram_size": 3, "max_new_tokens": 32, "do_sample": False}  # the paper's
+REPLY_TOKENS = 12  # of a usual reply, by which batches of candidates are measured
 END_OF_TURN = 8  # maximum number of tokens that a chat template writes after a reply
 WORKERS = 4  # batches at a time on a CPU; more would contend for the interpreter
 WORD = re.compile(r"\w+")
@@ -435,13 +436,13 @@ def score_candidates(
     """
     Log-likelihoods of candidate replies, in nats.
 
-    Candidates continue copies of their prefix's cache, batched by length to minimise padding.
+    Candidates continue copies of their prefix's cache, in batches of like lengths with little padding.
 
     Args:
         model: the dialogue model.
         processor: its processor.
         examples: B examples.
-        batch_size: candidates per batch.
+        batch_size: candidates of usual length per batch; of longer ones there are fewer, of shorter ones more.
         prefixes: the examples' prefixes, from [`prefill`].
 
     Returns:
@@ -452,9 +453,9 @@ def score_candidates(
     device = mask.device
     scores: list[list[Any]] = [[None] * len(example.candidates) for example in examples]
     rows = [(b, c) for b, example in enumerate(examples) for c in range(len(example.candidates))]
-    rows.sort(key=lambda row: len(examples[row[0]].candidates[row[1]]))
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    lengths = [len(examples[b].candidates[c]) for b, c in rows]
+    for indices in batch_by_tokens(lengths, batch_size * REPLY_TOKENS):
+        batch = [rows[i] for i in indices]
         candidates = [examples[b].candidates[c] for b, c in batch]
         # the last token is only predicted
         ids, ids_mask = pad_rows([ids[:-1] for ids in candidates], padding, "right", device)  # [R, S]
@@ -473,6 +474,15 @@ def score_candidates(
             predicted = predicted[len(ids) - 1 - tokens : len(ids) - 1].float()  # [tokens, vocabulary]
             scores[b][c] = -nn.functional.cross_entropy(predicted, targets, reduction="none").cpu()
     return scores
+
+
+def batch_by_tokens(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Yields indices of rows in batches of like lengths, the longest first; padded, each has at most `tokens`."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        size = max(1, tokens // max(1, lengths[order[0]]))  # a row that is longer than that is alone
+        yield order[:size]
+        order = order[size:]
 
 
 def score_replies(
