@@ -55,7 +55,7 @@ from .worker import Job, Metrics, Update, Worker, log_failure
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 * 2**20
-MAX_BRACKETS = 120_000  # of a body: each may begin an object, which takes 100 times its bytes, and time
+MAX_MARKS = 250_000  # brackets and colons of a body: each may begin an object, of 100 times its bytes, and takes time
 CLIENT_LEFT = 499  # never sent: for the log and the metrics only
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is nginx's
 
@@ -89,22 +89,23 @@ class RequestGuard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         start, status, started, finished = time.monotonic(), 500, False, False
-        reading, size, brackets, deadline = True, 0, 0, asyncio.get_running_loop().time() + self.timeout
+        reading, size, marks, deadline = True, 0, 0, asyncio.get_running_loop().time() + self.timeout
         # a mounted application's paths begin with where it is mounted
         is_api = scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1")
         client, counted, held = client_network(scope["client"]), False, 0  # `held` bytes of the body
 
         async def limited_receive() -> Message:
-            nonlocal reading, size, brackets, held, status
+            nonlocal reading, size, marks, held, status
             try:
                 async with asyncio.timeout_at(deadline if reading else None):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, "The request did not arrive in time.") from None
             body = message.get("body", b"")
-            size, brackets = size + len(body), brackets + body.count(b"[") + body.count(b"{")
-            if size > MAX_BODY_BYTES or brackets > MAX_BRACKETS:
-                raise HTTPException(413, f"The request has over {MAX_BODY_BYTES} bytes or {MAX_BRACKETS} brackets.")
+            size, marks = size + len(body), marks + sum(map(body.count, (b"[", b"{", b":")))
+            if size > MAX_BODY_BYTES or marks > MAX_MARKS:
+                limits = f"{MAX_BODY_BYTES} bytes, or {MAX_MARKS} of '[', '{{', ':'"
+                raise HTTPException(413, f"The request has more than {limits}.")
             more = min(len(body), max(0, size - SMALL_BODY))
             if not self.open_bytes.take(client, more):
                 raise HTTPException(503, "Too many large requests are open; try again.", {"Retry-After": "1"})

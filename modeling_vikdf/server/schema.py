@@ -15,7 +15,7 @@ from ..processing_vikdf import read_picture
 
 MAX_CHARACTERS = 200_000  # of all messages; beyond any context window, so that tokenizing more would waste time
 MAX_PIXELS = 25_000_000  # a small file can decompress into a picture of any size
-LARGE_TEXT = 20_000  # characters that take noticeable time to be tokenized: one such chat at a time
+LARGE_TEXT = 4_000  # characters that take noticeable time to be tokenized: one such chat at a time
 MAX_FIELDS = 64  # of an object; each that is unknown is an error, and costs as much time as a page of text
 MAX_STOP = 256  # characters of a stop sequence, which is looked for at each token
 MIN_TEMPERATURE = 0.001  # above 0; logits divided by less overflow

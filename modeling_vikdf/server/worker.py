@@ -36,7 +36,7 @@ DEFAULT_BATCH_TOKENS = 16_384  # if the window is not larger: 16 rows of 1,024 t
 
 # Tokens of prompts that the LLM reads in one pass, by the device's type: a GPU is no faster with fewer.
 PIECE_TOKENS = {"cpu": 512, "cuda": 4096}
-UNDISTURBED = 1.0  # seconds that an interrupted batch then runs for each second of the interruption
+UNDISTURBED = 0.25  # seconds that an interrupted batch then runs for each second of the interruption
 
 STATM = Path("/proc/self/statm")  # where Linux, and no other system, tells the memory of this process
 
