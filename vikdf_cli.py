@@ -527,6 +527,12 @@ def benchmark(args: argparse.Namespace) -> None:
         help="tokens of prompts and replies, times beams, processed together (default: the window, at least 16384)",
     ),
     option("--max-queue", type=int, default=64, help="waiting requests before others get 429 (default: 64)"),
+    option(
+        "--max-client-requests",
+        type=int,
+        default=32,
+        help="open requests of an address before others get 429 (default: 32)",
+    ),
     option("--timeout", type=float, default=60, help="seconds for an answer (default: 60)"),
     option(
         "--allow-origin",
@@ -543,7 +549,7 @@ def serve(args: argparse.Namespace) -> None:
     from modeling_vikdf.server.app import serve
 
     key = os.environ.get("VIKDF_API_KEY") if args.api_key is None else args.api_key
-    settings = ("max_batch", "max_batch_tokens", "max_queue", "timeout", "allow_origins")
+    settings = ("max_batch", "max_batch_tokens", "max_queue", "max_client_requests", "timeout", "allow_origins")
     serve(args.model, args.host, args.port, key, **{name: getattr(args, name) for name in settings})
 
 

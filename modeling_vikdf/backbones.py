@@ -232,7 +232,7 @@ def dequantize_gguf(
     if missing:
         raise ImportError(
             f"Unpacking {pieces[0]} needs {' and '.join(missing)}, which is not installed. "
-            f"Run: pip install \"modeling_vikdf[default]\", or: pip install {' '.join(missing)}"
+            f'Run: pip install "modeling_vikdf[default]", or: pip install {" ".join(missing)}'
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(f"{target}.lock"):

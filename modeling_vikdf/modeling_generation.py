@@ -19,6 +19,12 @@ from .modeling_prefix import CACHE, pop_cache
 
 logger = logging.get_logger(__name__)
 
+# With these a prompt is read by `generate` itself, in a single pass.
+PLANS = (
+    *(CACHE, "cache_implementation", "output_attentions", "output_hidden_states"),
+    *("assistant_model", "prompt_lookup_num_tokens"),
+)
+
 
 class KnowledgeGenerationMixin(GenerationMixin):
     """`generate` of a model with `get_knowledge`, `embed_prompt` and the attribute `language_model`."""
@@ -79,24 +85,25 @@ class KnowledgeGenerationMixin(GenerationMixin):
         `candidate_weights` are; see modeling_candidates.py. That reads their text, so it needs `processor`, the
         model's own; a `streamer` gets the chosen reply in one piece. Greedy and beam search have no candidates.
 
+        With `prefill_chunk_size` the LLM reads the prompt so many tokens at a time, which takes less memory; the
+        knowledge is spliced into the whole prompt before.
+
         Raises:
-            ValueError: for `prefill_chunk_size` (chunks would lose the knowledge); for knowledge with `inputs_embeds`
-                or with an `assistant_model` (it would draft without the knowledge); for candidates without a
-                processor, fewer than the replies to return, or with what belongs to a single pass.
+            ValueError: for knowledge with `inputs_embeds` or with an `assistant_model` (it would draft without the
+                knowledge); for candidates without a processor, fewer than the replies to return, or with what belongs
+                to a single pass; for `prefill_chunk_size` without `input_ids`, or with what belongs to a single pass.
         """
         if (cache := pop_cache(kwargs)) is not None:
             kwargs[CACHE] = cache
         config = generation_config if generation_config is not None else self.generation_config
-        if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
-            raise ValueError(
-                "prefill_chunk_size cuts the prompt into chunks and would lose the knowledge: leave it unset."
-            )
+        chunk = _settings(config, kwargs)("prefill_chunk_size")
+        kwargs["prefill_chunk_size"] = None  # in chunks the LLM reads here: transformers would lose the knowledge
         if knowledge is None:
             knowledge = self.get_knowledge(context_input_ids, context_attention_mask, pixel_values)
         processor, num_candidates = kwargs.pop("processor", None), _pop_candidates(config, kwargs)
         if num_candidates > 1:
             prompt, kwargs["knowledge"] = kwargs.pop("input_ids", inputs), knowledge
-            return self._choose(prompt, generation_config, num_candidates, processor, **kwargs)
+            return self._choose(prompt, generation_config, num_candidates, processor, chunk, **kwargs)
         if kwargs.pop("candidate_weights", None) is not None:
             raise ValueError("candidate_weights choose among candidates, and there is one: pass num_candidates, too.")
         if knowledge is not None:
@@ -112,14 +119,15 @@ class KnowledgeGenerationMixin(GenerationMixin):
                 # what the LLM writes must not be taken for a place of knowledge
                 suppress = SuppressToken(token_id)
                 kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), suppress])
-            prompt = kwargs.get("input_ids", inputs)
-            if prompt is not None and (cache := self._read_prompt_once(prompt, config, kwargs)) is not None:
-                kwargs[CACHE] = cache
         elif _text_generation_calls():
             logger.warning_once(
                 "The text-generation pipeline writes no places for knowledge into its prompts, so the LLM replies "
                 'without it. For replies with knowledge import modeling_vikdf and use pipeline("vikdf-dialogue").'
             )
+        if knowledge is not None or chunk is not None:
+            prompt = kwargs.get("input_ids", inputs)
+            if (cache := self._read_prompt_once(prompt, config, kwargs, chunk)) is not None:
+                kwargs[CACHE] = cache
         return super().generate(inputs, generation_config, **kwargs)
 
     def _choose(
@@ -128,6 +136,7 @@ class KnowledgeGenerationMixin(GenerationMixin):
         generation_config: Any,
         num_candidates: int,
         processor: Any,
+        chunk: int | None,
         streamer: Any = None,
         candidate_weights: dict[str, float] | None = None,
         **kwargs: Any,
@@ -150,7 +159,7 @@ class KnowledgeGenerationMixin(GenerationMixin):
         ends = [id_ for name in ("eos_token_id", "pad_token_id") if (id_ := setting(name)) is not None]
         ends = torch.cat([torch.tensor(id_).flatten() for id_ in ends]).to(prompt.device)  # [E]
         several = {**kwargs, "num_return_sequences": num_candidates}
-        if (cache := self._read_prompt_once(prompt, config, several)) is not None:
+        if (cache := self._read_prompt_once(prompt, config, several, chunk)) is not None:
             kwargs[CACHE] = cache
         kwargs |= {"weights": weights, "kept": kept, "generation_config": generation_config}
         outputs = generate_best(self, processor, prompt, num_candidates, ends, **kwargs)
@@ -160,27 +169,38 @@ class KnowledgeGenerationMixin(GenerationMixin):
             streamer.end()
         return outputs if setting("return_dict_in_generate") else outputs["sequences"]
 
-    def _read_prompt_once(self, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Cache | None:
+    def _read_prompt_once(
+        self, input_ids: torch.Tensor | None, config: Any, kwargs: dict[str, Any], chunk: int | None
+    ) -> Cache | None:
         """
         The LLM's cache of prompts [B, T] without their last token, copied for the beams or replies of each row.
 
-        Otherwise every copy would read the prompt. `None` where there is one copy, or the caller plans for the cache.
+        Otherwise every copy would read the prompt. `None` where there is one copy, and it is not read in chunks of so
+        many tokens, or the caller plans for the cache.
         """
         setting = _settings(config, kwargs)
         copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-        planned = (CACHE, "cache_implementation", "output_attentions", "output_hidden_states")
-        if copies == 1 or input_ids.shape[1] < 2 or setting("use_cache") is False or any(map(setting, planned)):
+        planned = [name for name in PLANS if setting(name) not in (None, False)]  # an empty cache is one, too
+        planned += ["use_cache=False"] * (setting("use_cache") is False)
+        if chunk is not None:
+            _check_chunks(chunk, input_ids, planned)
+        if copies == 1 and chunk is None or input_ids is None or input_ids.shape[1] < 2 or planned:
             return None
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
+        positions, last = (mask.cumsum(1) - 1).clamp(min=0), input_ids.shape[1] - 1  # [B, T]
         embeds = self.embed_prompt(input_ids, kwargs.get("knowledge"), kwargs.get("image_mask"))  # [B, T, d_llm]
-        outputs = self.language_model.base_model(
-            inputs_embeds=embeds[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
-            use_cache=True,
-        )
-        cache = getattr(outputs, CACHE)
+        cache = None
+        for start in range(0, last, chunk or last):
+            columns = slice(start, min(start + (chunk or last), last))
+            outputs = self.language_model.base_model(
+                inputs_embeds=embeds[:, columns],
+                attention_mask=mask[:, : columns.stop],
+                position_ids=positions[:, columns],
+                use_cache=True,
+                **{CACHE: cache},
+            )
+            cache = getattr(outputs, CACHE)
         cache.batch_repeat_interleave(copies)
         return cache
 
@@ -192,6 +212,19 @@ class KnowledgeGenerationMixin(GenerationMixin):
         )
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+def _check_chunks(chunk: int, input_ids: torch.Tensor | None, planned: list[str]) -> None:
+    """Raises `ValueError` unless a prompt can be read in chunks of so many tokens."""
+    if chunk < 1:
+        raise ValueError(f"prefill_chunk_size is a number of tokens, at least 1; got {chunk}.")
+    if input_ids is None:
+        raise ValueError("prefill_chunk_size reads input_ids in chunks: pass them, or leave it unset.")
+    if planned:
+        raise ValueError(
+            f"prefill_chunk_size reads the prompt into a cache of its own, which {', '.join(planned)} would not use: "
+            "leave one of them out."
+        )
 
 
 def _settings(config: Any, kwargs: dict[str, Any]) -> Callable[[str], Any]:

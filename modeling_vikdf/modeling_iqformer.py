@@ -17,9 +17,7 @@ from .configuration_vikdf import VikdfConfig
 CLIP_LOGIT_SCALE = 2.6592
 
 
-def whole_mask(
-    mask: torch.Tensor, model: PreTrainedModel, dtype: torch.dtype, causal: bool = False
-) -> torch.Tensor:
+def whole_mask(mask: torch.Tensor, model: PreTrainedModel, dtype: torch.dtype, causal: bool = False) -> torch.Tensor:
     """
     A padding mask [B, S] as a model's attention takes it, [B, 1, 1 or S, S].
 

@@ -146,9 +146,7 @@ class VikdfPreTrainingOutput(ModelOutput):
 # ---- what the model computes for the objectives that need it ----
 
 
-def refuse_unusable(
-    batch: SimpleNamespace, active: dict[str, Objective], table: dict[str, Objective]
-) -> None:
+def refuse_unusable(batch: SimpleNamespace, active: dict[str, Objective], table: dict[str, Objective]) -> None:
     """Refuses a batch without objectives, and what is asked for or given to none of them."""
     asked = [name for name in LLM_STATES if getattr(batch, name)]
     if asked and (batch.embed_only or "knowledge_to_text" not in active):

@@ -521,8 +521,10 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             inputs_embeds, attention_mask = take_columns(inputs_embeds, tokens), None
             kwargs |= {CACHE: unwritten_cache(self.language_model)}
             kwargs |= {} if kwargs[CACHE] is None else {"use_cache": False}
-        if prefix and logits and (
-            isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep[0]) < prefix)
+        if (
+            prefix
+            and logits
+            and (isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep[0]) < prefix))
         ):
             prefix = 0  # the prefix's own logits are requested
         if logits and isinstance(logits_to_keep, int) and logits_to_keep > 0 and inputs_embeds.shape[1] > 1:

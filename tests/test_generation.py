@@ -306,20 +306,39 @@ def test_without_placeholders_no_encoder_runs(model):
         assert model.generate(**plain, **GREEDY).shape[1] > 11
 
 
-# ---- what would ignore the knowledge is refused ----
+# ---- prompts that are read in chunks ----
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 24, 100])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+def test_prompts_in_chunks_get_the_same_replies(model, chunk, mode):
+    batch = prompt([13, 25, 18], sources=2) | {"pixel_values": pictures(3)}
+    replies = []
+    for size in (None, chunk):
+        torch.manual_seed(0)
+        replies.append(model.generate(**batch, **{**GREEDY, **mode}, prefill_chunk_size=size))
+    assert torch.equal(*replies)
 
 
 @pytest.mark.parametrize("where", ["argument", "generation_config", "defaults"])
-def test_chunked_prefill_is_refused(where):
-    model, kwargs = tiny_model(), {}
+@pytest.mark.parametrize("with_knowledge", [True, False])
+def test_the_llm_reads_a_chunk_at_a_time(where, with_knowledge):
+    model, kwargs, widths = tiny_model(), {}, []
+    inputs = prompt([11, 9], n=4 if with_knowledge else 0)
+    if not with_knowledge:
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = model.generate(**inputs, **GREEDY)
     if where == "argument":
         kwargs["prefill_chunk_size"] = 4
     elif where == "generation_config":
-        kwargs["generation_config"] = GenerationConfig(prefill_chunk_size=4)
+        kwargs["generation_config"] = GenerationConfig(prefill_chunk_size=4, eos_token_id=2, pad_token_id=0)
     else:
         model.generation_config.prefill_chunk_size = 4
-    with pytest.raises(ValueError, match="prefill_chunk_size"):
-        model.generate(**prompt([11]), **kwargs)
+    model.language_model.base_model.register_forward_pre_hook(
+        lambda _, args, given: widths.append(given["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    assert torch.equal(model.generate(**inputs, **kwargs, **GREEDY), expected)
+    assert widths[:4] == [4, 4, 2, 1] and set(widths[4:]) == {1}
 
 
 def test_chunked_prefill_may_be_taken_back(llama_model):
@@ -327,6 +346,31 @@ def test_chunked_prefill_may_be_taken_back(llama_model):
     expected = llama_model.generate(**inputs, **GREEDY)
     llama_model.generation_config.prefill_chunk_size = 4
     assert torch.equal(llama_model.generate(**inputs, prefill_chunk_size=None, **GREEDY), expected)
+
+
+@pytest.mark.parametrize(
+    "mode, message",
+    [
+        ({"use_cache": False}, "use_cache=False"),
+        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        ({"cache": DynamicCache()}, "cache"),
+        ({"prefill_chunk_size": 0}, "at least 1"),
+    ],
+)
+def test_chunks_are_refused_where_the_prompt_is_read_otherwise(llama_model, mode, message):
+    with pytest.raises(ValueError, match=f"prefill_chunk_size.*{message}"):
+        llama_model.generate(**prompt([11]), **{"prefill_chunk_size": 4, **mode})
+
+
+def test_chunks_of_embeddings_are_refused(llama_model):
+    embeds = llama_model.get_input_embeddings()(torch.tensor([[20, 21, 22]]))
+    with pytest.raises(ValueError, match="prefill_chunk_size.*input_ids"):
+        llama_model.generate(inputs_embeds=embeds, prefill_chunk_size=2)
+
+
+# ---- what would ignore the knowledge is refused ----
 
 
 @pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])

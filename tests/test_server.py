@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -34,10 +35,11 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from fastapi import FastAPI  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
 
 from modeling_vikdf.pipeline_vikdf import prompt_embeddings  # noqa: E402
 from modeling_vikdf.processing_vikdf import read_picture  # noqa: E402
-from modeling_vikdf.server import connections, schema  # noqa: E402
+from modeling_vikdf.server import app, connections, limits, schema, worker  # noqa: E402
 from modeling_vikdf.server.app import create_app, encode_prompt_embeddings  # noqa: E402
 from modeling_vikdf.server.worker import Job, Metrics, Worker  # noqa: E402
 
@@ -178,7 +180,7 @@ def read_metrics(page: str) -> dict[str, float]:
 
 
 def wait_until(condition) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -606,7 +608,15 @@ def test_the_key(parts, given):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"api_key": ""}, {"max_batch": 0}, {"max_batch_tokens": 0}, {"max_queue": -1}, {"timeout": 0}]
+    "wrong",
+    [
+        {"api_key": ""},
+        {"max_batch": 0},
+        {"max_batch_tokens": 0},
+        {"max_queue": -1},
+        {"timeout": 0},
+        {"max_client_requests": 0},
+    ],
 )
 def test_settings_that_make_no_sense(parts, wrong):
     with pytest.raises(ValueError, match="API key|positive"):
@@ -1070,6 +1080,172 @@ def test_connections_with_a_whole_request_stay(parts):
             each.close()
 
 
+def test_a_client_has_a_limit_of_connections(parts):
+    with patch.object(connections, "MAX_CLIENT_CONNECTIONS", 4), listening(parts) as url:
+        idle = [raw(url, HALF_A_HEADER) for _ in range(12)]
+        assert all(closed(each) for each in idle[:8])  # the oldest
+        assert httpx.get(f"{url}/health", timeout=20).status_code == 200
+        for each in idle:
+            each.close()
+
+
+def test_clients_that_never_read_are_closed(parts):
+    ask = b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 100
+    unsent = bytearray()
+
+    def is_closed(connection: socket.socket) -> bool:
+        """Sends as much as the server takes; whether the server has closed the connection."""
+        unsent.extend(ask if not unsent else b"")
+        try:
+            del unsent[: connection.send(unsent)]
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
+        return False
+
+    with patch.object(connections, "SEND_TIMEOUT", 0.2), listening(parts) as url:
+        with raw(url, b"") as connection:
+            connection.setblocking(False)
+            wait_until(lambda: is_closed(connection))
+        answered = read_metrics(httpx.get(f"{url}/metrics").text)['vikdf_requests_total{status="200"}']
+        assert answered < 3000  # what fits into the system's buffers, not all that was asked for
+        with patch.object(connections, "SEND_TIMEOUT", 100), raw(url, ask) as connection:  # and here it is all read
+            found = b""
+            while found.count(b"HTTP/1.1 200 OK") < 100:
+                found += connection.recv(2**20)
+
+
+def test_a_deadline_ends_a_job_of_which_nobody_reads():
+    async def run() -> bool:
+        job = Job(None, None, 1, (), asyncio.get_running_loop().time() + 0.01, asyncio.get_running_loop())
+        never, cancelled = asyncio.Event(), []
+        request, model = SimpleNamespace(receive=never.wait), SimpleNamespace(cancel=cancelled.append)
+        await app.cancel_when_client_leaves(request, job, model)
+        return cancelled == [job] and job.events.empty()
+
+    assert asyncio.run(run())
+
+
+def from_client(number: int) -> dict[str, str]:
+    return {"X-Forwarded-For": f"10.0.0.{number}"}  # of which the server believes a proxy on this machine
+
+
+def test_a_client_has_a_share_of_the_requests(parts):
+    with listening(parts, max_client_requests=2) as url, httpx.Client(base_url=url, timeout=30) as client:
+        with held(parts[0]) as (go, steps), ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(client.post, CHAT, json=body(), headers=from_client(1)) for _ in range(2)]
+            wait_until(lambda: steps and requests_in(client) == 2)
+            for path in (CHAT, "/v1/knowledge"):
+                response = client.post(path, json=body(), headers=from_client(1))
+                refused(response, 429, "Your address")
+                assert int(response.headers["retry-after"]) >= 1
+            for path in ("/health", "/metrics"):
+                assert client.get(path, headers=from_client(1)).status_code == 200
+            asked.append(pool.submit(client.post, CHAT, json=body(), headers=from_client(2)))
+            wait_until(lambda: requests_in(client) == 3)
+            go.set()
+            assert all(each.result().status_code == 200 for each in asked)
+        wait_until(lambda: client.post(CHAT, json=body(), headers=from_client(1)).status_code == 200)
+
+
+def test_open_bodies_have_a_budget(parts):
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 900000\r\n"
+    large = json.dumps(body([{"role": "user", "content": "a" * 300_000}]))
+    with patch.object(app, "MAX_OPEN_BYTES", 1_000_000), listening(parts) as url:
+        with httpx.Client(base_url=url, headers={"Content-Type": "application/json"}) as client:
+            ask = partial(client.post, CHAT, content=large)
+
+            def stalled(number: int) -> socket.socket:
+                forwarded = f"X-Forwarded-For: 10.0.0.{number}\r\n\r\n"
+                return raw(url, f"{head}{forwarded}".encode() + b" " * (400_000 + limits.SMALL_BODY))
+
+            with stalled(1):
+                wait_until(lambda: ask(headers=from_client(1)).status_code == 503)
+                refused(ask(headers=from_client(1)), 503, "large requests")
+                assert client.post(CHAT, json=body(), headers=from_client(1)).status_code == 200
+                refused(ask(headers=from_client(2)), 413, "300000 characters")  # it was read
+                with stalled(2):
+                    wait_until(lambda: ask(headers=from_client(3)).status_code == 503)
+                    assert client.post(CHAT, json=body(), headers=from_client(3)).status_code == 200
+            wait_until(lambda: ask(headers=from_client(1)).status_code == 413)
+
+
+@pytest.mark.parametrize(
+    "client, network",
+    [
+        (None, None),
+        (("127.0.0.1", 80), "127.0.0.1"),
+        (("testclient", 80), "testclient"),
+        (("a:b", 80), "a:b"),
+        (("2001:db8:1:2:3:4:5:6", 80), "2001:db8:1:2::/64"),
+        (("2001:db8:1:2::", 80), "2001:db8:1:2::/64"),
+        (("::ffff:10.0.0.1", 80), "10.0.0.1"),
+        (("fe80::1%eth0", 80), "fe80::/64"),
+    ],
+)
+def test_what_is_one_client(client, network):
+    assert limits.client_network(client) == network
+
+
+def test_a_budget_forgets_who_has_nothing():
+    budget = limits.Budget(10, 6)
+    assert [budget.take(*each) for each in (("a", 6), ("a", 1), ("b", 5), ("b", 4), ("c", 1), ("c", 0))] == [
+        *(True, False, False, True, False, True)
+    ]
+    for client, amount in (("a", 6), ("b", 4), ("c", 0), ("d", 0)):
+        budget.give_back(client, amount)
+    assert not budget.taken and budget.take("c", 6)
+
+
+def bombs() -> dict[str, dict]:
+    """Bodies whose size says little of what they cost to check."""
+    field = {f"x{number}": 1 for number in range(1000)}
+    return {
+        "fields": field,
+        "fields of a message": {"messages": [{**QUESTION[0], **field}] * 100},
+        "parts": {"messages": [{"role": "user", "content": [{}] * 10_000}]},
+        "messages": {"messages": [{}] * 1000},
+        "parts of messages": {"messages": [{"role": "user", "content": [{}] * 10}] * 1000},
+    }
+
+
+@pytest.mark.parametrize("kind", bombs())
+def test_the_check_of_a_body_ends_early(client, kind):
+    with pytest.raises(ValidationError) as refusal:
+        schema.ChatCompletionRequest.model_validate(body() | bombs()[kind])
+    assert refusal.value.error_count() < 100
+    refused(client.post(CHAT, json=body() | bombs()[kind]), 400, "")
+
+
+@pytest.mark.parametrize("many", ["[" + "[]," * 250_000 + "1]", '{"a":1' + ',"a":1' * 250_000 + "}"])
+def test_objects_are_counted_before_they_are_read(client, many):
+    content = json.dumps(body())[:-1] + f', "metadata": {many}}}'
+    with patch.object(json, "loads", side_effect=AssertionError("read")):
+        response = client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
+    refused(response, 413, "250000 of")
+
+
+def test_large_texts_are_prepared_one_at_a_time_and_no_other_waits_for_them(parts):
+    begun, go, texts = threading.Event(), threading.Event(), []
+
+    def wait(processor, chats, **how):
+        texts.append(len(chats[0][0]["content"]))
+        if texts[-1] > schema.LARGE_TEXT:
+            begun.set()
+            assert go.wait(20)
+        return original(processor, chats, **how)
+
+    original, large = type(parts[1]).__call__, [{"role": "user", "content": "a" * (schema.LARGE_TEXT + 1)}]
+    with patch.object(type(parts[1]), "__call__", wait), serving(parts) as client, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(client.post, CHAT, json=body(large)) for _ in range(8)]
+        assert begun.wait(20)
+        assert answer(client)
+        assert sorted(texts)[1:] == [schema.LARGE_TEXT + 1]
+        go.set()
+        assert all(each.result().status_code in (200, 400) for each in asked)
+
+
 def test_two_lengths_are_refused(parts):
     head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     with listening(parts) as url, raw(url, head.encode()) as connection:
@@ -1133,6 +1309,153 @@ def test_deep_json_is_refused(client, caplog, depth, field):
         content = json.dumps(body() | {field: 0}).replace(f'"{field}": 0', f'"{field}": {inner}')
         refused(client.post(CHAT, content=content, headers={"Content-Type": "application/json"}), 400, "")
     assert "Traceback" not in caplog.text and "_error\n" not in caplog.text
+
+
+LONG = [{"role": "user", "content": "the water was so blue! " * 40}]  # many times as long as a question
+
+
+@contextmanager
+def watched_passes(model):
+    """Rows and columns of each pass of the LLM; each pass waits until the test lets one more go."""
+    passes, go = [], threading.Semaphore(0)
+
+    def wait(_, args, given):
+        assert go.acquire(timeout=60)
+        passes.append(tuple(given["inputs_embeds"].shape[:2]))
+
+    handle = model.language_model.base_model.register_forward_pre_hook(wait, with_kwargs=True)
+    try:
+        yield passes, go
+    finally:
+        go.release(100_000)
+        handle.remove()
+
+
+def requests_in(client) -> int:
+    """Requests that the worker has, waiting or running."""
+    figures = metrics(client)
+    return figures["vikdf_queue_length"] + figures["vikdf_running_requests"]
+
+
+def let_pass(passes: list, go: threading.Semaphore, *futures) -> None:
+    """Lets the LLM make one pass after the other until these are done."""
+    while not all(future.done() for future in futures):
+        before = len(passes)
+        go.release()
+        wait_until(lambda before=before: len(passes) > before or all(future.done() for future in futures))
+
+
+@pytest.fixture
+def small_pieces(parts):
+    with patch.dict(worker.PIECE_TOKENS, {"cpu": 32}), patch.object(worker, "UNDISTURBED", 0):
+        yield
+
+
+def test_a_long_prompt_is_read_in_pieces_to_the_same_reply(parts, pipe, small_pieces):
+    expected = pipe(LONG, max_new_tokens=8)[0]["generated_text"]
+    sampled = {"temperature": 1.0, "seed": 3, "num_candidates": 4, "max_tokens": 6}
+    with serving(parts) as client:
+        with patch.dict(worker.PIECE_TOKENS, {"cpu": 100_000}):
+            others = [text_of(answer(client, LONG, **how)) for how in ({"num_beams": 3}, sampled)]
+        with watched_passes(parts[0]) as (passes, go):
+            go.release(100_000)
+            found = answer(client, LONG)
+        assert text_of(found) == expected
+        length = found["usage"]["prompt_tokens"] - 1
+        assert passes[: -(-length // 32)] == [(1, 32)] * (length // 32) + [(1, length % 32)] * (length % 32 > 0)
+        assert set(passes[-(-length // 32) :]) == {(1, 1)}
+        assert [text_of(answer(client, LONG, **how)) for how in ({"num_beams": 3}, sampled)] == others
+
+
+def test_a_client_that_leaves_ends_the_reading_of_its_prompt(parts, small_pieces):
+    with listening(parts) as url, watched_passes(parts[0]) as (passes, go), httpx.Client(base_url=url) as client:
+        for number, more in enumerate(({}, {"num_beams": 3}), 1):
+            with raw(url, b"") as leaver:
+                content = json.dumps(body(LONG, **more)).encode()
+                head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: "
+                leaver.sendall(f"{head}{len(content)}\r\n\r\n".encode() + content)
+                passes.clear()
+                go.release()
+                wait_until(lambda: passes)
+            left = f'vikdf_requests_total{{status="499"}} {number}.0'
+            wait_until(lambda left=left: left in client.get("/metrics").text)
+            go.release()  # the pass that was about to begin
+            wait_until(lambda: metrics(client)["vikdf_running_requests"] == 0)
+            assert len(passes) <= 3  # of a dozen, one of them let go for the first client
+
+
+def test_a_deadline_ends_the_reading_of_a_prompt(parts, small_pieces):
+    with serving(parts, timeout=1.0) as client, watched_passes(parts[0]) as (passes, go):
+        go.release()
+        refused(client.post(CHAT, json=body(LONG)), 504, "before the deadline")
+        go.release()
+        wait_until(lambda: metrics(client)["vikdf_running_requests"] == 0)
+        assert len(passes) <= 2
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 2}, {"temperature": 1.0, "seed": 3, "num_candidates": 2}])
+def test_short_requests_go_between_the_pieces_of_a_long_one(parts, small_pieces, more):
+    seeded = {"temperature": 1.0, "seed": 7}
+    short = [{}, {"num_beams": 2}, {"temperature": 1.3}, seeded]
+    with serving(parts) as client, ThreadPoolExecutor(6) as pool:
+        alone = [text_of(answer(client, max_tokens=2, **how)) for how in short]
+        expected = text_of(answer(client, LONG, **more))
+        with watched_passes(parts[0]) as (passes, go):
+            long = pool.submit(answer, client, LONG, **more)
+            go.release()
+            wait_until(lambda: passes)
+            asked = [pool.submit(answer, client, max_tokens=2, **how) for how in short]
+            wait_until(lambda: requests_in(client) == 5)
+            let_pass(passes, go, *asked)
+            assert not long.done()
+            go.release(100_000)
+            found = [text_of(each.result()) for each in asked]
+            assert text_of(long.result()) == expected
+        assert found[:2] + found[3:] == alone[:2] + alone[3:]
+        pages = metrics(client)
+    assert pages["vikdf_batch_size_count"] == 10 and pages["vikdf_completion_tokens_total"] > 0
+
+
+def test_what_goes_between_draws_numbers_of_its_own(parts, small_pieces):
+    with serving(parts) as client, ThreadPoolExecutor(4) as pool, watched_passes(parts[0]) as (passes, go):
+        long = pool.submit(answer, client, LONG, temperature=1.0, seed=3, max_tokens=40)
+        go.release()
+        wait_until(lambda: passes)
+        found = set()
+        for _ in range(4):
+            asked = pool.submit(answer, client, temperature=2.0, max_tokens=4)
+            wait_until(lambda: requests_in(client) == 2)
+            let_pass(passes, go, asked)
+            found.add(text_of(asked.result()))
+        assert len(found) > 1 and not long.done()
+        go.release(100_000)
+
+
+def test_what_was_interrupted_then_runs_for_as_long(parts, small_pieces):
+    with serving(parts) as client, ThreadPoolExecutor(4) as pool, watched_passes(parts[0]) as (passes, go):
+        with patch.object(worker, "UNDISTURBED", 1e9):
+            long = pool.submit(answer, client, LONG)
+            go.release()
+            wait_until(lambda: passes)
+            short = [pool.submit(answer, client, max_tokens=2, num_beams=number) for number in (1, 2)]
+            wait_until(lambda: requests_in(client) == 3)
+            let_pass(passes, go, long)
+            assert sum(each.done() for each in short) == 1
+            let_pass(passes, go, *short)
+
+
+def test_a_short_request_that_fails_fails_alone(parts, small_pieces):
+    with serving(parts) as client, ThreadPoolExecutor(4) as pool, watched_passes(parts[0]) as (passes, go):
+        long = pool.submit(answer, client, LONG)
+        go.release()
+        wait_until(lambda: passes)
+        with patch.object(type(parts[0]), "encode_context", side_effect=RuntimeError("out of memory")):
+            asked = pool.submit(client.post, CHAT, json=body(max_tokens=2))
+            wait_until(lambda: requests_in(client) == 2)
+            let_pass(passes, go, asked)
+            refused(asked.result(), 500, "failed")
+        go.release(100_000)
+        assert text_of(long.result())
 
 
 # ---- what clients send, and where the application is mounted ----

@@ -316,9 +316,9 @@ def test_logprobs_of_the_best_candidates(parts):
         torch.manual_seed(2)
         drawn = {"do_sample": True, "temperature": 1.2, "top_k": 0, "max_new_tokens": 10}
         inputs = parts[1]([LONGER])
-        sequences = parts[0].generate(
-            **inputs, **drawn, num_candidates=5, num_return_sequences=2, processor=parts[1]
-        )[:, inputs["input_ids"].shape[1] :]
+        sequences = parts[0].generate(**inputs, **drawn, num_candidates=5, num_return_sequences=2, processor=parts[1])[
+            :, inputs["input_ids"].shape[1] :
+        ]
     for index, ids in enumerate(sequences.tolist()):
         entries = logprobs_of(found, index)
         assert spelt(entries) == texts_of(found)[index]
@@ -632,9 +632,7 @@ def test_litellm(parts, pipe, monkeypatch):
     litellm = pytest.importorskip("litellm")
     expected = pipe(LONGER, max_new_tokens=12)[0]["generated_text"]
     with listening(parts, api_key=SECRET) as url:
-        ask = partial(
-            litellm.completion, "openai/vikdf", LONGER, api_base=f"{url}/v1", api_key=SECRET, max_tokens=12
-        )
+        ask = partial(litellm.completion, "openai/vikdf", LONGER, api_base=f"{url}/v1", api_key=SECRET, max_tokens=12)
         assert ask().choices[0].message.content == expected
         assert "".join(chunk.choices[0].delta.content or "" for chunk in ask(stream=True)) == expected
         assert len(ask(n=2, temperature=1.2).choices) == 2

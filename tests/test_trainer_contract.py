@@ -285,9 +285,7 @@ def logits_of(model: nn.Module, batch: dict) -> torch.Tensor:
 def test_labels_are_smoothed_where_they_are_predicted(make, wrap, epsilon, tmp_path):
     model, batch = WRAPPERS[wrap](dialogue_model()), DialogueCollator(processor())(dialogues(4))
     expected = smoothed(logits_of(model, batch)[:, :-1], batch["labels"][:, 1:], epsilon)
-    trainer = TRAINERS[make](
-        tmp_path, model, dialogues(4), label_smoothing_factor=epsilon, eval_dataset=dialogues(4)
-    )
+    trainer = TRAINERS[make](tmp_path, model, dialogues(4), label_smoothing_factor=epsilon, eval_dataset=dialogues(4))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
     trainer.train()
     assert logged_losses(trainer)[0]["loss"] == pytest.approx(expected, rel=1e-5)
@@ -400,9 +398,7 @@ def test_shifted_labels_of_a_collator(make, tmp_path):
         log += smoothed(logits_of(model, {**batch, "shift_labels": None}), batch["shift_labels"], 0.0) * known
         count += known
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    trainer = TRAINERS[make](
-        tmp_path, model, dialogues(4), collate, train_sampling_strategy="sequential", **settings
-    )
+    trainer = TRAINERS[make](tmp_path, model, dialogues(4), collate, train_sampling_strategy="sequential", **settings)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(log / count, rel=1e-5)
 
@@ -545,9 +541,7 @@ def test_the_best_model_by_a_metric_of_ones_own(tmp_path):
     assert trainer.evaluate()["eval_nats"] == pytest.approx(max(nats), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "setting", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"], ids=str
-)
+@pytest.mark.parametrize("setting", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"], ids=str)
 def test_pretraining_refuses_what_needs_predictions(setting, tmp_path):
     model = pretraining_model({"masked_text": 1.0})
     collator = PreTrainingCollator(processor(), model.config)

@@ -2,7 +2,7 @@
 
 Reads as a request flows:
 
-    GuardedProtocol (header, connections) -> RequestGuard (key, size, time to arrive) -> request body
+    GuardedProtocol (header, connections) -> RequestGuard (key, size, time to arrive, share) -> request body
       -> prepare (chat -> tensors of one row) -> Job
       -> Worker: the one thread that runs the model; waiting jobs with the same decoding settings form a batch
       -> BatchSteps: sees each new token of the batch, emits text, ends rows that are finished or cancelled
@@ -26,6 +26,7 @@ import base64
 import hmac
 import io
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -50,6 +51,7 @@ from ..building import load_model
 from ..pipeline_vikdf import prompt_embeddings as prompt_embeddings  # was here up to 0.1: for one more release
 from .answers import ChatCompletion, Health, Knowledge, Model, ModelList, Refusal, completion, server_sent_events
 from .jobs import Job, Update
+from .limits import MAX_OPEN_BYTES, SMALL_BODY, Budget, client_network
 from .logprobs import TokenTexts
 from .schema import ChatBody, ChatCompletionRequest, KnowledgeRequest, error_response
 from .worker import Metrics, Worker, log_failure
@@ -58,6 +60,7 @@ from .worker import Metrics, Worker, log_failure
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 * 2**20
+MAX_MARKS = 250_000  # brackets and colons of a body: each may begin an object, of 100 times its bytes, and takes time
 CLIENT_LEFT = 499  # never sent: for the log and the metrics only
 ANSWERED_CHAT = {200: {"model": ChatCompletion, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is nginx's
@@ -70,18 +73,21 @@ class RequestGuard:
     """
     The outermost ASGI middleware, but for that of other origins.
 
-    It refuses wrong keys and bodies that are too large or too slow, turns unexpected errors into a 500, and counts and
-    logs every response.
+    It refuses wrong keys, bodies that are too large or too slow, and what exceeds a client's share; turns unexpected
+    errors into a 500, and counts and logs every response.
 
     Args:
         app: the application behind it.
         metrics: where responses are counted.
         api_key: the bearer token that `/v1` requires, or `None`.
         timeout: seconds that a request may take to arrive.
+        max_client_requests: requests to `/v1` that a client may have open.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None, timeout: float):
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None, timeout: float, max_client_requests: int):
         self.app, self.metrics, self.timeout = app, metrics, timeout
+        self.open_requests = Budget(math.inf, max_client_requests)
+        self.open_bytes = Budget(MAX_OPEN_BYTES, MAX_OPEN_BYTES // 2)
         self.expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,18 +95,27 @@ class RequestGuard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         start, status, started, finished = time.monotonic(), 500, False, False
-        reading, size, deadline = True, 0, asyncio.get_running_loop().time() + self.timeout
+        reading, size, marks, deadline = True, 0, 0, asyncio.get_running_loop().time() + self.timeout
+        # a mounted application's paths begin with where it is mounted
+        is_api = scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1")
+        client, counted, held = client_network(scope["client"]), False, 0  # `held` bytes of the body
 
         async def limited_receive() -> Message:
-            nonlocal reading, size, status
+            nonlocal reading, size, marks, held, status
             try:
                 async with asyncio.timeout_at(deadline if reading else None):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, "The request did not arrive in time.") from None
-            size += len(message.get("body", b""))
-            if size > MAX_BODY_BYTES:
-                raise HTTPException(413, f"The request has more than {MAX_BODY_BYTES} bytes.")
+            body = message.get("body", b"")
+            size, marks = size + len(body), marks + sum(map(body.count, (b"[", b"{", b":")))
+            if size > MAX_BODY_BYTES or marks > MAX_MARKS:
+                limits = f"{MAX_BODY_BYTES} bytes, or {MAX_MARKS} of '[', '{{', ':'"
+                raise HTTPException(413, f"The request has more than {limits}.")
+            more = min(len(body), max(0, size - SMALL_BODY))
+            if not self.open_bytes.take(client, more):
+                raise HTTPException(503, "Too many large requests are open; try again.", {"Retry-After": "1"})
+            held += more
             reading = message.get("more_body", False)
             if message["type"] == "http.disconnect" and not finished:
                 status = CLIENT_LEFT
@@ -115,8 +130,7 @@ class RequestGuard:
             await send(message)
 
         try:
-            # a mounted application's paths begin with where it is mounted
-            if scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1") and not self._has_key(scope):
+            if is_api and not self._has_key(scope):
                 refusal = error_response(
                     401, "A valid API key is needed: Authorization: Bearer KEY.", {"WWW-Authenticate": "Bearer"}
                 )
@@ -126,6 +140,11 @@ class RequestGuard:
                 close = {"Connection": "close"}
                 refusal = error_response(400, "Send Content-Length or Transfer-Encoding, not both.", close)
                 await refusal(scope, receive, counted_send)
+            elif is_api and not (counted := self.open_requests.take(client, 1)):
+                refusal = error_response(
+                    429, "Your address has too many open requests; wait for an answer.", {"Retry-After": "1"}
+                )
+                await refusal(scope, receive, counted_send)
             else:
                 await self.app(scope, limited_receive, counted_send)
         except Exception as error:
@@ -133,6 +152,8 @@ class RequestGuard:
             if not started:
                 await error_response(500, "Internal error.")(scope, receive, counted_send)
         finally:
+            self.open_requests.give_back(client, counted)
+            self.open_bytes.give_back(client, held)
             self.metrics.requests.labels(status=status).inc()
             # the route's path, not the request's, which may hold anything
             path = scope["route"].path if "route" in scope else "-"
@@ -178,9 +199,17 @@ async def stream_updates(job: Job, worker: Worker) -> AsyncIterator[Update]:
 
 
 async def cancel_when_client_leaves(request: Request, job: Job, worker: Worker) -> None:
-    """Cancels the job when the client disconnects; without effect once the response is complete."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    """
+    Cancels the job when the client disconnects, or at its deadline, for a client that does not read would keep it.
+
+    Without effect once the response is complete.
+    """
+    try:
+        async with asyncio.timeout_at(job.deadline):
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+    except TimeoutError:
+        return worker.cancel(job)
     worker.cancel(job)
     job.events.put_nowait(HTTPException(CLIENT_LEFT, "The client disconnected."))
 
@@ -215,7 +244,7 @@ class Api:
     started: int = field(default_factory=lambda: int(time.time()))
     texts: TokenTexts = field(init=False)
     preparing: int = 0  # requests whose job is not yet in the worker's queue
-    looking: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a picture is decoded
+    preparing_large: asyncio.Lock = field(default_factory=asyncio.Lock)  # a picture, or a long text
 
     def __post_init__(self):
         self.texts = TokenTexts(self.worker.processor)
@@ -234,7 +263,7 @@ class Api:
         deadline = loop.time() + self.timeout
         self.preparing += 1
         try:
-            async with self.looking if body.pictures() else nullcontext():  # one large picture at a time
+            async with self.preparing_large if body.is_large() else nullcontext():  # one at a time
                 job = await asyncio.to_thread(self.worker.prepare, body, deadline, loop)
         except ValueError as error:
             raise HTTPException(400, str(error).removeprefix("row 0").lstrip(":, ")) from error
@@ -336,6 +365,7 @@ def create_app(
     max_batch: int = 16,
     max_batch_tokens: int | None = None,
     max_queue: int = 64,
+    max_client_requests: int = 32,
     timeout: float = 60.0,
     allow_origins: Sequence[str] = (),
 ) -> FastAPI:
@@ -352,6 +382,8 @@ def create_app(
             Memory grows with it: the LLM caches a key and a value of each token in each layer. Requests that exceed
             it alone are refused. By default the LLM's window, so that each chat fits, or 16,384 if that is more.
         max_queue: maximum number of waiting requests; further ones get 429.
+        max_client_requests: maximum number of requests that an address may have open, so that one client leaves room
+            for the others; further ones get 429. Raise it where all clients come from one address.
         timeout: seconds that a request may take to arrive, and its response after that.
         allow_origins: origins whose pages a browser lets use this server, `https://example.org` or `*` for all. They
             need the key, too.
@@ -365,6 +397,7 @@ def create_app(
         "max_batch": max_batch,
         "max_batch_tokens": max_batch_tokens,
         "max_queue": max_queue,
+        "max_client_requests": max_client_requests,
         "timeout": timeout,
     }
     for setting, value in limits.items():
@@ -383,7 +416,8 @@ def create_app(
 
     # no documentation pages: they load their scripts from elsewhere
     app = FastAPI(title="VIKDF", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(RequestGuard, metrics=metrics, api_key=api_key, timeout=timeout)
+    guard = {"metrics": metrics, "api_key": api_key, "timeout": timeout, "max_client_requests": max_client_requests}
+    app.add_middleware(RequestGuard, **guard)
     add_origins(app, allow_origins)
     app.add_exception_handler(StarletteHTTPException, refuse)
     app.add_exception_handler(RequestValidationError, refuse_body)

@@ -1,40 +1,50 @@
-"""Connections that say nothing: how long and how many of them `vikdf serve` keeps.
+"""Connections that say or read nothing: how long and how many of them `vikdf serve` keeps.
 
 Knows uvicorn's protocol and its connections; nothing of requests, jobs and models.
 """
 
 import asyncio
 from collections import Counter
-from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .limits import client_network
+
 
 HEADER_TIMEOUT = 10.0  # seconds for a request's header; uvicorn has no limit once its first byte has come
+SEND_TIMEOUT = 30.0  # seconds for what has been written to a client that does not read
+MAX_CLIENT_CONNECTIONS = 64  # without a whole request
 MAX_CONNECTIONS = 512  # half of the 1,024 file descriptors that a process usually has
 BACKLOG = 128  # connections that the system accepts at once, before any of them can be closed
 
 
 class GuardedProtocol(H11Protocol):
     """
-    uvicorn's HTTP protocol, which closes connections that do not ask anything.
+    uvicorn's HTTP protocol, which closes connections that do not ask anything, or do not read what they asked for.
 
-    A request's header has to arrive within `HEADER_TIMEOUT`, in however many pieces. Where there are more than
-    `MAX_CONNECTIONS`, the client that has most of them without a whole request loses its oldest one; a request that
-    is being answered is never lost.
+    A request's header has to arrive within `HEADER_TIMEOUT`, in however many pieces. A client that stops reading has
+    `SEND_TIMEOUT`; nothing more is written meanwhile. Of more than `MAX_CLIENT_CONNECTIONS` of a client without a
+    whole request the oldest ends. Where there are more than `MAX_CONNECTIONS`, the client that has most of these loses
+    its oldest one. A request that is being answered is never lost.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Closes another connection if there are too many, or this one if all others are being answered."""
         self.silence: asyncio.TimerHandle | None = None
+        self.stall: asyncio.TimerHandle | None = None
         self.aborted = False
         self.opened = self.loop.time()
         super().connection_made(transport)
+        self.address = client_network(self.client)
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` is called as soon as the client does not read
         self._watch()
-        if len(self.connections) > MAX_CONNECTIONS:
-            dispensable = self._most_dispensable()
-            dispensable.aborted = True  # it counts until the event loop's next turn
-            dispensable.transport.abort()
+        idle = [each for each in self.connections if each.is_dispensable() and not each.aborted]
+        own = [each for each in idle if each.address == self.address]
+        if len(own) > MAX_CLIENT_CONNECTIONS:
+            min(own, key=lambda each: each.opened).abort()
+        elif len(self.connections) > MAX_CONNECTIONS:
+            held = Counter(each.address for each in idle)
+            min(idle, key=lambda each: (-held[each.address], each.opened)).abort()  # this one at the worst
 
     def data_received(self, data: bytes) -> None:
         """Passes data on; the header's time runs on until it is complete."""
@@ -46,24 +56,31 @@ class GuardedProtocol(H11Protocol):
         super().on_response_complete()
         self._watch()
 
+    def pause_writing(self) -> None:
+        """The client does not read: its time begins."""
+        super().pause_writing()
+        self.stall = self.loop.call_later(SEND_TIMEOUT, self.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read everything."""
+        super().resume_writing()
+        self.stall.cancel()
+
+    def abort(self) -> None:
+        """Closes the connection, whatever is still to be sent."""
+        self.aborted = True  # it counts until the event loop's next turn
+        self.transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forgets the connection."""
         self._end_watch()
+        if self.stall is not None:
+            self.stall.cancel()
         super().connection_lost(exc)
 
     def is_dispensable(self) -> bool:
         """Whether there is no request that has arrived whole and waits for its answer."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
-
-    def _most_dispensable(self) -> "GuardedProtocol":
-        idle = [each for each in self.connections if each.is_dispensable() and not each.aborted]
-        held = Counter(each.address for each in idle)
-        return min(idle, key=lambda each: (-held[each.address], each.opened), default=self)
-
-    @property
-    def address(self) -> Any:
-        """The client's address, without its port."""
-        return self.client and self.client[0]
 
     def _watch(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
@@ -77,4 +94,4 @@ class GuardedProtocol(H11Protocol):
             self.silence = None
 
 
-__all__ = ["BACKLOG", "HEADER_TIMEOUT", "MAX_CONNECTIONS", "GuardedProtocol"]
+__all__ = ["BACKLOG", "HEADER_TIMEOUT", "MAX_CLIENT_CONNECTIONS", "MAX_CONNECTIONS", "SEND_TIMEOUT", "GuardedProtocol"]

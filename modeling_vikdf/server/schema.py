@@ -15,6 +15,8 @@ from ..processing_vikdf import read_picture
 
 MAX_CHARACTERS = 200_000  # of all messages; beyond any context window, so that tokenizing more would waste time
 MAX_PIXELS = 25_000_000  # a small file can decompress into a picture of any size
+LARGE_TEXT = 4_000  # characters that take noticeable time to be tokenized: one such chat at a time
+MAX_FIELDS = 64  # of an object; each that is unknown is an error, and costs as much time as a page of text
 MAX_STOP = 256  # characters of a stop sequence, which is looked for at each token
 MIN_TEMPERATURE = 0.001  # above 0; logits divided by less overflow
 DEFAULT_MAX_TOKENS = 256  # where neither the request nor the model sets one
@@ -82,6 +84,8 @@ class _Body(BaseModel):
     def _without_what_asks_for_nothing(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        if len(value) > MAX_FIELDS:
+            raise ValueError(f"an object has {len(value)} fields; the limit is {MAX_FIELDS}")
         return {key: item for key, item in value.items() if not cls.asks_for_nothing(key, item)}
 
 
@@ -127,7 +131,7 @@ class ChatMessage(_Body):
     neutral = {"tool_calls": ([],), "annotations": ([],)}
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(fail_fast=True)]
     name: str | None = None  # accepted and unused: chat templates have no place for it
 
     def characters(self) -> int:
@@ -152,11 +156,19 @@ class ChatBody(_Body):
     """What both requests share: the model's name, as `/v1/models` lists it, and a chat."""
 
     model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000, fail_fast=True)]
+
+    def characters(self) -> int:
+        """Length of the chat's text in characters."""
+        return sum(message.characters() for message in self.messages)
 
     def pictures(self) -> int:
         """Number of pictures in the chat."""
         return sum(message.pictures() for message in self.messages)
+
+    def is_large(self) -> bool:
+        """Whether it takes time or memory to prepare it for the model."""
+        return self.characters() > LARGE_TEXT or self.pictures() > 0
 
     def chat(self) -> list[dict[str, Any]]:
         """
@@ -166,7 +178,7 @@ class ChatBody(_Body):
             HTTPException: 413 if the messages have more than `MAX_CHARACTERS` characters.
             ValueError: if there are several pictures, or one cannot be read.
         """
-        characters = sum(message.characters() for message in self.messages)
+        characters = self.characters()
         if characters > MAX_CHARACTERS:
             raise HTTPException(413, f"The messages have {characters} characters; the limit is {MAX_CHARACTERS}.")
         if self.pictures() > 1:

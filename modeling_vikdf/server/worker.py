@@ -1,15 +1,20 @@
 """Where the model runs: jobs wait in a queue, and one thread answers those with the same decoding settings as a batch.
 
+A batch can be interrupted before each pass of the LLM, and long prompts are read in pieces. There a batch that nobody
+waits for any more ends, and short jobs that arrived meanwhile are answered, as a batch of their own.
+
 Knows tensors, batches and the text of replies; of HTTP only the errors that a job may end with.
 """
 
 import asyncio
+import copy
 import logging
 import os
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,10 @@ from .schema import ChatBody, ChatCompletionRequest
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = 16_384  # if the window is not larger: 16 rows of 1,024 tokens
+
+# Tokens of prompts that the LLM reads in one pass, by the device's type: a GPU is no faster with fewer.
+PIECE_TOKENS = {"cpu": 512, "cuda": 4096}
+UNDISTURBED = 0.25  # seconds that an interrupted batch then runs for each second of the interruption
 
 STATM = Path("/proc/self/statm")  # where Linux, and no other system, tells the memory of this process
 
@@ -81,6 +90,24 @@ def log_failure(error: Exception) -> None:
 # ---- the worker thread ----
 
 
+class Abandoned(Exception):
+    """Nobody waits for any row of a batch any more."""
+
+
+@dataclass(eq=False)
+class Batch:
+    """
+    Jobs that are answered together.
+
+    Args:
+        jobs: one a row.
+        undisturbed_until: when the next short jobs may go between its passes, on the monotonic clock.
+    """
+
+    jobs: list[Job]
+    undisturbed_until: float = 0.0
+
+
 class Worker(threading.Thread):
     """
     The thread that owns the model. It answers waiting jobs in batches, oldest first.
@@ -109,12 +136,15 @@ class Worker(threading.Thread):
         self.max_batch_tokens = max_batch_tokens or max(self.window or 0, DEFAULT_BATCH_TOKENS)
         self.progressed = time.monotonic()  # when the model last took a step, or began to work
         self._waiting: list[Job] = []
-        self._running: list[Job] = []
+        self._running: list[Batch] = []  # the first was interrupted for the second, and so on
         self._changed = threading.Condition()
         self._closing = False
-        self._tokenizing = threading.Lock()  # tokenizers keep their truncation as state
+        # tokenizers keep their truncation as state, so one chat at a time uses them; large ones use a copy, so that no
+        # other waits for them
+        processors = {False: processor, True: copy.deepcopy(processor)}
+        self._preparing = {large: (each, threading.Lock()) for large, each in processors.items()}
         metrics.queue_length.set_function(lambda: len(self._waiting))
-        metrics.running_requests.set_function(lambda: len(self._running))
+        metrics.running_requests.set_function(lambda: sum(len(batch.jobs) for batch in self._running))
 
     # called from outside the thread
 
@@ -149,8 +179,9 @@ class Worker(threading.Thread):
                 raise ValueError(f"n={body.n} replies; this server writes at most {self.max_batch} at once.")
         if self.window is not None and new_tokens >= self.window:
             raise ValueError(f"max_tokens={new_tokens} leaves no room: the model's window is {self.window} tokens.")
-        with self._tokenizing:
-            features = self.processor(
+        processor, alone = self._preparing[body.is_large()]
+        with alone:
+            features = processor(
                 [chat],
                 use_knowledge=decoding is None or decoding.use_knowledge,
                 continue_final_message=getattr(body, "continue_final_message", None),
@@ -202,10 +233,10 @@ class Worker(threading.Thread):
                 self._waiting.remove(job)
 
     def stop(self) -> None:
-        """Ends the thread after its current decoding step, and all jobs with a 503."""
+        """Ends the thread before the LLM's next pass, and all jobs with a 503."""
         with self._changed:
             self._closing = True
-            for job in [*self._waiting, *self._running]:
+            for job in [*self._waiting, *(job for batch in self._running for job in batch.jobs)]:
                 job.cancelled = True
                 job.emit(HTTPException(503, "The server is shutting down."))
             self._waiting.clear()
@@ -215,37 +246,87 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Answers batches until it is stopped. An error ends the jobs of its own batch only."""
-        while batch := self._take():
-            self.metrics.batch_size.observe(len(batch))
-            try:
-                if batch[0].decoding is None:
-                    self._compute_knowledge(batch)
-                else:
-                    self._reply(batch)
-            except Exception as error:
-                log_failure(error)
-                for job in batch:
-                    job.emit(HTTPException(500, "The model failed to answer the request."))
+        hook = self.model.language_model.base_model.register_forward_pre_hook(self._before_pass)
+        while self._wait():
+            self._answer(self.max_batch_tokens)
+        hook.remove()
 
-    def _take(self) -> list[Job]:
-        """Waits for jobs; returns the oldest and those that can share its batch, or an empty list once stopped."""
+    def _wait(self) -> bool:
+        """Waits for jobs; false once it is stopped."""
         with self._changed:
-            self._running = []
             self._changed.wait_for(lambda: self._waiting or self._closing)
-            for job in self._waiting:
-                if job.decoding == self._waiting[0].decoding and self._fit([*self._running, job]):
-                    self._running.append(job)
-            self._waiting = [job for job in self._waiting if job not in self._running]
-            self.progressed = time.monotonic()
-            return self._running
+            return not self._closing
 
-    def _fit(self, jobs: list[Job]) -> bool:
-        """Whether jobs fit into one batch: the longest prompt with the longest reply into the window, all into it."""
+    def _answer(self, max_tokens: int) -> None:
+        """Answers the oldest job of at most so many tokens, and those that can share its batch, if there is one."""
+        batch = self._take(max_tokens)
+        if not batch.jobs:
+            return
+        self.metrics.batch_size.observe(len(batch.jobs))
+        try:
+            if batch.jobs[0].decoding is None:
+                self._compute_knowledge(batch.jobs)
+            else:
+                self._reply(batch.jobs)
+        except Abandoned:
+            pass
+        except Exception as error:
+            log_failure(error)
+            for job in batch.jobs:
+                job.emit(HTTPException(500, "The model failed to answer the request."))
+        finally:
+            with self._changed:
+                self._running.remove(batch)
+
+    def _take(self, max_tokens: int) -> Batch:
+        """The oldest job that fits, and those that fit into its batch, as the batch that runs; none if none fits."""
+        jobs: list[Job] = []
+        with self._changed:
+            for job in self._waiting:
+                if (not jobs or job.decoding == jobs[0].decoding) and self._fit([*jobs, job], max_tokens):
+                    jobs.append(job)
+            self._waiting = [job for job in self._waiting if job not in jobs]
+            batch = Batch(jobs)
+            if jobs:
+                self._running.append(batch)
+        self.progressed = time.monotonic()
+        return batch
+
+    def _before_pass(self, *_: Any) -> None:
+        """
+        Called before each pass of the LLM: ends a batch that nobody waits for, and lets short jobs go first.
+
+        These are batches with at most a quarter of the tokens of one of its rows: what is not much shorter waits, and
+        shares a batch, which is faster for all. See `UNDISTURBED` for how the time is shared.
+
+        Raises:
+            Abandoned: if every job of the batch is finished or cancelled.
+        """
+        if threading.current_thread() is not self:  # somebody else uses the same model
+            return
+        batch, now = self._running[-1], time.monotonic()
+        self.progressed = now
+        if all(job.finished or job.cancelled for job in batch.jobs):
+            raise Abandoned
+        if self._waiting and now >= batch.undisturbed_until:
+            self._interrupt(batch)
+            end = time.monotonic()
+            batch.undisturbed_until = end + UNDISTURBED * (end - now)
+
+    def _interrupt(self, batch: Batch) -> None:
+        seeded = batch.jobs[0].decoding is not None and batch.jobs[0].decoding.seed is not None
+        with torch.random.fork_rng(enabled=seeded):
+            if seeded:
+                torch.seed()  # for numbers of their own
+            self._answer(self._tokens(batch.jobs) // len(batch.jobs) // 4)
+
+    def _fit(self, jobs: list[Job], max_tokens: int) -> bool:
+        """Whether jobs fit into a batch of so many tokens, and the longest prompt and reply of any into the window."""
         seeded = jobs[0].decoding is not None and jobs[0].decoding.seed is not None
         length = max(job.prompt_length for job in jobs) + max(job.max_new_tokens for job in jobs)
         in_window = self.window is None or length <= self.window
         replies = sum(len(job.replies) for job in jobs)
-        few = replies <= self.max_batch and self._tokens(jobs) <= self.max_batch_tokens
+        few = replies <= self.max_batch and self._tokens(jobs) <= max_tokens
         return in_window and few and not (seeded and len(jobs) > 1)
 
     def _collate(self, jobs: list[Job]) -> BatchFeature:
@@ -284,7 +365,9 @@ class Worker(threading.Thread):
 
     def _reply(self, jobs: list[Job]) -> None:
         decoding, inputs = jobs[0].decoding, self._collate(jobs)
-        steps = BatchSteps(jobs, self._step, self._progress)
+        steps = BatchSteps(jobs, self._step)
+        rows, columns = inputs["input_ids"].shape
+        piece = PIECE_TOKENS.get(self.model.device.type, PIECE_TOKENS["cuda"]) // rows
         self.metrics.prompt_tokens.inc(sum(job.prompt_length for job in jobs))
         with torch.random.fork_rng(enabled=decoding.seed is not None):
             if decoding.seed is not None:
@@ -297,14 +380,12 @@ class Worker(threading.Thread):
                 processor=self.processor,
                 num_return_sequences=decoding.num_replies,
                 return_dict_in_generate=False,
+                prefill_chunk_size=max(1, piece) if columns > piece else None,
                 logits_processor=LogitsProcessorList([steps.recorder] if steps.recorder else []),
                 stopping_criteria=StoppingCriteriaList([steps]),
                 **dict(decoding.sampling),
             )
-        steps.finish(sequences, inputs["input_ids"].shape[1])
-
-    def _progress(self) -> None:
-        self.progressed = time.monotonic()
+        steps.finish(sequences, columns)
 
     def _step(self, job: Job, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
         """Appends a token to a reply, unless it is finished or cancelled."""
@@ -342,19 +423,13 @@ class BatchSteps(StoppingCriteria):
         jobs: those of the batch, whose decoding is the same.
         step: called with a job, which of its replies, its new token and that token's log-probabilities, if any job
             asks for these.
-        progress: called once a step.
 
     Attributes:
         recorder: the logits processor that `generate` needs for them, or `None`.
     """
 
-    def __init__(
-        self,
-        jobs: list[Job],
-        step: Callable[[Job, int, int, TokenLogprobs | None], None],
-        progress: Callable[[], None],
-    ):
-        self.jobs, self.step, self.progress = jobs, step, progress
+    def __init__(self, jobs: list[Job], step: Callable[[Job, int, int, TokenLogprobs | None], None]):
+        self.jobs, self.step = jobs, step
         self.replies = [(job, index) for job in jobs for index in range(len(job.replies))]
         self.chooses = jobs[0].decoding.options > 1
         asked = [job.num_logprobs for job in jobs if job.num_logprobs is not None]
@@ -364,7 +439,6 @@ class BatchSteps(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Which rows end, bool [R], after the step that wrote the last of `input_ids` [R, T]."""
-        self.progress()
         newest = input_ids[:, -1]  # [R]
         logprobs = [None] * len(newest) if self.recorder is None else self.recorder.read(newest)
         if self.chooses:
