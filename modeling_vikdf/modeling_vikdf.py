@@ -431,7 +431,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             num_items_in_batch: number of labels over all accumulated batches, for an exact mean.
             smoothing: label smoothing of the loss; see `reply_loss`.
             kwargs: for the LLM; except `shift_labels` [B, T], the ids that each position predicts, -100 for none,
-                which replaces `labels` in the loss.
+                which replaces `labels` in the loss. A list `output_hidden_states` names those that are kept.
 
         Raises:
             ValueError: see `embed_prompt`, `project_knowledge` and `get_image_knowledge`.
@@ -456,13 +456,18 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         if targets is not None and input_ids is not None and cache is None and not self._returns_states(kwargs):
             prefix = self.tokens_before_knowledge(input_ids)
         llm = {"prefix": prefix, "position_ids": position_ids, CACHE: cache, "logits_to_keep": logits_to_keep}
+        if isinstance(kept := kwargs.get("output_hidden_states"), list):
+            kwargs["output_hidden_states"] = True  # the LLM's own numbering of a list is another before 5.23
         outputs = self.run_language_model(inputs_embeds, attention_mask, **llm, **kwargs)
+        states = outputs.hidden_states
+        if isinstance(kept, list):
+            states = tuple(state if index in kept else None for index, state in enumerate(states))
         # 4. how likely it finds the labels
         loss = None if targets is None else reply_loss(outputs.logits, targets, num_items_in_batch, smoothing)
         return VikdfCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
-            hidden_states=outputs.hidden_states,
+            hidden_states=states,
             attentions=outputs.attentions,
             knowledge=knowledge,
             **{CACHE: getattr(outputs, CACHE)},

@@ -359,3 +359,27 @@ def test_the_command_refuses_grades_that_say_nothing(rewarded, tmp_path):
         write_grades(path, lambda reply, rng: rng.random()) if lines is None else path.write_text(lines)
         with pytest.raises((SystemExit, ValueError), match=message):
             main([*arguments, "--grades", str(path)])
+
+
+def test_what_has_no_weight_is_not_computed(rewarded):
+    model, processor = rewarded
+    inputs, kept = processor([CHATS[0]]), set()
+    how = {"num_candidates": 4, "processor": processor, "min_new_tokens": 3}
+    read = model.register_forward_hook(
+        lambda model, args, output: kept.update(
+            index for index, states in enumerate(output.hidden_states or ()) if states is not None
+        )
+    )
+
+    def generate(**weights) -> dict[str, int]:
+        kept.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model.generate(**inputs, candidate_weights=weights, **how)
+        return {event.key: event.count for event in profile.key_averages()}
+
+    try:
+        assert generate(likelihood=1.0)["aten::logsumexp"] >= 3 and not kept
+        assert "aten::logsumexp" not in generate(reward=1.0, match=1.0, length=0.5)
+        assert kept == {1}  # the layer that the head reads, and no other
+    finally:
+        read.remove()
