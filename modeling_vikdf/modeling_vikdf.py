@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_checkpointing import ReadOnlyCache, checkpointed_layers, checkpointing, rereads_its_cache
+from .modeling_compilation import selects_outputs
 from .modeling_generation import KnowledgeGenerationMixin
 from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert
 from .modeling_prefix import CACHE, pop_cache, read_prefix
@@ -390,6 +391,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         return embeds.masked_scatter(placeholders[..., None], vectors[keep].to(embeds.dtype))
 
     @can_return_tuple
+    @selects_outputs
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -431,7 +433,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             num_items_in_batch: number of labels over all accumulated batches, for an exact mean.
             smoothing: label smoothing of the loss; see `reply_loss`.
             kwargs: for the LLM; except `shift_labels` [B, T], the ids that each position predicts, -100 for none,
-                which replaces `labels` in the loss. A list `output_hidden_states` names those that are kept.
+                which replaces `labels` in the loss.
 
         Raises:
             ValueError: see `embed_prompt`, `project_knowledge` and `get_image_knowledge`.
@@ -456,18 +458,13 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         if targets is not None and input_ids is not None and cache is None and not self._returns_states(kwargs):
             prefix = self.tokens_before_knowledge(input_ids)
         llm = {"prefix": prefix, "position_ids": position_ids, CACHE: cache, "logits_to_keep": logits_to_keep}
-        if isinstance(kept := kwargs.get("output_hidden_states"), list):
-            kwargs["output_hidden_states"] = True  # the LLM's own numbering of a list is another before 5.23
         outputs = self.run_language_model(inputs_embeds, attention_mask, **llm, **kwargs)
-        states = outputs.hidden_states
-        if isinstance(kept, list):
-            states = tuple(state if index in kept else None for index, state in enumerate(states))
         # 4. how likely it finds the labels
         loss = None if targets is None else reply_loss(outputs.logits, targets, num_items_in_batch, smoothing)
         return VikdfCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
-            hidden_states=states,
+            hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             knowledge=knowledge,
             **{CACHE: getattr(outputs, CACHE)},

@@ -1,0 +1,161 @@
+"""Compiled decoding: the eager tokens, in all ways to decode, from few graphs; and where it cannot be had."""
+
+import pytest
+import torch
+from conftest import build_from
+from PIL import Image
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, GenerationConfig, MaxLengthCriteria
+
+from modeling_vikdf.modeling_compilation import (
+    KEPT_TOKENS,
+    SHORTEST,
+    StaticCaches,
+    compile_config_for,
+    next_size,
+    warm_up,
+)
+from modeling_vikdf.training.rewarding import add_reward_head
+
+
+WORDS = (
+    "What is your dog doing? I went to the beach yesterday and the water was so blue! It is snowing outside.".split()
+)
+# how the graphs are run does not change which ones there are
+EAGER = CompileConfig(backend="eager", mode=None)
+
+
+def chat(words: int) -> list[dict]:
+    return [{"role": "user", "content": " ".join((WORDS * 9)[:words])}]
+
+
+@pytest.fixture(scope="module")
+def parts(backbones):
+    model, processor = build_from(backbones, "llama", "separate", dtype=torch.float32)
+    model.generation_config = GenerationConfig(
+        eos_token_id=2, pad_token_id=0, do_sample=True, max_new_tokens=8, top_k=0
+    )
+    model.generation_config.num_candidates = 3
+    model.generation_config.candidate_weights = {"reward": 1.0, "match": 1.0, "length": 0.5}
+    add_reward_head(model, torch.randn(48, generator=torch.Generator().manual_seed(0)), 1)
+    model.attach_vision_encoder()
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def compiled(parts):
+    """The arguments of compiled decoding, after a warm-up."""
+    torch.compiler.reset()
+    config = compile_config_for(parts[0], EAGER)
+    warm_up(*parts, [1, 2, 4], config)
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+GREEDY, SAMPLED = {"do_sample": False, "num_candidates": 1}, {"do_sample": True, "num_candidates": 1}
+WAYS = [
+    GREEDY,
+    SAMPLED,
+    {"num_candidates": 3},
+    {"num_candidates": 4, "num_return_sequences": 2, "candidate_weights": {"likelihood": 1.0, "alone": -0.5}},
+    {**SAMPLED, "num_return_sequences": 3, "output_logits": True, "return_dict_in_generate": True},
+    {**GREEDY, "max_new_tokens": 300, "repetition_penalty": 1.3},
+    {**GREEDY, "max_new_tokens": None, "max_length": 400},
+]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: ",".join(map(str, way)))
+def test_the_tokens_are_those_of_eager_decoding(parts, compiled, way, rows):
+    model, processor = parts
+    chats = [chat(words) for words in (5, 60, 23)[:rows]]
+    for how in ({}, {"use_knowledge": False}, {"images": [Image.new("RGB", (32, 32), "red"), None, None][:rows]}):
+        inputs = processor(chats, **how)
+        limit = {"stopping_criteria": [MaxLengthCriteria(inputs["input_ids"].shape[1] + 8)]}
+        outputs = []
+        for decoding in ({}, compiled):
+            torch.manual_seed(rows)
+            outputs.append(model.generate(**inputs, **way, **limit, **decoding, processor=processor))
+        if "return_dict_in_generate" in way:
+            logits = (torch.stack(output.logits) for output in outputs)
+            torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+            outputs = [output.sequences for output in outputs]
+        assert torch.equal(*outputs)
+
+
+def test_after_the_warm_up_nothing_is_compiled(parts, compiled):
+    model, processor = parts
+    known = counters["stats"]["unique_graphs"]
+    assert known and not counters["graph_break"]
+    for rows, words, new_tokens in [
+        (1, 3, 8),
+        (1, 200, 8),
+        (2, 9, 300),
+        (3, 120, 4),
+        (4, 40, 100),
+        (7, 7, 7),
+        (9, 3, 3),
+    ]:
+        for way in (GREEDY, {"num_candidates": 3}):
+            inputs = processor([chat(words)] * rows)
+            limit = [MaxLengthCriteria(inputs["input_ids"].shape[1] + 3)]
+            limits = {"max_new_tokens": new_tokens, "stopping_criteria": limit}
+            model.generate(**inputs, **way, **limits, **compiled, processor=processor)
+    assert counters["stats"]["unique_graphs"] == known <= 6
+
+
+def test_warming_up_leaves_the_random_numbers_alone(parts, compiled):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    warm_up(*parts, [1], compiled["compile_config"])
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+def test_beams_on_a_static_cache_are_those_on_a_growing_one(parts, compiled, mode):
+    model, processor = parts
+    inputs = processor([chat(5), chat(30)])
+    assert torch.equal(
+        model.generate(**inputs, **GREEDY, **mode, **compiled), model.generate(**inputs, **GREEDY, **mode)
+    )
+
+
+def test_a_cache_is_kept_for_the_next_prompts_and_not_returned(parts, compiled):
+    model, processor = parts
+    inputs = processor([chat(9)] * 2)
+
+    def keys() -> set[int]:
+        how = {**GREEDY, **compiled, "return_dict_in_generate": True}
+        outputs = model.generate(**inputs, **how)
+        assert not {"cache", "past_key_values"} & {*outputs}
+        with model.static_caches.borrow(model.language_model, 2, SHORTEST) as cache:
+            return {layer.keys.data_ptr() for layer in cache.layers}
+
+    assert keys() == keys()
+
+
+def test_caches_of_one_size_are_not_shared_and_few_are_kept(parts):
+    language_model, caches = parts[0].language_model, StaticCaches()
+    with caches.borrow(language_model, 2, 256) as one, caches.borrow(language_model, 2, 256) as other:
+        assert one is not other
+    with caches.borrow(language_model, 2, 256) as again:
+        assert again is one
+    with caches.borrow(language_model, 1, 2 * KEPT_TOKENS) as large:
+        pass
+    with caches.borrow(language_model, 2, 256) as new, caches.borrow(language_model, 1, 2 * KEPT_TOKENS) as kept:
+        assert new is not one and kept is large
+
+
+@pytest.mark.parametrize(
+    "size, smallest, expected", [(1, 1, 1), (5, 1, 8), (8, 1, 8), (3, 256, 256), (513, 256, 1024)]
+)
+def test_sizes_are_rounded_up(size, smallest, expected):
+    assert next_size(size, smallest) == expected
+
+
+def test_what_cannot_be_compiled_is_refused(parts, monkeypatch):
+    model, _ = parts
+    assert compile_config_for(model, False) is None
+    monkeypatch.setattr(type(model.language_model), "_can_compile_fullgraph", False)
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be compiled"):
+        compile_config_for(model, True)
