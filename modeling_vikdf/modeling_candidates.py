@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 
@@ -67,26 +67,44 @@ class EnoughFinished(StoppingCriteria):
         ends: ids of the tokens that end a reply [E].
 
     Attributes:
+        runs: which rows are still being written [R]; `None` before the first token.
+        cached: which rows the LLM's cache holds, as indices [r]; `None`: all.
         finished: which rows have ended by themselves [R].
         lengths: tokens of each row up to its end, or up to where it was broken off [R].
     """
 
     def __init__(self, copies: int, enough: int, ends: torch.Tensor):
         self.copies, self.enough, self.ends = copies, enough, ends
-        self.finished = self.lengths = None
+        self.runs = self.finished = self.lengths = self.cached = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Whether each row is over [R]."""
         newest = input_ids[:, -1]  # [R]
         if self.finished is None:
             self.finished, self.lengths = torch.zeros_like(newest, dtype=torch.bool), torch.zeros_like(newest)
-            self._runs = torch.ones_like(self.finished)
-        self.lengths += self._runs
-        self.finished |= self._runs & torch.isin(newest, self.ends)
+            self.runs = torch.ones_like(self.finished)
+        self.lengths += self.runs
+        self.finished |= self.runs & torch.isin(newest, self.ends)
         enough = self.finished.view(-1, self.copies).sum(1) >= self.enough  # [B]
         over = self.finished | enough.repeat_interleave(self.copies)
-        self._runs = ~over
+        self.runs = ~over
         return over
+
+    def select_rows(self, cache: Any) -> torch.Tensor | None:
+        """
+        The rows that are still being written [r], after all others have been taken out of the LLM's cache.
+
+        What is sampled stays the same, for all rows are sampled from, and random numbers are drawn for all. `None`
+        where no row has ended, or the cache has a fixed size.
+        """
+        if self.runs is None or self.runs.all() or not isinstance(cache, DynamicCache):
+            return None
+        rows = self.runs.nonzero()[:, 0]  # [r]
+        if self.cached is None or len(rows) < len(self.cached):
+            kept = rows if self.cached is None else torch.isin(self.cached, rows).nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            self.cached = rows
+        return rows
 
 
 @torch.no_grad()
@@ -131,6 +149,8 @@ def generate_best(
     several = {"num_candidates": 1, "num_return_sequences": num_candidates, "return_dict_in_generate": True}
     if rewarded := bool(weights.get("reward")):
         several["output_hidden_states"] = [_reward_layer(model)]  # of all other layers `None` is kept
+    if model.device.type == "cpu":  # where a row costs time: a third of all rows and steps is saved
+        several["running"] = enough
     outputs = model.generate(prompt, knowledge=knowledge, **kwargs | several)
     written = outputs["sequences"][:, prompt.shape[1] :]  # [B * n, T]
     rows = (len(prompt), num_candidates)

@@ -4,6 +4,7 @@
                         -> `StaticCaches.borrow`: an empty cache of that size, at the address that it had before
                         -> transformers compiles the decoding step; `pad_rows` fills the rows that are no prompt's
     `warm_up` does all of it once, before anybody waits.
+    `compile_layers` is for training, where prompts have any length and gradients flow.
 
 transformers compiles by itself where it decodes on a static cache on a GPU; the rest, and what a compiled step costs,
 follows from sizes that change: a new graph for two or three of them, a new recording of its kernels for each.
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import CompileConfig, MaxLengthCriteria, PreTrainedModel, StaticCache, StoppingCriteriaList
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.logging import tqdm
 
@@ -42,11 +44,16 @@ def pad_rows(tensor: torch.Tensor | None, rows: int) -> torch.Tensor | None:
 
 
 def keep_rows(outputs: ModelOutput, rows: int) -> ModelOutput:
-    """A model's outputs without the rows behind the first ones; states are copied, for the next step reuses memory."""
-    outputs.logits = outputs.logits[:rows]
+    """A model's outputs without the rows behind the first ones; copied, for the next step may reuse their memory."""
+    return change_rows(outputs, lambda tensor: tensor[:rows].clone())
+
+
+def change_rows(outputs: ModelOutput, change: Callable[[torch.Tensor], torch.Tensor]) -> ModelOutput:
+    """A model's outputs, whose logits and hidden states have other rows."""
+    outputs.logits = change(outputs.logits)
     if outputs.hidden_states is not None:
         states = outputs.hidden_states
-        outputs.hidden_states = tuple(state if state is None else state[:rows].clone() for state in states)
+        outputs.hidden_states = tuple(state if state is None else change(state) for state in states)
     return outputs
 
 
@@ -54,21 +61,31 @@ def selects_outputs(forward: Callable) -> Callable:
     """
     Decorates a model's `forward` to return only some of its outputs.
 
-    It takes `rows`, behind which the batch is padding, and as `output_hidden_states` also a list of those to keep;
+    It takes `rows`, behind which the batch is padding; or `placed`, the indices of its rows in a larger batch, and
+    that one's size: outputs are 0 in the others. As `output_hidden_states` it also takes a list of those to keep;
     `None` stands for the others. transformers takes such a list, too, but numbers the states otherwise before 5.23.
     """
 
     @functools.wraps(forward)
-    def select(self: Any, *args: Any, rows: int | None = None, **kwargs: Any) -> ModelOutput:
+    def select(
+        self: Any, *args: Any, rows: int | None = None, placed: tuple[torch.Tensor, int] | None = None, **kwargs: Any
+    ) -> ModelOutput:
         if listed := isinstance(kept := kwargs.get("output_hidden_states"), list):
             kwargs["output_hidden_states"] = True
         outputs = forward(self, *args, **kwargs)
         if listed:
             states = enumerate(outputs.hidden_states)
             outputs.hidden_states = tuple(state if index in kept else None for index, state in states)
+        if placed is not None:
+            return change_rows(outputs, lambda tensor: _place(tensor, *placed))
         return outputs if rows is None else keep_rows(outputs, rows)
 
     return select
+
+
+def _place(tensor: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
+    """A tensor [r, ...] at the given rows [r] of a batch [size, ...], in which all else is 0."""
+    return tensor.new_zeros(size, *tensor.shape[1:]).index_copy_(0, rows, tensor)
 
 
 class StaticCaches:
@@ -119,11 +136,33 @@ def compile_config_for(model: PreTrainedModel, compile: bool | CompileConfig) ->
     return config
 
 
+def compile_layers(language_model: PreTrainedModel, **how: Any) -> None:
+    """
+    Compiles each of an LLM's layers, in place; they share one graph, and hooks and checkpointing stay outside of it.
+
+    Args:
+        language_model: the LLM.
+        how: for `torch.compile`.
+
+    Raises:
+        ValueError: if it has no layers of transformers' `GradientCheckpointingLayer`.
+    """
+    layers = [part for part in language_model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"torch_compile would do nothing: {type(language_model).__name__} has no layers of transformers' "
+            "GradientCheckpointingLayer. Leave it out."
+        )
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, **how)
+
+
 def can_compile(model: PreTrainedModel) -> bool:
     """Whether the model's decoding steps can be compiled, on any device."""
     language_model = model.language_model
     quantizer = getattr(language_model, "hf_quantizer", None)
-    offloaded = {"cpu", "disk"} & {*map(str, getattr(language_model, "hf_device_map", {}).values())}
+    devices = {str(device) for device in getattr(language_model, "hf_device_map", {}).values()}
+    offloaded = len(devices) > 1 and devices & {"cpu", "disk"}
     static = language_model._can_compile_fullgraph  # what transformers' models declare
     return static and not offloaded and (quantizer is None or quantizer.is_compileable)
 
@@ -133,7 +172,13 @@ def compiles_by_default(model: PreTrainedModel) -> bool:
     return model.device.type == "cuda" and can_compile(model)
 
 
-def warm_up(model: PreTrainedModel, processor: Any, batches: Sequence[int], compile_config: CompileConfig) -> None:
+def warm_up(
+    model: PreTrainedModel,
+    processor: Any,
+    batches: Sequence[int],
+    compile_config: CompileConfig,
+    max_tokens: int | None = None,
+) -> None:
     """
     Replies to a short chat in all ways that batches differ in, so that nothing is left to compile.
 
@@ -142,13 +187,17 @@ def warm_up(model: PreTrainedModel, processor: Any, batches: Sequence[int], comp
         processor: its own processor.
         batches: numbers of chats that are answered together.
         compile_config: from [`compile_config_for`].
+        max_tokens: the most that a cache may hold, rows times length.
     """
     config = model.generation_config
     ways = [{"num_candidates": 1, "num_beams": 1}]
-    if (number := getattr(config, "num_candidates", None) or 1) > 1 and config.do_sample:
+    number = getattr(config, "num_candidates", None) or 1
+    if number > 1 and config.do_sample and (config.num_beams or 1) == 1:
         ways.append({"num_candidates": number, "processor": processor})
     # lengths change with rows, so that both are soon compiled as variables
     sizes = list(product(ways, batches, (SHORTEST, 2 * SHORTEST)))
+    if max_tokens is not None:
+        sizes = [size for size in sizes if next_size(size[0]["num_candidates"] * size[1]) * size[2] <= max_tokens]
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         for way, rows, length in tqdm(sizes, desc="Compiling", unit=" sizes"):
             inputs = processor([[{"role": "user", "content": "Hello"}]] * rows).to(model.device)
@@ -166,7 +215,9 @@ def warm_up(model: PreTrainedModel, processor: Any, batches: Sequence[int], comp
 __all__ = [
     "StaticCaches",
     "can_compile",
+    "change_rows",
     "compile_config_for",
+    "compile_layers",
     "compiles_by_default",
     "keep_rows",
     "next_size",

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput, logging
 
-from .modeling_candidates import generate_best
+from .modeling_candidates import EnoughFinished, generate_best
 from .modeling_compilation import SHORTEST, StaticCaches, keep_rows, next_size, pad_rows
 from .modeling_prefix import CACHE, pop_cache
 
@@ -43,13 +43,18 @@ class KnowledgeGenerationMixin(GenerationMixin):
         image_mask: torch.Tensor | None = None,
         is_first_iteration: bool = False,
         padded_rows: int | None = None,
+        running: EnoughFinished | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """
         Embeds the tokens that are not cached yet, those of the prompt with the knowledge among them.
 
-        With `padded_rows` the batch is filled up to so many rows.
+        With `padded_rows` the batch is filled up to so many rows; of candidates only those `running` are read.
         """
+        if running is not None and (rows := running.select_rows(kwargs.get(CACHE))) is not None:
+            kwargs["placed"] = rows, len(input_ids)
+            input_ids = input_ids[rows]
+            kwargs |= {name: kwargs[name][rows] for name in ("attention_mask", "position_ids") if name in kwargs}
         if padded_rows is not None:
             kwargs["rows"] = len(input_ids)
             input_ids, knowledge, image_mask = (

@@ -383,3 +383,38 @@ def test_what_has_no_weight_is_not_computed(rewarded):
         assert kept == {1}  # the layer that the head reads, and no other
     finally:
         read.remove()
+
+
+@pytest.mark.parametrize("use_knowledge", [True, False])
+def test_a_row_that_has_ended_is_not_read_any_more(rewarded, use_knowledge):
+    model, processor = rewarded
+    inputs, rows, limit = processor(CHATS, use_knowledge=use_knowledge), [], 12
+    how = {"num_candidates": 6, "processor": processor, "max_new_tokens": limit, "candidate_weights": {"reward": 1.0}}
+    read = model.language_model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    criteria, first = [], EnoughFinished.__init__
+
+    def keep(self, *args):
+        criteria.append(self)
+        first(self, *args)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(EnoughFinished, "__init__", keep)
+            model.language_model.lm_head.weight.data[2] *= 3  # ends are likely, at different places
+            replies = {}
+            for name, on_cpu in (("skipping", True), ("reading", False)):
+                rows.clear()
+                torch.manual_seed(0)
+                if not on_cpu:
+                    patch.setattr(EnoughFinished, "select_rows", lambda *_: None)
+                replies[name] = model.generate(**inputs, **how)
+                lengths = criteria[-1].lengths
+                steps = int(lengths.max()) - 1
+                expected = [int((lengths > step + 1).sum()) for step in range(steps)] if on_cpu else [12] * steps
+                assert rows[-steps:] == expected and steps > 2
+                assert on_cpu is (sum(expected) < 12 * steps)
+    finally:
+        read.remove()
+    assert torch.equal(replies["skipping"], replies["reading"])
