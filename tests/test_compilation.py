@@ -1,17 +1,21 @@
 """Compiled decoding: the eager tokens, in all ways to decode, from few graphs; and where it cannot be had."""
 
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import build_from
 from PIL import Image
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, GenerationConfig, MaxLengthCriteria
+from transformers import CompileConfig, GenerationConfig, MaxLengthCriteria, pipeline
 
 from modeling_vikdf.modeling_compilation import (
     KEPT_TOKENS,
     SHORTEST,
     StaticCaches,
     compile_config_for,
+    compiles_by_default,
     next_size,
     warm_up,
 )
@@ -159,3 +163,138 @@ def test_what_cannot_be_compiled_is_refused(parts, monkeypatch):
     monkeypatch.setattr(type(model.language_model), "_can_compile_fullgraph", False)
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be compiled"):
         compile_config_for(model, True)
+
+
+# ---- in the pipeline ----
+
+
+@pytest.fixture(scope="module")
+def pipes(parts):
+    """Two pipelines, of which one compiles, built as a user would."""
+    settings = {"model": parts[0], "processor": parts[1], "return_full_text": False}
+    return pipeline("vikdf-dialogue", **settings), pipeline("vikdf-dialogue", compile=EAGER, **settings)
+
+
+CALLS = [
+    {},
+    {"num_candidates": 1},
+    {"num_candidates": 1, "use_knowledge": False},
+    {"do_sample": False, "num_candidates": 1, "stop_sequence": "a"},
+    {"do_sample": False, "num_candidates": 1, "num_beams": 3},
+    {"do_sample": False, "num_candidates": 1, "prompt_lookup_num_tokens": 3},
+    {"do_sample": False, "num_candidates": 1, "use_cache": False},
+    {"do_sample": False, "num_candidates": 1, "cache_implementation": "dynamic"},
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_a_compiling_pipeline_replies_as_another(pipes, call):
+    replies = []
+    for pipe in pipes:
+        torch.manual_seed(1)
+        rows = 1 if "prompt_lookup_num_tokens" in call else 3  # which transformers has for single rows only
+        one, several = pipe(chat(5), **call), pipe([chat(5), chat(40), chat(9)], batch_size=rows, **call)
+        shown = pipe(chat(5), images=Image.new("RGB", (32, 32), "red"), **call)
+        replies.append((one, several, shown))
+    assert replies[0] == replies[1]
+
+
+def test_a_compiling_pipeline_streams_the_same_pieces(pipes):
+    for how in (GREEDY, {}):
+        pieces = []
+        for pipe in pipes:
+            torch.manual_seed(2)
+            pieces.append(list(pipe.stream(chat(5), **how)))
+        assert pieces[0] == pieces[1] != []
+
+
+def test_one_thread_decodes_all_replies_of_a_compiling_pipeline(pipes):
+    """What CUDA records belongs to the thread that recorded it."""
+    threads = set()
+    read = pipes[1].model.language_model.register_forward_pre_hook(lambda *_: threads.add(threading.get_ident()))
+    try:
+        pipes[1](chat(3))
+        list(pipes[1].stream(chat(3)))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(pipes[1], [chat(3), chat(9)]))
+    finally:
+        read.remove()
+    assert len(threads) == 1 and threads != {threading.get_ident()}
+
+
+def test_a_stream_that_is_closed_leaves_the_thread_to_the_next(pipes):
+    stream = pipes[1].stream(chat(3), **GREEDY, max_new_tokens=400)
+    next(stream)
+    stream.close()
+    assert pipes[1](chat(3), **GREEDY) == pipes[0](chat(3), **GREEDY)
+
+
+def test_an_interrupt_ends_the_generation(pipes, monkeypatch):
+    steps, monkeyed = [], pipes[1].model.generate
+
+    def generate(**kwargs):
+        steps.append(kwargs["stopping_criteria"])
+        return monkeyed(**kwargs)
+
+    monkeypatch.setattr(pipes[1].model, "generate", generate)
+    monkeypatch.setattr(Future, "result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pipes[1](chat(3), **GREEDY)
+    monkeypatch.undo()
+    pipes[1](chat(3), **GREEDY)  # behind the other in the queue
+    assert steps[0](torch.ones(1, 1, dtype=torch.long), None).all()
+
+
+# ---- in the server ----
+
+
+def ask(client, **settings) -> tuple[str, dict]:
+    body = {"model": "vikdf", "messages": chat(9), "max_tokens": 6, **settings}
+    answer = client.post("/v1/chat/completions", json=body).json()
+    return answer["choices"][0]["message"]["content"], answer["usage"]
+
+
+def test_a_compiling_server_answers_as_another(parts, compiled):
+    pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+    from fastapi.testclient import TestClient
+
+    from modeling_vikdf.server.app import create_app
+
+    answers = []
+    with TestClient(create_app(*parts)) as plain, TestClient(create_app(*parts, compile=EAGER, max_batch=2)) as fast:
+        known = counters["stats"]["unique_graphs"]
+        for client in (plain, fast):
+            hows = (
+                {"temperature": 0},
+                {"seed": 1},
+                {"seed": 2, "num_candidates": 1},
+                {"num_beams": 2, "temperature": 0},
+            )
+            answers.append([ask(client, use_knowledge=use, **how) for how in hows for use in (True, False)])
+            with ThreadPoolExecutor(5) as pool:
+                answers[-1] += pool.map(lambda client: ask(client, temperature=0), [client] * 5)
+    assert answers[0] == answers[1] and answers[0][0][1]["completion_tokens"] > 1
+    assert counters["stats"]["unique_graphs"] == known
+
+
+def test_a_server_that_cannot_compile_answers_all_the_same(parts, caplog):
+    pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+    from fastapi.testclient import TestClient
+
+    from modeling_vikdf.server.app import create_app
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    broken = CompileConfig(backend=backend, mode=None)
+    with TestClient(create_app(*parts)) as plain, TestClient(create_app(*parts, compile=broken, max_batch=1)) as other:
+        assert ask(plain, temperature=0) == ask(other, temperature=0)
+    assert "could not be compiled" in caplog.text
+
+
+@pytest.mark.parametrize("device, compiles", [("cpu", False), ("cuda", True)])
+def test_commands_compile_on_cuda_alone(parts, device, compiles, monkeypatch):
+    monkeypatch.setattr(type(parts[0]), "device", torch.device(device))
+    assert compiles_by_default(parts[0]) == compiles
+    monkeypatch.setattr(parts[0].language_model, "hf_device_map", {"model": 0, "lm_head": "cpu"}, raising=False)
+    assert not compiles_by_default(parts[0])

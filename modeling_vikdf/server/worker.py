@@ -19,8 +19,9 @@ import torch
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchFeature, CompileConfig, StoppingCriteria, StoppingCriteriaList
 
+from ..modeling_compilation import SHORTEST, next_size, warm_up
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
 from .schema import ChatBody, ChatCompletionRequest, Decoding
@@ -182,6 +183,7 @@ class Worker(threading.Thread):
         max_batch_tokens: maximum number of its tokens, those of the replies, and of all beams or candidates, included.
         max_queue: maximum number of waiting jobs.
         metrics: where batches and tokens are counted, and the queue is shown.
+        compile_config: how decoding steps are compiled; `None` if they are not. Beam search never is.
     """
 
     def __init__(
@@ -192,8 +194,10 @@ class Worker(threading.Thread):
         max_batch_tokens: int | None,
         max_queue: int,
         metrics: Metrics,
+        compile_config: CompileConfig | None = None,
     ):
         super().__init__(name="vikdf-worker", daemon=True)
+        self.compile_config, self.warm = compile_config, threading.Event()
         self.model, self.processor, self.metrics = model, processor, metrics
         self.max_batch, self.max_queue = max_batch, max_queue
         self.window = getattr(model.config.text_config, "max_position_embeddings", None)
@@ -302,7 +306,10 @@ class Worker(threading.Thread):
     # called in the thread
 
     def run(self) -> None:
-        """Answers batches until it is stopped. An error ends the jobs of its own batch only."""
+        """Compiles, then answers batches until it is stopped. An error ends the jobs of its own batch only."""
+        if self.compile_config is not None:
+            self._compile()
+        self.warm.set()
         while batch := self._take():
             self.metrics.batch_size.observe(len(batch))
             try:
@@ -314,6 +321,16 @@ class Worker(threading.Thread):
                 log_failure(error)
                 for job in batch:
                     job.emit(HTTPException(500, "The model failed to answer the request."))
+
+    def _compile(self) -> None:
+        """Compiles in this thread: no other could replay what it records on a GPU. Goes on without if that fails."""
+        batches = [2**i for i in range(self.max_batch.bit_length())]
+        try:
+            warm_up(self.model, self.processor, batches, self.compile_config, self.max_batch_tokens)
+        except Exception as error:
+            log_failure(error)
+            logger.error("The model could not be compiled: replies are decoded without that.")
+            self.compile_config = None
 
     def _take(self) -> list[Job]:
         """Waits for jobs; returns the oldest and those that can share its batch, or an empty list once stopped."""
@@ -332,8 +349,11 @@ class Worker(threading.Thread):
         seeded = jobs[0].decoding is not None and jobs[0].decoding.seed is not None
         length = max(job.prompt_length for job in jobs) + max(job.max_new_tokens for job in jobs)
         in_window = self.window is None or length <= self.window
-        few = len(jobs) <= (1 if seeded else self.max_batch) and self._tokens(jobs) <= self.max_batch_tokens
-        return in_window and few
+        few = len(jobs) <= (1 if seeded else self.max_batch)
+        tokens = self._tokens(jobs)
+        if self.compile_config is not None and len(jobs) > 1:  # of the static cache
+            tokens = next_size(len(jobs) * jobs[0].copies) * next_size(length, SHORTEST)
+        return in_window and few and tokens <= self.max_batch_tokens
 
     def _collate(self, jobs: list[Job]) -> BatchFeature:
         """The rows of the jobs as one batch, on the model's device."""
@@ -378,6 +398,7 @@ class Worker(threading.Thread):
                 torch.manual_seed(decoding.seed)
             sequences = self.model.generate(
                 **inputs,
+                **self._compiled(decoding),
                 max_new_tokens=max(job.max_new_tokens for job in jobs),
                 num_beams=decoding.num_beams,
                 num_candidates=decoding.num_candidates,
@@ -391,6 +412,12 @@ class Worker(threading.Thread):
         for job, tokens in zip(jobs, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             for token in tokens[len(job.ids) :]:
                 self._step(job, token)
+
+    def _compiled(self, decoding: Decoding) -> dict[str, Any]:
+        """The arguments of `generate` by which it compiles, if it does."""
+        if self.compile_config is None or decoding.num_beams > 1:
+            return {}
+        return {"cache_implementation": "static", "compile_config": self.compile_config}
 
     def _progress(self) -> None:
         self.progressed = time.monotonic()
