@@ -54,7 +54,8 @@ class KnowledgeGenerationMixin(GenerationMixin):
         if running is not None and (rows := running.select_rows(kwargs.get(CACHE))) is not None:
             kwargs["placed"] = rows, len(input_ids)
             input_ids = input_ids[rows]
-            kwargs |= {name: kwargs[name][rows] for name in ("attention_mask", "position_ids") if name in kwargs}
+            given = {name: kwargs.get(name) for name in ("attention_mask", "position_ids")}
+            kwargs |= {name: value[rows] for name, value in given.items() if value is not None}
         if padded_rows is not None:
             kwargs["rows"] = len(input_ids)
             input_ids, knowledge, image_mask = (

@@ -385,10 +385,11 @@ def test_what_has_no_weight_is_not_computed(rewarded):
         read.remove()
 
 
+@pytest.mark.parametrize("chats", [CHATS, CHATS[:1]], ids=["padded", "one"])
 @pytest.mark.parametrize("use_knowledge", [True, False])
-def test_a_row_that_has_ended_is_not_read_any_more(rewarded, use_knowledge):
+def test_a_row_that_has_ended_is_not_read_any_more(rewarded, use_knowledge, chats):
     model, processor = rewarded
-    inputs, rows, limit = processor(CHATS, use_knowledge=use_knowledge), [], 12
+    inputs, rows, limit, every = processor(chats, use_knowledge=use_knowledge), [], 12, 6 * len(chats)
     how = {"num_candidates": 6, "processor": processor, "max_new_tokens": limit, "candidate_weights": {"reward": 1.0}}
     read = model.language_model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
@@ -412,9 +413,9 @@ def test_a_row_that_has_ended_is_not_read_any_more(rewarded, use_knowledge):
                 replies[name] = model.generate(**inputs, **how)
                 lengths = criteria[-1].lengths
                 steps = int(lengths.max()) - 1
-                expected = [int((lengths > step + 1).sum()) for step in range(steps)] if on_cpu else [12] * steps
+                expected = [int((lengths > step + 1).sum()) for step in range(steps)] if on_cpu else [every] * steps
                 assert rows[-steps:] == expected and steps > 2
-                assert on_cpu is (sum(expected) < 12 * steps)
+                assert on_cpu is (sum(expected) < every * steps)
     finally:
         read.remove()
     assert torch.equal(replies["skipping"], replies["reading"])
