@@ -5,8 +5,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import build_from
+from conftest import build_from, load_script
 from PIL import Image
+from tiny_training import arguments, make_trainer
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, GenerationConfig, MaxLengthCriteria, pipeline
 
@@ -15,6 +16,7 @@ from modeling_vikdf.modeling_compilation import (
     SHORTEST,
     StaticCaches,
     compile_config_for,
+    compile_layers,
     compiles_by_default,
     next_size,
     warm_up,
@@ -298,3 +300,33 @@ def test_commands_compile_on_cuda_alone(parts, device, compiles, monkeypatch):
     assert compiles_by_default(parts[0]) == compiles
     monkeypatch.setattr(parts[0].language_model, "hf_device_map", {"model": 0, "lm_head": "cpu"}, raising=False)
     assert not compiles_by_default(parts[0])
+
+
+# ---- in training ----
+
+
+def test_an_llm_without_layers_to_compile_is_refused():
+    with pytest.raises(ValueError, match="Linear has no layers"):
+        compile_layers(torch.nn.Linear(2, 2), backend="eager")
+
+
+def test_adamw_is_fused_unless_a_recipe_says_otherwise(tmp_path):
+    assert arguments(tmp_path).optim == "adamw_torch_fused"
+    trainer = make_trainer(tmp_path, None)
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["fused"]
+
+
+# ---- measured ----
+
+
+def test_decoding_is_measured_against_the_bare_llm():
+    gpu = load_script("speed/gpu")
+    llm = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    iqformer = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shapes = {"text_config": {**llm, "num_attention_heads": 2}, "iqformer_config": iqformer}
+    model = gpu.build_model(shapes, "cpu", torch.float32)
+    figures = gpu.measure(model, 3, new_tokens=4, repeats=1, compile=EAGER)
+    assert set(figures["tokens_per_s"]) == {"vikdf", "llm", "vikdf_compiled", "llm_compiled"}
+    assert figures["tokens_per_s"]["vikdf"] == pytest.approx(12 / figures["seconds"]["vikdf"])
+    assert all(figures[name] > 0 for name in ("overhead", "overhead_compiled", "first_token_overhead"))
