@@ -155,6 +155,12 @@ def compile_layers(language_model: PreTrainedModel, **how: Any) -> None:
         )
     for layer in layers:
         layer.forward = torch.compile(layer.forward, **how)
+    language_model.layers_are_compiled = True
+
+
+def has_compiled_layers(language_model: PreTrainedModel) -> bool:
+    """Whether `compile_layers` has compiled the LLM's layers."""
+    return getattr(language_model, "layers_are_compiled", False)
 
 
 def can_compile(model: PreTrainedModel) -> bool:
@@ -219,6 +225,7 @@ __all__ = [
     "compile_config_for",
     "compile_layers",
     "compiles_by_default",
+    "has_compiled_layers",
     "keep_rows",
     "next_size",
     "pad_rows",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import build_from, load_script
 from PIL import Image
-from tiny_training import arguments, make_trainer
+from tiny_training import ALL, arguments, dialogues, logged_losses, make_trainer, pairs
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, GenerationConfig, MaxLengthCriteria, pipeline
 
@@ -303,6 +303,25 @@ def test_commands_compile_on_cuda_alone(parts, device, compiles, monkeypatch):
 
 
 # ---- in training ----
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("objectives", [ALL, None], ids=["pairs", "dialogues"])
+def test_compiled_layers_train_as_others(objectives, checkpointing, tmp_path):
+    torch.compiler.reset()
+    counters.clear()
+    losses, layers = [], []
+    for how in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        evaluation = dialogues(3) if objectives is None else pairs(3)
+        settings = {"gradient_checkpointing": checkpointing, "evaluation": evaluation, "max_steps": 3}
+        trainer = make_trainer(tmp_path, objectives, **settings, **how)
+        trainer.train()
+        losses.append([entry["loss"] for entry in logged_losses(trainer)] + [trainer.evaluate()["eval_loss"]])
+        layers.append({name for name, _ in trainer.model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) == 4
+    assert layers[0] == layers[1]  # nothing is wrapped, so checkpoints are the same
+    # both layers share their graphs: with gradient and without, of one size and of any
+    assert 0 < counters["stats"]["unique_graphs"] <= 8
 
 
 def test_an_llm_without_layers_to_compile_is_refused():
