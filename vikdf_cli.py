@@ -76,12 +76,15 @@ def chat(args: argparse.Namespace) -> None:
 
     from modeling_vikdf import DEFAULT_CHECKPOINT
     from modeling_vikdf.building import load_model
+    from modeling_vikdf.modeling_compilation import compiles_by_default
     from modeling_vikdf.terminal import Dialogue, answer_lines, answer_messages
 
     source = args.model or DEFAULT_CHECKPOINT
     # loaded here, because `pipeline` hides the cause of a failure behind its own error
     model, processor = load_model(source)
-    pipe = pipeline("vikdf-dialogue", model=model, processor=processor)
+    if compile := compiles_by_default(model):
+        print("Compiling, which takes a minute or two; replies are fast after that.", file=sys.stderr)
+    pipe = pipeline("vikdf-dialogue", model=model, processor=processor, compile=compile)
     dialogue = Dialogue(pipe, use_knowledge=not args.no_knowledge, max_new_tokens=args.max_new_tokens)
     answer_messages(dialogue, args.message, echo=args.interactive)
     if not args.message or (args.interactive and sys.stdin.isatty()):

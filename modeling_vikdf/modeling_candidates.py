@@ -1,6 +1,6 @@
 """Choosing among replies: several are sampled to a prompt at once, and the one with the best score is given.
 
-    prompt -> n rows sample replies: `LikelihoodRecorder` keeps log P(reply | context, K),
+    prompt -> n rows sample replies: `LikelihoodRecorder` keeps log P(reply | context, K), if that has weight,
                                      `EnoughFinished` ends them when some have ended by themselves
            -> score_replies: + what the reward head says of the LLM's states while it wrote the reply
                              + log P(reply) of the LLM that has read an empty message
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 
@@ -67,27 +67,44 @@ class EnoughFinished(StoppingCriteria):
         ends: ids of the tokens that end a reply [E].
 
     Attributes:
+        runs: which rows are still being written [R]; `None` before the first token.
+        cached: which rows the LLM's cache holds, as indices [r]; `None`: all.
         finished: which rows have ended by themselves [R].
         lengths: tokens of each row up to its end, or up to where it was broken off [R].
     """
 
     def __init__(self, copies: int, enough: int, ends: torch.Tensor):
         self.copies, self.enough, self.ends = copies, enough, ends
-        self.finished = self.lengths = None
+        self.runs = self.finished = self.lengths = self.cached = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Whether each row is over [R]."""
         newest = input_ids[:, -1]  # [R]
         if self.finished is None:
             self.finished, self.lengths = torch.zeros_like(newest, dtype=torch.bool), torch.zeros_like(newest)
-        runs = ~self._over()
-        self.lengths += runs
-        self.finished |= runs & torch.isin(newest, self.ends)
-        return self._over()
-
-    def _over(self) -> torch.Tensor:
+            self.runs = torch.ones_like(self.finished)
+        self.lengths += self.runs
+        self.finished |= self.runs & torch.isin(newest, self.ends)
         enough = self.finished.view(-1, self.copies).sum(1) >= self.enough  # [B]
-        return self.finished | enough.repeat_interleave(self.copies)
+        over = self.finished | enough.repeat_interleave(self.copies)
+        self.runs = ~over
+        return over
+
+    def select_rows(self, cache: Any) -> torch.Tensor | None:
+        """
+        The rows that are still being written [r], after all others have been taken out of the LLM's cache.
+
+        What is sampled stays the same, for all rows are sampled from, and random numbers are drawn for all. `None`
+        where no row has ended, or the cache has a fixed size.
+        """
+        if self.runs is None or self.runs.all() or not isinstance(cache, DynamicCache):
+            return None
+        rows = self.runs.nonzero()[:, 0]  # [r]
+        if self.cached is None or len(rows) < len(self.cached):
+            kept = rows if self.cached is None else torch.isin(self.cached, rows).nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            self.cached = rows
+        return rows
 
 
 @torch.no_grad()
@@ -121,15 +138,19 @@ def generate_best(
         What `generate` returns with `return_dict_in_generate`, of the rows that are kept [B * kept].
 
     Raises:
-        ValueError: for an unknown term of the score.
+        ValueError: for an unknown term of the score, or a reward from a model without a reward head.
     """
-    recorder = LikelihoodRecorder()
+    _refuse_unknown(weights)
+    recorder = LikelihoodRecorder() if weights.get("likelihood") else None
     enough = EnoughFinished(num_candidates, num_candidates - num_candidates // 8, ends)
-    kwargs["logits_processor"] = LogitsProcessorList([recorder, *(kwargs.get("logits_processor") or ())])
+    if recorder is not None:
+        kwargs["logits_processor"] = LogitsProcessorList([recorder, *(kwargs.get("logits_processor") or ())])
     kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), enough])
     several = {"num_candidates": 1, "num_return_sequences": num_candidates, "return_dict_in_generate": True}
     if rewarded := bool(weights.get("reward")):
-        several["output_hidden_states"] = True
+        several["output_hidden_states"] = [_reward_layer(model)]  # of all other layers `None` is kept
+    if model.device.type == "cpu":  # where a row costs time: a third of all rows and steps is saved
+        several["running"] = enough
     outputs = model.generate(prompt, knowledge=knowledge, **kwargs | several)
     written = outputs["sequences"][:, prompt.shape[1] :]  # [B * n, T]
     rows = (len(prompt), num_candidates)
@@ -141,7 +162,7 @@ def generate_best(
         processor,
         written.unflatten(0, rows),
         mask.unflatten(0, rows),
-        (recorder.log_likelihoods(written) * mask).sum(1).view(rows),
+        None if recorder is None else (recorder.log_likelihoods(written) * mask).sum(1).view(rows),
         weights,
         reward,
         knowledge,
@@ -165,7 +186,7 @@ def score_replies(
     processor: Any,
     replies: torch.Tensor,
     mask: torch.Tensor,
-    likelihood: torch.Tensor,
+    likelihood: torch.Tensor | None,
     weights: Mapping[str, float],
     reward: torch.Tensor | None = None,
     knowledge: torch.Tensor | None = None,
@@ -179,7 +200,7 @@ def score_replies(
         processor: its own processor.
         replies: token ids [B, n, T].
         mask: 1 up to the end of the turn, inclusive, [B, n, T].
-        likelihood: log P(reply | context, K) [B, n], in nats.
+        likelihood: log P(reply | context, K) [B, n], in nats; `None` only if it has no weight.
         weights: term -> weight, see `TERMS`.
         reward: grades that the reward head gives [B, n].
         knowledge: of the contexts, text before picture [B, m, h]; without it `match` is 0.
@@ -191,8 +212,7 @@ def score_replies(
     Raises:
         ValueError: for an unknown term.
     """
-    if unknown := sorted(weights.keys() - {*TERMS}):
-        raise ValueError(f"candidate_weights has unknown terms {unknown}; a score is made of {', '.join(TERMS)}.")
+    _refuse_unknown(weights)
     tokens = mask.sum(-1)  # [B, n]
     score = torch.zeros(tokens.shape, device=replies.device)
     if weight := weights.get("reward"):
@@ -208,6 +228,17 @@ def score_replies(
     return score
 
 
+def _refuse_unknown(weights: Mapping[str, float]) -> None:
+    if unknown := sorted(weights.keys() - {*TERMS}):
+        raise ValueError(f"candidate_weights has unknown terms {unknown}; a score is made of {', '.join(TERMS)}.")
+
+
+def _reward_layer(model: Any) -> int:
+    if model.config.reward_layer is None:
+        raise ValueError("candidate_weights name the reward, but this model has no reward head: see `vikdf reward`.")
+    return model.config.reward_layer
+
+
 def _rewards(model: Any, steps: tuple[tuple[torch.Tensor, ...], ...], lengths: torch.Tensor) -> torch.Tensor:
     """
     Grades of replies by the reward head: of the mean state of the tokens that the LLM has written and read.
@@ -219,12 +250,7 @@ def _rewards(model: Any, steps: tuple[tuple[torch.Tensor, ...], ...], lengths: t
 
     Returns:
         [R], float32.
-
-    Raises:
-        ValueError: if the model has no reward head.
     """
-    if model.config.reward_layer is None:
-        raise ValueError("candidate_weights name the reward, but this model has no reward head: see `vikdf reward`.")
     # step 0 reads the prompt, step i token i; the last token is not read
     states = [step[model.config.reward_layer][:, -1].float() for step in steps[1:]]  # T - 1 times [R, d_llm]
     if not states:

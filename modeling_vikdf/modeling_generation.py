@@ -5,15 +5,25 @@ prompt that is not cached yet, and that the LLM never writes the placeholder. It
 computed or spliced: that is the model's (`get_knowledge`, `embed_prompt`).
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList, TextGenerationPipeline
-from transformers.utils import logging
+from transformers import (
+    Cache,
+    CompileConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TextGenerationPipeline,
+)
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import ModelOutput, logging
 
-from .modeling_candidates import generate_best
+from .modeling_candidates import EnoughFinished, generate_best
+from .modeling_compilation import SHORTEST, StaticCaches, keep_rows, next_size, pad_rows
 from .modeling_prefix import CACHE, pop_cache
 
 
@@ -24,6 +34,7 @@ PLANS = (
     *(CACHE, "cache_implementation", "output_attentions", "output_hidden_states"),
     *("assistant_model", "prompt_lookup_num_tokens"),
 )
+DEFAULT_NEW_TOKENS = 20  # transformers' own, where no length is set
 
 
 class KnowledgeGenerationMixin(GenerationMixin):
@@ -36,9 +47,26 @@ class KnowledgeGenerationMixin(GenerationMixin):
         knowledge: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         is_first_iteration: bool = False,
+        padded_rows: int | None = None,
+        running: EnoughFinished | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Embeds the tokens that are not cached yet, those of the prompt with the knowledge among them."""
+        """
+        Embeds the tokens that are not cached yet, those of the prompt with the knowledge among them.
+
+        With `padded_rows` the batch is filled up to so many rows; of candidates only those `running` are read.
+        """
+        if running is not None and (rows := running.select_rows(kwargs.get(CACHE))) is not None:
+            kwargs["placed"] = rows, len(input_ids)
+            input_ids = input_ids[rows]
+            given = {name: kwargs.get(name) for name in ("attention_mask", "position_ids")}
+            kwargs |= {name: value[rows] for name, value in given.items() if value is not None}
+        if padded_rows is not None:
+            kwargs["rows"] = len(input_ids)
+            input_ids, knowledge, image_mask = (
+                pad_rows(tensor, padded_rows) for tensor in (input_ids, knowledge, image_mask)
+            )
+            kwargs |= {name: pad_rows(kwargs.get(name), padded_rows) for name in ("attention_mask", "position_ids")}
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -56,6 +84,15 @@ class KnowledgeGenerationMixin(GenerationMixin):
         else:  # tokens the LLM wrote are its own, even the one that serves as placeholder
             embeds = self.get_input_embeddings()(new_ids)
         return model_inputs | {"input_ids": None, "inputs_embeds": embeds}
+
+    def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
+        """
+        The LLM's attention masks for static caches, by its own configuration.
+
+        The one in this model's does not say how the LLM attends, and then transformers makes no mask for padding.
+        """
+        create = getattr(self.language_model, "create_masks_for_generate", create_masks_for_generate)
+        return create(config=self.language_model.config, **kwargs)
 
     def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
         token_id = self.config.knowledge_token_id
@@ -79,6 +116,9 @@ class KnowledgeGenerationMixin(GenerationMixin):
         The knowledge is computed once a row, before rows are copied for beams or several replies. With a cache that
         reaches behind a prompt's places of knowledge neither context nor picture need be given again: the LLM reads
         what is cached. They must be, where it ends before.
+
+        With `cache_implementation="static"`, on which transformers compiles the steps on a GPU, the cache's rows and
+        length are rounded up, so that few sizes are compiled; it is kept for the next prompts, and not returned.
 
         With `num_candidates` above 1, an argument or a field of the generation configuration, so many replies are
         sampled to each prompt, and the `num_return_sequences` best of them returned, by the score whose weights
@@ -106,6 +146,7 @@ class KnowledgeGenerationMixin(GenerationMixin):
             return self._choose(prompt, generation_config, num_candidates, processor, chunk, **kwargs)
         if kwargs.pop("candidate_weights", None) is not None:
             raise ValueError("candidate_weights choose among candidates, and there is one: pass num_candidates, too.")
+        prompt = kwargs.get("input_ids", inputs)
         if knowledge is not None:
             if kwargs.get("inputs_embeds") is not None:
                 raise ValueError("Knowledge cannot be spliced into inputs_embeds: pass input_ids with placeholders.")
@@ -125,10 +166,45 @@ class KnowledgeGenerationMixin(GenerationMixin):
                 'without it. For replies with knowledge import modeling_vikdf and use pipeline("vikdf-dialogue").'
             )
         if knowledge is not None or chunk is not None:
-            prompt = kwargs.get("input_ids", inputs)
             if (cache := self._read_prompt_once(prompt, config, kwargs, chunk)) is not None:
                 kwargs[CACHE] = cache
-        return super().generate(inputs, generation_config, **kwargs)
+        if (size := self._static_size(prompt, config, kwargs)) is None:
+            return super().generate(inputs, generation_config, **kwargs)
+        del kwargs["cache_implementation"]
+        with self.static_caches.borrow(self.language_model, *size) as cache:
+            kwargs |= {CACHE: cache, "padded_rows": size[0]}
+            outputs = super().generate(inputs, generation_config, **kwargs)
+        if isinstance(outputs, torch.Tensor):
+            return outputs
+        return type(outputs)(**{name: value for name, value in outputs.items() if name != CACHE})
+
+    @functools.cached_property
+    def static_caches(self) -> StaticCaches:
+        """The caches of `cache_implementation="static"`, kept for the next prompts."""
+        return StaticCaches()
+
+    def _static_size(self, prompt: torch.Tensor | None, config: Any, kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """Rows and length of the static cache for prompts [B, T]; `None` where none is asked for, or for beams."""
+        setting = _settings(config, kwargs)
+        if prompt is None or kwargs.get("cache_implementation") != "static" or setting("use_cache") is False:
+            return None
+        if (setting("num_beams") or 1) > 1 or setting("prompt_lookup_num_tokens") or setting("assistant_model"):
+            return None
+        length = setting("max_length") or 0
+        if (new_tokens := setting("max_new_tokens")) or not length:
+            length = prompt.shape[1] + (new_tokens or DEFAULT_NEW_TOKENS)
+        rows = len(prompt) * (setting("num_return_sequences") or 1)
+        return next_size(rows), next_size(max(length, prompt.shape[1] + 1), SHORTEST)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """The compiled `__call__`; of a padded batch only the given `rows` are returned."""
+        compiled = super().get_compiled_call(compile_config)
+
+        def call(rows: int | None = None, **inputs: Any) -> ModelOutput:
+            outputs = compiled(**inputs)
+            return outputs if rows is None else keep_rows(outputs, rows)
+
+        return call
 
     def _choose(
         self,

@@ -41,7 +41,9 @@ def pop_cache(kwargs: dict[str, Any]) -> Any:
     Raises:
         ValueError: if both names are given.
     """
-    caches = [cache for name in ("cache", "past_key_values") if (cache := kwargs.pop(name, None)) is not None]
+    # two steps, because `torch.compile` breaks its graph at a walrus within a comprehension
+    caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+    caches = [cache for cache in caches if cache is not None]
     if len(caches) > 1:
         raise ValueError("cache and past_key_values are two names of one argument: pass one of them.")
     return caches[0] if caches else None

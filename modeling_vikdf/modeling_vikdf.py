@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_vikdf import BACKBONE_CONFIGS, VikdfConfig
 from .modeling_checkpointing import ReadOnlyCache, checkpointed_layers, checkpointing, unwritten_cache
+from .modeling_compilation import has_compiled_layers, selects_outputs
 from .modeling_generation import KnowledgeGenerationMixin
 from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert, whole_mask
 from .modeling_prefix import CACHE, pop_cache, pop_columns, read_prefix, read_prompts, take_columns
@@ -396,6 +397,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         return embeds.masked_scatter(placeholders[..., None], vectors[keep].to(embeds.dtype))
 
     @can_return_tuple
+    @selects_outputs
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -481,8 +483,9 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         return any(getattr(self.language_model.config, name) if value is None else value for value, name in flags)
 
     def tokens_before_knowledge(self, input_ids: torch.Tensor) -> int:
-        """Number of columns of prompts [B, T] before the first placeholder of any row."""
-        if self.config.knowledge_token_id is None:
+        """Columns of prompts [B, T] before the first placeholder of any row; 0 if they are not to be read apart."""
+        # each of the layers that are compiled would have a graph of its own for its part of the cache
+        if self.config.knowledge_token_id is None or has_compiled_layers(self.language_model):
             return 0
         columns = (input_ids == self.config.knowledge_token_id).any(0).nonzero()
         return int(columns[0]) if len(columns) else 0

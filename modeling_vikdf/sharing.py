@@ -48,6 +48,7 @@ SHIPPED = (
     "configuration_vikdf",
     "modeling_candidates",
     "modeling_checkpointing",
+    "modeling_compilation",
     "modeling_distillation",
     "modeling_generation",
     "modeling_iqformer",

@@ -34,6 +34,7 @@ from transformers import BatchFeature, pipeline
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfDialoguePipeline, VikdfProcessor
 from modeling_vikdf.building import load_model
+from modeling_vikdf.modeling_compilation import compiles_by_default
 from modeling_vikdf.picture_index import Match, Note, PictureIndex
 from modeling_vikdf.processing_vikdf import read_picture
 
@@ -556,7 +557,9 @@ def render_captions(captions: list[tuple[str, float]]) -> str:
 def load(source: str) -> Demo:
     """The demo of a checkpoint (folder or Hub id); without pictures if the index was embedded by another model."""
     model, processor = load_model(source)
-    pipe = pipeline("vikdf-dialogue", model=model, processor=processor, device=model.device)
+    # not on ZeroGPU, where each reply has a new process, which would compile anew
+    compile = spaces is None and compiles_by_default(model)
+    pipe = pipeline("vikdf-dialogue", model=model, processor=processor, device=model.device, compile=compile)
     index = PictureIndex.load(PICTURES)
     try:
         index.check_model(model)

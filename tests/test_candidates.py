@@ -359,3 +359,63 @@ def test_the_command_refuses_grades_that_say_nothing(rewarded, tmp_path):
         write_grades(path, lambda reply, rng: rng.random()) if lines is None else path.write_text(lines)
         with pytest.raises((SystemExit, ValueError), match=message):
             main([*arguments, "--grades", str(path)])
+
+
+def test_what_has_no_weight_is_not_computed(rewarded):
+    model, processor = rewarded
+    inputs, kept = processor([CHATS[0]]), set()
+    how = {"num_candidates": 4, "processor": processor, "min_new_tokens": 3}
+    read = model.register_forward_hook(
+        lambda model, args, output: kept.update(
+            index for index, states in enumerate(output.hidden_states or ()) if states is not None
+        )
+    )
+
+    def generate(**weights) -> dict[str, int]:
+        kept.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model.generate(**inputs, candidate_weights=weights, **how)
+        return {event.key: event.count for event in profile.key_averages()}
+
+    try:
+        assert generate(likelihood=1.0)["aten::logsumexp"] >= 3 and not kept
+        assert "aten::logsumexp" not in generate(reward=1.0, match=1.0, length=0.5)
+        assert kept == {1}  # the layer that the head reads, and no other
+    finally:
+        read.remove()
+
+
+@pytest.mark.parametrize("chats", [CHATS, CHATS[:1]], ids=["padded", "one"])
+@pytest.mark.parametrize("use_knowledge", [True, False])
+def test_a_row_that_has_ended_is_not_read_any_more(rewarded, use_knowledge, chats):
+    model, processor = rewarded
+    inputs, rows, limit, every = processor(chats, use_knowledge=use_knowledge), [], 12, 6 * len(chats)
+    how = {"num_candidates": 6, "processor": processor, "max_new_tokens": limit, "candidate_weights": {"reward": 1.0}}
+    read = model.language_model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    criteria, first = [], EnoughFinished.__init__
+
+    def keep(self, *args):
+        criteria.append(self)
+        first(self, *args)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(EnoughFinished, "__init__", keep)
+            model.language_model.lm_head.weight.data[2] *= 3  # ends are likely, at different places
+            replies = {}
+            for name, on_cpu in (("skipping", True), ("reading", False)):
+                rows.clear()
+                torch.manual_seed(0)
+                if not on_cpu:
+                    patch.setattr(EnoughFinished, "select_rows", lambda *_: None)
+                replies[name] = model.generate(**inputs, **how)
+                lengths = criteria[-1].lengths
+                steps = int(lengths.max()) - 1
+                expected = [int((lengths > step + 1).sum()) for step in range(steps)] if on_cpu else [every] * steps
+                assert rows[-steps:] == expected and steps > 2
+                assert on_cpu is (sum(expected) < every * steps)
+    finally:
+        read.remove()
+    assert torch.equal(replies["skipping"], replies["reading"])

@@ -80,6 +80,7 @@ CODE = {
         "chats_vikdf",
         "configuration_vikdf",
         "modeling_checkpointing",
+        "modeling_compilation",
         "modeling_distillation",
         "modeling_candidates",
         "modeling_generation",

@@ -45,9 +45,11 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers import CompileConfig
 
 from .. import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
 from ..building import load_model
+from ..modeling_compilation import compile_config_for, compiles_by_default
 from ..pipeline_vikdf import prompt_embeddings as prompt_embeddings  # was here up to 0.1: for one more release
 from .answers import ChatCompletion, Health, Knowledge, Model, ModelList, Refusal, completion, server_sent_events
 from .jobs import Job, Update
@@ -368,6 +370,7 @@ def create_app(
     max_client_requests: int = 32,
     timeout: float = 60.0,
     allow_origins: Sequence[str] = (),
+    compile: bool | CompileConfig = False,
 ) -> FastAPI:
     """
     The server as an ASGI application, which can be started once, or mounted in another one.
@@ -387,9 +390,12 @@ def create_app(
         timeout: seconds that a request may take to arrive, and its response after that.
         allow_origins: origins whose pages a browser lets use this server, `https://example.org` or `*` for all. They
             need the key, too.
+        compile: whether decoding steps are compiled before the first request is answered, or how; see the pipeline.
+            Caches then have few sizes, and `max_batch_tokens` counts their tokens.
 
     Raises:
-        ValueError: if the key is empty, a limit is not positive, or an origin is none that a browser sends.
+        ValueError: if the key is empty, a limit is not positive, an origin is none that a browser sends, or the model
+            cannot be compiled.
     """
     if api_key == "":
         raise ValueError("The API key is empty; leave it out to require none.")
@@ -404,12 +410,14 @@ def create_app(
         if value is not None and value <= 0:
             raise ValueError(f"{setting} must be positive, not {value}.")
     metrics = Metrics()
-    worker = Worker(model, processor, max_batch, max_batch_tokens, max_queue, metrics)
+    compile_config = compile_config_for(model, compile)
+    worker = Worker(model, processor, max_batch, max_batch_tokens, max_queue, metrics, compile_config)
     api = Api(name, worker, metrics, timeout)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start()  # a mounted application has no lifespan: there the first request starts it
+        await asyncio.to_thread(worker.warm.wait)
         yield
         worker.stop()
         await asyncio.to_thread(worker.join)
@@ -497,7 +505,9 @@ def serve(
             model.attach_vision_encoder()
         except OSError:
             logger.warning("The vision encoder was not found: requests with pictures are refused.")
-    app = create_app(model, processor, name, api_key=api_key, **settings)
+    if compile := compiles_by_default(model):
+        logger.info("Compiling, which takes some minutes; requests are answered after that.")
+    app = create_app(model, processor, name, api_key=api_key, compile=compile, **settings)
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("Anyone who can reach %s:%d can use this server: it requires no API key.", host, port)
     if api_key is None and "*" in settings.get("allow_origins", ()):

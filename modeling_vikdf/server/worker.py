@@ -23,13 +23,14 @@ import torch
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchFeature, CompileConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from ..modeling_compilation import SHORTEST, next_size, warm_up
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
 from .jobs import Job
 from .logprobs import LogprobRecorder, TokenLogprobs
-from .schema import ChatBody, ChatCompletionRequest
+from .schema import ChatBody, ChatCompletionRequest, Decoding
 
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class Worker(threading.Thread):
         max_batch_tokens: maximum number of its tokens, those of the replies, and of all beams or candidates, included.
         max_queue: maximum number of waiting jobs.
         metrics: where batches and tokens are counted, and the queue is shown.
+        compile_config: how decoding steps are compiled; `None` if they are not. Beam search never is.
     """
 
     def __init__(
@@ -128,8 +130,10 @@ class Worker(threading.Thread):
         max_batch_tokens: int | None,
         max_queue: int,
         metrics: Metrics,
+        compile_config: CompileConfig | None = None,
     ):
         super().__init__(name="vikdf-worker", daemon=True)
+        self.compile_config, self.warm = compile_config, threading.Event()
         self.model, self.processor, self.metrics = model, processor, metrics
         self.max_batch, self.max_queue = max_batch, max_queue
         self.window = getattr(model.config.text_config, "max_position_embeddings", None)
@@ -245,11 +249,27 @@ class Worker(threading.Thread):
     # called in the thread
 
     def run(self) -> None:
-        """Answers batches until it is stopped. An error ends the jobs of its own batch only."""
-        hook = self.model.language_model.base_model.register_forward_pre_hook(self._before_pass)
+        """Compiles, then answers batches until it is stopped. An error ends the jobs of its own batch only."""
+        if self.compile_config is not None:
+            self._compile()
+        self.warm.set()
+        decoder = self.model.language_model.base_model
+        # a hook would be compiled, too: then nothing goes between the passes
+        hook = decoder.register_forward_pre_hook(self._before_pass) if self.compile_config is None else None
         while self._wait():
             self._answer(self.max_batch_tokens)
-        hook.remove()
+        if hook is not None:
+            hook.remove()
+
+    def _compile(self) -> None:
+        """Compiles in this thread: no other could replay what it records on a GPU. Goes on without if that fails."""
+        batches = [2**i for i in range(self.max_batch.bit_length())]
+        try:
+            warm_up(self.model, self.processor, batches, self.compile_config, self.max_batch_tokens)
+        except Exception as error:
+            log_failure(error)
+            logger.error("The model could not be compiled: replies are decoded without that.")
+            self.compile_config = None
 
     def _wait(self) -> bool:
         """Waits for jobs; false once it is stopped."""
@@ -325,9 +345,10 @@ class Worker(threading.Thread):
         seeded = jobs[0].decoding is not None and jobs[0].decoding.seed is not None
         length = max(job.prompt_length for job in jobs) + max(job.max_new_tokens for job in jobs)
         in_window = self.window is None or length <= self.window
-        replies = sum(len(job.replies) for job in jobs)
-        few = replies <= self.max_batch and self._tokens(jobs) <= max_tokens
-        return in_window and few and not (seeded and len(jobs) > 1)
+        replies, tokens = sum(len(job.replies) for job in jobs), self._tokens(jobs)
+        if self.compile_config is not None and len(jobs) > 1:  # of the static cache
+            tokens = next_size(len(jobs) * jobs[0].copies) * next_size(length, SHORTEST)
+        return in_window and replies <= self.max_batch and tokens <= max_tokens and not (seeded and len(jobs) > 1)
 
     def _collate(self, jobs: list[Job]) -> BatchFeature:
         """The rows of the jobs as one batch, on the model's device."""
@@ -365,7 +386,7 @@ class Worker(threading.Thread):
 
     def _reply(self, jobs: list[Job]) -> None:
         decoding, inputs = jobs[0].decoding, self._collate(jobs)
-        steps = BatchSteps(jobs, self._step)
+        steps, compiled = BatchSteps(jobs, self._step, self._progress), self._compiled(decoding)
         rows, columns = inputs["input_ids"].shape
         piece = PIECE_TOKENS.get(self.model.device.type, PIECE_TOKENS["cuda"]) // rows
         self.metrics.prompt_tokens.inc(sum(job.prompt_length for job in jobs))
@@ -374,18 +395,28 @@ class Worker(threading.Thread):
                 torch.manual_seed(decoding.seed)
             sequences = self.model.generate(
                 **inputs,
+                **compiled,
                 max_new_tokens=max(job.max_new_tokens for job in jobs),
                 num_beams=decoding.num_beams,
                 num_candidates=decoding.num_candidates,
                 processor=self.processor,
                 num_return_sequences=decoding.num_replies,
                 return_dict_in_generate=False,
-                prefill_chunk_size=max(1, piece) if columns > piece else None,
+                prefill_chunk_size=max(1, piece) if columns > piece and not compiled else None,
                 logits_processor=LogitsProcessorList([steps.recorder] if steps.recorder else []),
                 stopping_criteria=StoppingCriteriaList([steps]),
                 **dict(decoding.sampling),
             )
         steps.finish(sequences, columns)
+
+    def _compiled(self, decoding: Decoding) -> dict[str, Any]:
+        """The arguments of `generate` by which it compiles, if it does."""
+        if self.compile_config is None or decoding.num_beams > 1:
+            return {}
+        return {"cache_implementation": "static", "compile_config": self.compile_config}
+
+    def _progress(self) -> None:
+        self.progressed = time.monotonic()
 
     def _step(self, job: Job, index: int, token: int, logprobs: TokenLogprobs | None) -> None:
         """Appends a token to a reply, unless it is finished or cancelled."""
@@ -423,13 +454,19 @@ class BatchSteps(StoppingCriteria):
         jobs: those of the batch, whose decoding is the same.
         step: called with a job, which of its replies, its new token and that token's log-probabilities, if any job
             asks for these.
+        progress: called once a step.
 
     Attributes:
         recorder: the logits processor that `generate` needs for them, or `None`.
     """
 
-    def __init__(self, jobs: list[Job], step: Callable[[Job, int, int, TokenLogprobs | None], None]):
-        self.jobs, self.step = jobs, step
+    def __init__(
+        self,
+        jobs: list[Job],
+        step: Callable[[Job, int, int, TokenLogprobs | None], None],
+        progress: Callable[[], None],
+    ):
+        self.jobs, self.step, self.progress = jobs, step, progress
         self.replies = [(job, index) for job in jobs for index in range(len(job.replies))]
         self.chooses = jobs[0].decoding.options > 1
         asked = [job.num_logprobs for job in jobs if job.num_logprobs is not None]
@@ -439,6 +476,7 @@ class BatchSteps(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Which rows end, bool [R], after the step that wrote the last of `input_ids` [R, T]."""
+        self.progress()
         newest = input_ids[:, -1]  # [R]
         logprobs = [None] * len(newest) if self.recorder is None else self.recorder.read(newest)
         if self.chooses:

@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import TorchDynamoPlugin
 from datasets.distributed import split_dataset_by_node
 from torch import nn
 from torch.utils.data import DataLoader
@@ -26,6 +27,7 @@ from transformers.trainer_utils import has_length
 
 from ..configuration_vikdf import VikdfConfig
 from ..data.collators import DialogueCollator, PreTrainingCollator
+from ..modeling_compilation import compile_layers
 from ..modeling_distillation import OBJECTIVE_TABLE, VikdfForPreTraining, active_objectives
 from ..modeling_objectives import SHARED, count_labels
 from .arguments import GROUPED, UNUSABLE_IN_PRETRAINING, VikdfTrainingArguments, canonical_name, refuse_unusable
@@ -86,9 +88,18 @@ class VikdfTrainer(CheckpointingTrainer):
         align_special_tokens(unwrap_peft(model), self.others.get("processing_class"))
         if unwrap_peft(model) is model:  # else PEFT says what trains and what is saved
             freeze_unused(model, pictures=getattr(self.data_collator, "uses_pictures", True))
+        if self.args.torch_compile:
+            how = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+            compile_layers(unwrap_peft(model).language_model, **how)
         for name, parameter in model.named_parameters():
             if self.args.learning_rate and self.args.rate_of(name) == 0:
                 parameter.requires_grad_(False)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator, which compiles nothing: the whole model would be many graphs; see `compile_layers`."""
+        super().create_accelerator_and_postprocess()
+        if self.args.torch_compile:
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
     def _check_settings(self, config: VikdfConfig) -> None:
         args, others = self.args, self.others
