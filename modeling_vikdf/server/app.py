@@ -24,7 +24,6 @@ Example run:
 import asyncio
 import base64
 import hmac
-import io
 import json
 import logging
 import time
@@ -32,6 +31,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
-from ..building import load_model
+from ..building import load_model, unload_language_model
 from ..pipeline_vikdf import prompt_embeddings as prompt_embeddings  # was here up to 0.1: for one more release
+from .engine import Engine, EngineWorker, connect
+from .engine import encode_prompt_embeddings as encode_prompt_embeddings  # was here up to 0.1: for one more release
 from .schema import ChatBody, ChatCompletionRequest, KnowledgeRequest, error_response
 from .worker import Job, Metrics, Update, Worker, log_failure
 
@@ -361,6 +363,7 @@ def create_app(
     max_batch_tokens: int | None = None,
     max_queue: int = 64,
     timeout: float = 60.0,
+    engine: Engine | None = None,
 ) -> FastAPI:
     """
     The server as an ASGI application, which can be started once, or mounted in another one.
@@ -376,6 +379,7 @@ def create_app(
             it alone are refused. By default the LLM's window, so that each chat fits, or 16,384 if that is more.
         max_queue: maximum number of waiting requests; further ones get 429.
         timeout: seconds that a request may take to arrive, and its response after that.
+        engine: the vLLM that runs the language model, from `connect`; `None`: it runs here.
 
     Raises:
         ValueError: if the key is empty, or a limit is not positive.
@@ -392,7 +396,8 @@ def create_app(
         if value is not None and value <= 0:
             raise ValueError(f"{setting} must be positive, not {value}.")
     metrics = Metrics()
-    worker = Worker(model, processor, max_batch, max_batch_tokens, max_queue, metrics)
+    new_worker = Worker if engine is None else partial(EngineWorker, engine)
+    worker = new_worker(model, processor, max_batch, max_batch_tokens, max_queue, metrics)
     api = Api(name, worker, metrics, timeout)
 
     @asynccontextmanager
@@ -417,7 +422,14 @@ def create_app(
 
 
 def serve(
-    source: str | None = None, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None, **limits: Any
+    source: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    *,
+    engine_url: str | None = None,
+    engine_api_key: str | None = None,
+    **limits: Any,
 ) -> None:
     """
     Loads a model and serves it until the process is terminated.
@@ -427,10 +439,13 @@ def serve(
         host: address to listen on.
         port: port to listen on.
         api_key: see `create_app`.
+        engine_url: address of a vLLM that runs the same language model with `--enable-prompt-embeds`.
+        engine_api_key: the key that it requires.
         **limits: see `create_app`.
 
     Raises:
-        OSError, ValueError: if the model cannot be loaded, or a setting is out of range.
+        OSError, ValueError: if the model cannot be loaded, the engine does not answer or cannot take its prompts, or a
+            setting is out of range.
     """
     import uvicorn
 
@@ -448,7 +463,11 @@ def serve(
             model.attach_vision_encoder()
         except OSError:
             logger.warning("The vision encoder was not found: requests with pictures are refused.")
-    app = create_app(model, processor, name, api_key=api_key, **limits)
+    engine = None
+    if engine_url is not None:
+        engine = connect(engine_url, model, engine_api_key)
+        unload_language_model(model)
+    app = create_app(model, processor, name, api_key=api_key, engine=engine, **limits)
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("Anyone who can reach %s:%d can use this server: it requires no API key.", host, port)
     # uvicorn's own access log would show whole URLs, whatever they contain
@@ -462,20 +481,3 @@ def serve(
         access_log=False,
         timeout_graceful_shutdown=5,
     )
-
-
-# ---- prompt embeddings for a language model that runs elsewhere ----
-
-
-def encode_prompt_embeddings(embeddings: torch.Tensor) -> str:
-    """
-    Prompt embeddings [T, d_llm] as the `prompt_embeds` of a request to `vllm serve --enable-prompt-embeds`.
-
-    They are base64 of what `torch.save` writes.
-
-    vLLM warns that embeddings of a wrong shape may crash its engine: enable them for trusted clients only.
-    `torch.save` writes a pickle: read one from an untrusted source with `torch.load(..., weights_only=True)` only.
-    """
-    buffer = io.BytesIO()
-    torch.save(embeddings.detach().cpu().clone(), buffer)  # cloned: a view would be saved with its whole storage
-    return base64.b64encode(buffer.getvalue()).decode()

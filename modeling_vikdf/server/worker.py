@@ -19,7 +19,7 @@ import torch
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchFeature, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
@@ -207,6 +207,11 @@ class Worker(threading.Thread):
         metrics.queue_length.set_function(lambda: len(self._waiting))
         metrics.running_requests.set_function(lambda: len(self._running))
 
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """What holds where a request says nothing."""
+        return self.model.generation_config
+
     # called from outside the thread
 
     def is_stuck(self, seconds: float) -> bool:
@@ -231,7 +236,7 @@ class Worker(threading.Thread):
         """
         if body.pictures():
             self._check_eyes()
-        chat, config = body.chat(), self.model.generation_config
+        chat, config = body.chat(), self.generation_config
         decoding, new_tokens, stop = None, 0, ()
         if isinstance(body, ChatCompletionRequest):
             decoding, new_tokens, stop = body.decoding(config), body.max_new_tokens(config), body.stops()
@@ -402,7 +407,7 @@ class Worker(threading.Thread):
         self.metrics.completion_tokens.inc()
         if not job.ids:
             self.metrics.time_to_first_token.observe(time.monotonic() - job.arrived)
-        ends = self.model.generation_config.eos_token_id
+        ends = self.generation_config.eos_token_id
         job.append(
             token,
             token in (ends if isinstance(ends, list) else [ends]),
