@@ -37,6 +37,12 @@ GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 HONOURED = {"do_sample", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id"}
 HONOURED |= {"suppress_tokens", "use_cache", "transformers_version"}
 START = "start it with: vllm serve LANGUAGE_MODEL --enable-prompt-embeds"
+AWAY = "The engine that runs the language model does not answer; try again."
+FAILED = "The engine that runs the language model failed to answer the request."
+
+
+class EngineError(ValueError):
+    """The engine does not do what it should. The message may quote it, for it is sent no text."""
 
 
 class Engine(NamedTuple):
@@ -81,7 +87,7 @@ def connect(url: str, model: Any, api_key: str | None = None) -> Engine:
     probe = {"max_tokens": 1, "return_token_ids": True, "prompt_embeds": encode_prompt_embeddings(prompt)}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
-            [served, *_] = read(client.get("/v1/models"))["data"]
+            served = read(client.get("/v1/models"))["data"][0]
             reply = read(client.post("/v1/completions", json={"model": served["id"], **probe}))
         if not reply["choices"][0].get("token_ids"):
             raise ValueError(f"The engine at {url} returns no token ids (return_token_ids); a newer vLLM does.")
@@ -93,10 +99,10 @@ def connect(url: str, model: Any, api_key: str | None = None) -> Engine:
 
 
 def read(response: httpx.Response) -> dict[str, Any]:
-    """What the engine answered. Raises `ValueError` if that is an error, which quotes no text: it was sent none."""
+    """What the engine answered. Raises `EngineError` if that is an error."""
     if response.is_success:
         return response.json()
-    raise ValueError(f"The engine refuses the request: {response.status_code} {response.text[:300]}; {START}")
+    raise EngineError(f"The engine refuses the request: {response.status_code} {response.text[:300]}; {START}")
 
 
 class EngineWorker(Worker):
@@ -180,17 +186,18 @@ class EngineWorker(Worker):
         """A completion's settings, all that the engine has defaults of its own for among them."""
         config = self.generation_config.to_dict() | dict(job.decoding.sampling)
         sampling = {name: value if config.get(name) is None else config[name] for name, value in SAMPLING.items()}
-        never, ends = [*(config["suppress_tokens"] or ())], config["eos_token_id"]
-        if job.decoding.use_knowledge and self.processor.knowledge_token_id < self.model.config.text_config.vocab_size:
+        never = [*(config["suppress_tokens"] or ())]
+        if job.decoding.use_knowledge:
             never.append(self.processor.knowledge_token_id)
+        vocabulary, ends = self.model.config.text_config.vocab_size, config["eos_token_id"]
         return {
             "model": self.engine.model,
             "max_tokens": job.max_new_tokens,
             **(sampling if config["do_sample"] else GREEDY),
             "seed": job.decoding.seed,
             "repetition_penalty": 1.0,
-            "logit_bias": {str(token): -100 for token in never},
-            "stop_token_ids": ends if isinstance(ends, list) else [ends],
+            "logit_bias": {str(token): -100 for token in never if token < vocabulary},
+            "stop_token_ids": [] if ends is None else ends if isinstance(ends, list) else [ends],
             "ignore_eos": True,  # of the engine's own
             "stream": True,
             "return_token_ids": True,
@@ -215,18 +222,18 @@ class EngineWorker(Worker):
                     if line.startswith("data: {") and self._append(job, json.loads(line.removeprefix("data: "))):
                         return
             if not job.finished:
-                raise ValueError("The engine broke off its reply.")
-        except httpx.HTTPError as error:
-            log_failure(error)
-            job.emit(HTTPException(503, "The engine that runs the language model does not answer; try again."))
-        except ValueError as error:
-            logger.error("%s", error)
-            job.emit(HTTPException(502, "The engine that runs the language model failed to answer the request."))
+                raise EngineError("The engine broke off its reply.")
+        except Exception as error:
+            if isinstance(error, EngineError):
+                logger.error("%s", error)
+            else:
+                log_failure(error)
+            job.emit(HTTPException(503, AWAY) if isinstance(error, httpx.HTTPError) else HTTPException(502, FAILED))
 
     def _append(self, job: Job, chunk: dict[str, Any]) -> bool:
         """Adds a chunk's tokens to the reply; whether the reply ends here, but not the engine's."""
         if not isinstance(choices := chunk.get("choices"), list):
-            raise ValueError(f"The engine broke off its reply: {str(chunk)[:300]}")
+            raise EngineError(f"The engine broke off its reply: {str(chunk)[:300]}")
         for token in (token for choice in choices for token in choice["token_ids"]):
             self._step(job, token)
         return job.finished and all(choice["finish_reason"] is None for choice in choices)
