@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import load_script
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 
@@ -24,7 +25,7 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 import httpx  # noqa: E402
 import test_server  # noqa: E402
 import uvicorn  # noqa: E402
-from fastapi import FastAPI  # noqa: E402
+from fastapi import FastAPI, Request  # noqa: E402
 from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 from pydantic import BaseModel, ConfigDict  # noqa: E402
@@ -58,6 +59,14 @@ from modeling_vikdf.server import connect, create_app  # noqa: E402
 
 
 parts, pipe = test_server.parts, test_server.pipe  # fixtures
+# what a reply may break off with
+FAULTS = {
+    "end": "",
+    "done": "data: [DONE]\n\n",
+    "error": 'data: {"error": {"message": "the engine died", "code": 500}}\n\n',
+    "noise": "data: {nothing\n\n",
+    "no ids": 'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n',
+}
 
 
 class Completion(BaseModel):
@@ -99,15 +108,15 @@ class StandIn:
     async def models(self):
         return {"object": "list", "data": [{"id": "small", "object": "model", "max_model_len": self.window}]}
 
-    async def completions(self, request: Completion):
-        self.asked.append(request)
-        prompt = request.prompt()
+    async def completions(self, completion: Completion, request: Request):
+        self.asked.append(completion)
+        prompt = completion.prompt()
         if self.fault == "refusal" or prompt.shape[1] != self.language_model.config.hidden_size:
             message = "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
             return JSONResponse({"error": {"message": message, "type": "BadRequestError", "code": 400}}, 400)
-        tokens = await asyncio.to_thread(self.generate, request, prompt)
-        if request.stream:
-            return StreamingResponse(self.stream(tokens), media_type="text/event-stream")
+        tokens = await asyncio.to_thread(self.generate, completion, prompt)
+        if completion.stream:
+            return StreamingResponse(self.stream(tokens, request), media_type="text/event-stream")
         return {"choices": [{"text": "", "token_ids": None if self.fault == "old" else tokens}]}
 
     def generate(self, request: Completion, prompt: torch.Tensor) -> list[int]:
@@ -123,29 +132,22 @@ class StandIn:
         )
         return rows[0].tolist()
 
-    async def stream(self, tokens: list[int]):
+    async def stream(self, tokens: list[int], request: Request):
         self.begun += 1
-        try:
-            pieces = [tokens[at : at + 2] for at in range(0, len(tokens), 2)]  # two where the client is slow
-            for number, piece in enumerate(pieces):
-                while not self.go.is_set():
-                    await asyncio.sleep(0.005)
-                if number and self.fault == "end":
+        pieces = [tokens[at : at + 2] for at in range(0, len(tokens), 2)]  # two where the client is slow
+        for number, piece in enumerate(pieces):
+            while not self.go.is_set():
+                if await request.is_disconnected():
+                    self.left += 1
                     return
-                if number and self.fault == "error":
-                    yield 'data: {"error": {"message": "the engine died", "code": 500}}\n\n'
-                    return
-                if number and self.fault == "noise":
-                    yield "data: {nothing\n\n"
-                if number and self.fault == "other":
-                    yield 'data: {"choices": [{"text": "a"}]}\n\n'
-                reason = "stop" if number == len(pieces) - 1 else None
-                choice = {"index": 0, "text": "", "finish_reason": reason, "token_ids": piece}
-                yield f"data: {json.dumps({'object': 'text_completion', 'choices': [choice]})}\n\n"
-            yield "data: [DONE]\n\n"
-        except asyncio.CancelledError:
-            self.left += 1
-            raise
+                await asyncio.sleep(0.005)
+            if number and self.fault in FAULTS:
+                yield FAULTS[self.fault]
+                return
+            reason = "stop" if number == len(pieces) - 1 else None
+            choice = {"index": 0, "text": "", "finish_reason": reason, "token_ids": piece}
+            yield f"data: {json.dumps({'object': 'text_completion', 'choices': [choice]})}\n\n"
+        yield "data: [DONE]\n\n"
 
     @contextmanager
     def held(self):
@@ -341,7 +343,7 @@ def test_the_engines_window_counts(parts, language_model):
 # ---- what goes wrong ----
 
 
-@pytest.mark.parametrize("fault", ["end", "error", "noise", "other"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_reply_that_breaks_off(client, stand_in, caplog, fault):
     expected, stand_in.fault = text_of(answer(client)), fault
     refused(client.post(CHAT, json=body()), 502, "engine .* failed")
@@ -398,9 +400,9 @@ def test_what_the_engine_has_not_answered_is_in_the_queue(parts, engine, stand_i
 
 
 def test_shutting_down_ends_what_runs(parts, engine, stand_in):
-    with ThreadPoolExecutor(1) as pool, stand_in.held():
-        with listening(parts, engine=engine) as url:
-            future = pool.submit(httpx.post, url + CHAT, json=body(), timeout=30)
+    with stand_in.held(), ThreadPoolExecutor(1) as pool:
+        with serving(parts, engine=engine) as client:
+            future = pool.submit(client.post, CHAT, json=body())
             wait_until(lambda: stand_in.begun)
         refused(future.result(), 503, "shutting down")
         wait_until(lambda: stand_in.left == 1)
@@ -452,6 +454,13 @@ def test_what_answers_is_no_openai_api(parts):
         other.app = app
         with other.listening() as url, pytest.raises(ValueError, match="no OpenAI API"):
             connect(url, parts[0])
+
+
+def test_servers_are_compared(parts, engine):
+    compare = load_script("speed/compare_servers").compare
+    with listening(parts) as one, listening(parts, engine=engine) as other:
+        figures = asyncio.run(compare([one, other], clients=3, max_tokens=6, rounds=1))
+    assert figures["equal_replies"] == 3 and figures["ratio"].keys() == {other}
 
 
 def test_prompts_need_the_embeddings_alone(parts, tmp_path):
