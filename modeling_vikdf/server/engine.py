@@ -159,15 +159,8 @@ class EngineWorker(Worker):
     def cancel(self, job: Job) -> None:
         """Cancels a job; that closes its connection, by which the engine knows."""
         super().cancel(job)
-        if job in self._forwarding:
-            self._forwarding[job].cancel()
-
-    def stop(self) -> None:
-        """Ends the thread, and all jobs with a 503."""
-        super().stop()
-        for job in list(self._forwarding):
-            job.emit(HTTPException(503, "The server is shutting down."))
-            self.cancel(job)
+        if task := self._forwarding.pop(job, None):
+            task.cancel()  # once: a second time would break off the closing
 
     # called in the thread
 
@@ -208,7 +201,7 @@ class EngineWorker(Worker):
     def _start(self, job: Job, body: bytes) -> None:
         if not job.cancelled:
             self._forwarding[job] = task = job.loop.create_task(self._forward(job, body))
-            task.add_done_callback(lambda _: self._forwarding.pop(job))
+            task.add_done_callback(lambda _: self._forwarding.pop(job, None))
 
     async def _forward(self, job: Job, body: bytes) -> None:
         """Has the engine answer; what goes wrong ends the job."""
