@@ -159,7 +159,8 @@ class EngineWorker(Worker):
     def cancel(self, job: Job) -> None:
         """Cancels a job; that closes its connection, by which the engine knows."""
         super().cancel(job)
-        if task := self._forwarding.pop(job, None):
+        task = self._forwarding.pop(job, None)
+        if task is not None and not job.finished:
             task.cancel()  # once: a second time would break off the closing
 
     # called in the thread
