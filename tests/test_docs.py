@@ -167,6 +167,12 @@ def check_vikdf(words: list[str]) -> None:
         assert args.config in recipes(), words
 
 
+def check_docker(words: list[str]) -> None:
+    assert (ROOT / "Dockerfile").is_file() and words[0] in ("build", "run") and "vikdf" in words, words
+    if words[0] == "run":
+        check_vikdf(["serve", *words[words.index("vikdf") + 1 :]])
+
+
 def check_pip(words: list[str]) -> None:
     assert words[0] == "install"
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
@@ -187,6 +193,12 @@ def test_commands_exist(page):
                 assert words[0] in targets, words
             case "pip":
                 check_pip(words)
+            case "docker":
+                check_docker(words)
+            case "vllm":
+                assert words[0] == "serve" and "--enable-prompt-embeds" in words, words
+            case "python" if words[:2] == ["-m", "vllm.entrypoints.openai.api_server"]:
+                assert "--enable-prompt-embeds" in words, words
             case "python":
                 assert (ROOT / words[0]).is_file(), words
             case "accelerate":

@@ -24,7 +24,6 @@ Example run:
 import asyncio
 import base64
 import hmac
-import io
 import logging
 import math
 import time
@@ -32,6 +31,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,10 +48,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import CompileConfig
 
 from .. import DEFAULT_CHECKPOINT, VikdfForConditionalGeneration, VikdfProcessor
-from ..building import load_model
+from ..building import load_model, unload_language_model
 from ..modeling_compilation import compile_config_for, compiles_by_default
 from ..pipeline_vikdf import prompt_embeddings as prompt_embeddings  # was here up to 0.1: for one more release
 from .answers import ChatCompletion, Health, Knowledge, Model, ModelList, Refusal, completion, server_sent_events
+from .engine import Engine, EngineWorker, connect
+from .engine import encode_prompt_embeddings as encode_prompt_embeddings  # was here up to 0.1: for one more release
 from .jobs import Job, Update
 from .limits import MAX_OPEN_BYTES, SMALL_BODY, Budget, client_network
 from .logprobs import TokenTexts
@@ -371,6 +373,7 @@ def create_app(
     timeout: float = 60.0,
     allow_origins: Sequence[str] = (),
     compile: bool | CompileConfig = False,
+    engine: Engine | None = None,
 ) -> FastAPI:
     """
     The server as an ASGI application, which can be started once, or mounted in another one.
@@ -392,6 +395,7 @@ def create_app(
             need the key, too.
         compile: whether decoding steps are compiled before the first request is answered, or how; see the pipeline.
             Caches then have few sizes, and `max_batch_tokens` counts their tokens.
+        engine: the vLLM that runs the language model, from `connect`; `None`: it runs here.
 
     Raises:
         ValueError: if the key is empty, a limit is not positive, an origin is none that a browser sends, or the model
@@ -410,8 +414,11 @@ def create_app(
         if value is not None and value <= 0:
             raise ValueError(f"{setting} must be positive, not {value}.")
     metrics = Metrics()
+    if engine is not None and compile:
+        raise ValueError("The engine runs the language model: compile is for one that runs here.")
     compile_config = compile_config_for(model, compile)
-    worker = Worker(model, processor, max_batch, max_batch_tokens, max_queue, metrics, compile_config)
+    new_worker = Worker if engine is None else partial(EngineWorker, engine)
+    worker = new_worker(model, processor, max_batch, max_batch_tokens, max_queue, metrics, compile_config)
     api = Api(name, worker, metrics, timeout)
 
     @asynccontextmanager
@@ -474,7 +481,14 @@ def add_origins(app: FastAPI, origins: Sequence[str]) -> None:
 
 
 def serve(
-    source: str | None = None, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None, **settings: Any
+    source: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    *,
+    engine_url: str | None = None,
+    engine_api_key: str | None = None,
+    **settings: Any,
 ) -> None:
     """
     Loads a model and serves it until the process is terminated.
@@ -484,10 +498,13 @@ def serve(
         host: address to listen on.
         port: port to listen on.
         api_key: see `create_app`.
+        engine_url: address of a vLLM that runs the same language model with `--enable-prompt-embeds`.
+        engine_api_key: the key that it requires.
         **settings: see `create_app`.
 
     Raises:
-        OSError, ValueError: if the model cannot be loaded, or a setting is out of range.
+        OSError, ValueError: if the model cannot be loaded, the engine does not answer or cannot take its prompts, or a
+            setting is out of range.
     """
     import uvicorn
 
@@ -505,9 +522,13 @@ def serve(
             model.attach_vision_encoder()
         except OSError:
             logger.warning("The vision encoder was not found: requests with pictures are refused.")
-    if compile := compiles_by_default(model):
+    engine, compile = None, False
+    if engine_url is not None:
+        engine = connect(engine_url, model, engine_api_key)
+        unload_language_model(model)
+    elif compile := compiles_by_default(model):
         logger.info("Compiling, which takes some minutes; requests are answered after that.")
-    app = create_app(model, processor, name, api_key=api_key, compile=compile, **settings)
+    app = create_app(model, processor, name, api_key=api_key, compile=compile, engine=engine, **settings)
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("Anyone who can reach %s:%d can use this server: it requires no API key.", host, port)
     if api_key is None and "*" in settings.get("allow_origins", ()):
@@ -523,20 +544,3 @@ def serve(
         access_log=False,
         timeout_graceful_shutdown=5,
     )
-
-
-# ---- prompt embeddings for a language model that runs elsewhere ----
-
-
-def encode_prompt_embeddings(embeddings: torch.Tensor) -> str:
-    """
-    Prompt embeddings [T, d_llm] as the `prompt_embeds` of a request to `vllm serve --enable-prompt-embeds`.
-
-    They are base64 of what `torch.save` writes.
-
-    vLLM warns that embeddings of a wrong shape may crash its engine: enable them for trusted clients only.
-    `torch.save` writes a pickle: read one from an untrusted source with `torch.load(..., weights_only=True)` only.
-    """
-    buffer = io.BytesIO()
-    torch.save(embeddings.detach().cpu().clone(), buffer)  # cloned: a view would be saved with its whole storage
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -23,7 +23,14 @@ import torch
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, CompileConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    BatchFeature,
+    CompileConfig,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..modeling_compilation import SHORTEST, next_size, warm_up
 from ..modeling_vikdf import VikdfForConditionalGeneration
@@ -150,6 +157,11 @@ class Worker(threading.Thread):
         metrics.queue_length.set_function(lambda: len(self._waiting))
         metrics.running_requests.set_function(lambda: sum(len(batch.jobs) for batch in self._running))
 
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """What holds where a request says nothing."""
+        return self.model.generation_config
+
     # called from outside the thread
 
     def is_stuck(self, seconds: float) -> bool:
@@ -174,7 +186,7 @@ class Worker(threading.Thread):
         """
         if body.pictures():
             self._check_eyes()
-        chat, config = body.chat(), self.model.generation_config
+        chat, config = body.chat(), self.generation_config
         decoding, new_tokens, stop, num_logprobs = None, 0, (), None
         if isinstance(body, ChatCompletionRequest):
             decoding, new_tokens, stop = body.decoding(config), body.max_new_tokens(config), body.stops()
@@ -429,7 +441,7 @@ class Worker(threading.Thread):
             logprobs = None  # another job of the batch asks for them
         else:
             logprobs = logprobs._replace(top=logprobs.top[: job.num_logprobs])
-        ends = self.model.generation_config.eos_token_id
+        ends = self.generation_config.eos_token_id
         job.append(
             token,
             token in (ends if isinstance(ends, list) else [ends]),
