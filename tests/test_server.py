@@ -585,10 +585,10 @@ def test_bodies_that_are_too_large(client, path):
 
 @pytest.mark.parametrize("text", ["a" * 200_000, "é😀" * 100_000, "a " * 100_000, "\n" * 199_999 + "a"])
 def test_large_texts_cost_little_time(client, text):
-    start = time.monotonic()
+    start = time.process_time()  # whatever else the machine does
     response = client.post(CHAT, json=body([{"role": "user", "content": text}]))
     assert response.status_code in (200, 400), response.text  # some templates strip
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class EvaluationSettings:
         visual_words: file with one word per line; the likelihoods of these words and of the other tokens are reported
             separately.
         word_vectors: file with `word v1 v2 ...` per line, like GloVe's; for the embedding metrics.
-        batch_size: dialogues per batch, and candidates per batch.
+        batch_size: dialogues per batch, and candidates of usual length per batch.
         seed: of distractors, shuffled knowledge and resamples.
 
     Raises:
