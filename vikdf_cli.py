@@ -346,7 +346,7 @@ def index(args: argparse.Namespace) -> None:
     option("--no-generation", action="store_true", help="skip the generation of replies"),
     option("--visual-words", help="file with one word per line, whose likelihood is reported separately"),
     option("--word-vectors", help="file with 'word v1 v2 ...' per line, for the embedding metrics"),
-    option("--batch-size", type=int, default=16, help="dialogues, or candidates of usual length, per batch (default: 16)"),
+    option("--batch-size", type=int, default=16, help="dialogues, or usual candidates, per batch (default: 16)"),
     option("--seed", type=int, default=0, help="seed of distractors, shuffling, intervals (default: 0)"),
     extra="eval",
 )
