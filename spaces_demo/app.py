@@ -48,9 +48,9 @@ NO_PICTURES = "This model takes no pictures, because it has no vision encoder he
 RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the same reply
 BARE = {"use_knowledge": False, "num_candidates": 1}  # the language model alone
 EXAMPLES = (
-    "I fly kites with my son on the beach.",
-    "We saw giraffes and zebras at the zoo today.",
-    "My brother rides his bike through the woods every weekend.",
+    "We flew kites in the park on Sunday.",
+    "My dog loves to catch a frisbee in the yard.",
+    "I watched the skiers come down the mountain.",
 )
 
 HEADER = """

@@ -34,7 +34,7 @@ FLAGS = [  # without them it looks for hosts of its maker's at every start
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-BIKE = "My brother rides his bike through the woods every weekend."
+KITES = "We flew kites in the park on Sunday."
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +174,11 @@ def test_a_first_visit(visit, real_url, name, context):
     page = visitor.page
     assert page.get_by_role("button", name=re.compile("^Select example")).count() == len(app.EXAMPLES)
     visitor.shoot(f"{name}-empty")
-    visitor.say(BIKE)
+    visitor.say(KITES)
     pictures = page.locator(".pictured-card img")
     pictures.last.wait_for()
     assert visitor.wait()
-    assert page.locator(".pictured-words mark").all_inner_texts() == BIKE.split()
+    assert page.locator(".pictured-words mark").all_inner_texts() == KITES.split()
     assert 1 <= pictures.count() <= app.SHOWN_PICTURES
     assert page.locator(".pictured-license a").count() == 2 * pictures.count()
     assert all(pictures.evaluate_all("images => images.map(image => image.naturalWidth > 0)"))
