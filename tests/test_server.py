@@ -1152,21 +1152,30 @@ def test_a_client_has_a_share_of_the_requests(parts):
 def test_open_bodies_have_a_budget(parts):
     head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 900000\r\n"
     large = json.dumps(body([{"role": "user", "content": "a" * 300_000}]))
-    with patch.object(app, "MAX_OPEN_BYTES", 1_000_000), listening(parts) as url:
+    budgets = []
+
+    class WatchedBudget(limits.Budget):
+        def __init__(self, *args):
+            super().__init__(*args)
+            budgets.append(self)
+
+    watched = patch.object(app, "Budget", WatchedBudget)
+    with patch.object(app, "MAX_OPEN_BYTES", 1_000_000), watched, listening(parts) as url:
         with httpx.Client(base_url=url, headers={"Content-Type": "application/json"}) as client:
             ask = partial(client.post, CHAT, content=large)
 
             def stalled(number: int) -> socket.socket:
                 forwarded = f"X-Forwarded-For: 10.0.0.{number}\r\n\r\n"
-                return raw(url, f"{head}{forwarded}".encode() + b" " * (400_000 + limits.SMALL_BODY))
+                connection = raw(url, f"{head}{forwarded}".encode() + b" " * (400_000 + limits.SMALL_BODY))
+                wait_until(lambda: any(budget.taken[f"10.0.0.{number}"] >= 400_000 for budget in budgets))
+                return connection
 
             with stalled(1):
-                wait_until(lambda: ask(headers=from_client(1)).status_code == 503)
                 refused(ask(headers=from_client(1)), 503, "large requests")
                 assert client.post(CHAT, json=body(), headers=from_client(1)).status_code == 200
                 refused(ask(headers=from_client(2)), 413, "300000 characters")  # it was read
                 with stalled(2):
-                    wait_until(lambda: ask(headers=from_client(3)).status_code == 503)
+                    refused(ask(headers=from_client(3)), 503, "large requests")
                     assert client.post(CHAT, json=body(), headers=from_client(3)).status_code == 200
             wait_until(lambda: ask(headers=from_client(1)).status_code == 413)
 
