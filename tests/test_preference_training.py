@@ -10,7 +10,7 @@ import yaml
 from conftest import build_from, load_script
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny_training import WORDS, arguments, dialogue_model, dialogues, processor, trained_weights
+from tiny_training import arguments, dialogue_model, dialogues, mixed, preferences, processor, trained_weights
 
 from modeling_vikdf import VikdfForConditionalGeneration
 from modeling_vikdf.cli import main
@@ -24,47 +24,16 @@ from modeling_vikdf.training.stages import run_stage
 IGNORED = -100
 
 
-def preferences(count: int) -> list[dict]:
-    """Dialogues with a rejected reply that differs in length; the chosen ones speak of rain."""
-    examples = dialogues(count)
-    for i, example in enumerate(examples):
-        example["messages"][-1] = {"role": "assistant", "content": "in rain " + example["messages"][-1]["content"]}
-        example["rejected"] = "a dog runs on the " + WORDS[i % len(WORDS)]
-    return examples
-
-
-def mixed() -> list[dict]:
-    """Six pairs and ten ordinary dialogues, in turn."""
-    pairs, plain = preferences(6), [{**each, "key": f"plain/{each['key']}"} for each in dialogues(16)[6:]]
-    return [example for i in range(10) for example in (pairs[i : i + 1] + plain[i : i + 1])]
-
-
 def make_trainer(folder: Path, train=None, *, model=None, collator=None, evaluation=None, **kwargs):
     settings = {"per_device_train_batch_size": 8, "log_level": "error", "max_steps": 2, **kwargs}
-    args = PreferenceTrainingArguments(**vars_of(folder, settings))
     return PreferenceTrainer(
         model=model or dialogue_model(),
-        args=args,
+        args=arguments(folder, PreferenceTrainingArguments, **settings),
         train_dataset=mixed() if train is None else train,
         eval_dataset=evaluation,
         data_collator=collator or PreferenceCollator(processor()),
         processing_class=processor(),
     )
-
-
-def vars_of(folder: Path, settings: dict) -> dict:
-    """What `arguments` passes to its class."""
-    defaults = {
-        "output_dir": str(folder),
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return {**defaults, **settings}
 
 
 @torch.no_grad()
@@ -353,11 +322,23 @@ def test_an_evaluation_does_not_depend_on_its_batches(tmp_path):
     one = metrics[0]
     total = one["eval_loss_preference"] + 0.3 * one["eval_loss_chosen"] + one["eval_loss_reply"]
     assert one["eval_loss"] == pytest.approx(total, rel=1e-5)
-    pairs = trainer.evaluate(preferences(6))
+    pairs = trainer.evaluate([example for example in mixed() if "rejected" in example])
     assert pairs["eval_rewards/margins"] == pytest.approx(one["eval_rewards/margins"], rel=1e-4)
     assert "eval_loss_reply" not in pairs
     with pytest.raises(ValueError, match="hold no pair"):
         trainer.evaluate(dialogues(3))
+
+
+def test_dialogues_of_similar_length_may_be_read_together(tmp_path):
+    """The losses of all data in one batch are the same in any order."""
+    examples, losses = Dataset.from_list([{"rejected": None, **example} for example in mixed()]), []
+    for strategy in ("random", "group_by_length"):
+        settings = {"per_device_train_batch_size": 16, "max_steps": 1, "train_sampling_strategy": strategy}
+        trainer = make_trainer(tmp_path, examples, **settings)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+        assert trainer.state.log_history[0]["loss_reply"] > 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_an_interrupted_run_is_the_whole_run(tmp_path):
@@ -387,8 +368,9 @@ def test_settings_that_cannot_be_meant(settings, message, tmp_path):
 
 
 def test_data_and_parts_that_cannot_be_meant(tmp_path):
-    with pytest.raises(ValueError, match="no pair"):
-        make_trainer(tmp_path, dialogues(4))
+    for data in ({"train": dialogues(4)}, {"evaluation": dialogues(4)}, {"evaluation": {"one": []}}):
+        with pytest.raises(ValueError, match="hold no pair"):
+            make_trainer(tmp_path, **data)
     with pytest.raises(ValueError, match="10 dialogues without a rejected reply.*reply_weight=0"):
         make_trainer(tmp_path, reply_weight=0.0)
     with pytest.raises(ValueError, match="a stream"):
@@ -416,12 +398,12 @@ def recipe_of(checkpoint: Path, folder: Path, **data) -> dict:
     records = [{"messages": example["messages"], "rejected": example["rejected"]} for example in preferences(6)]
     plain = [{"messages": example["messages"]} for example in dialogues(6)]
     train, human = write_lines(folder / "pairs.jsonl", records), write_lines(folder / "human.jsonl", plain)
-    training = vars_of(folder / "out", {"max_steps": 2, "rpo_alpha": 0.3, "save_strategy": "steps", "save_steps": 1})
+    training = {"output_dir": str(folder / "out"), "max_steps": 2, "save_steps": 1, "logging_steps": 1}
     return {
         "model": {"checkpoint": str(checkpoint)},
         "data": {"train": train, "validation": train, "dialogues": human, **data},
         "collator": {"max_length": 300},
-        "training": training | {"report_to": "none", "log_level": "error"},
+        "training": training | {"learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "disable_tqdm": True},
     }
 
 

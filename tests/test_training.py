@@ -1248,7 +1248,12 @@ def test_a_stage_trains_with_collators_of_ones_own(stages, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "objectives", "data"),
-    [("distill", {}, "dialogues"), ("tune", {}, "pairs"), ("tune", {"knowledge_to_text": 1.0}, "pictures")],
+    [
+        ("distill", {}, "dialogues"),
+        ("tune", {}, "pairs"),
+        ("tune", {"knowledge_to_text": 1.0}, "pictures"),
+        ("prefer", {}, "pairs"),
+    ],
 )
 def test_a_collator_of_data_that_no_stage_reads_is_refused(stage, objectives, data, tmp_path):
     recipe = {

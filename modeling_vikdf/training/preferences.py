@@ -81,8 +81,8 @@ class PreferenceTrainer(VikdfTrainer):
             if not isinstance(value, expected):
                 raise TypeError(f"{name} must be {expected.__name__}, got {type(value).__name__}.")
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
-        self._check_data(self.train_dataset)
         self.train_dataset = self._with_reference(self.train_dataset)
+        self._check_weight(self.train_dataset)
         self.eval_dataset = self._with_reference(self.eval_dataset)
 
     def _check_settings(self, config: VikdfConfig) -> None:
@@ -94,17 +94,13 @@ class PreferenceTrainer(VikdfTrainer):
         refuse_unusable({**vars(self.args), **self.others}, UNUSABLE_IN_PREFERENCES)
         super()._check_settings(config)
 
-    def _check_data(self, data: Any) -> None:
-        """Refuses training data without pairs, and dialogues that would be read for nothing."""
-        if data is None or not has_length(data):
-            return  # `_with_reference` refuses streams
-        pairs = sum(example.get("rejected") is not None for example in data)
-        if not pairs:
-            raise ValueError(f"The training data ({len(data)} dialogues) hold no pair, a dialogue with `rejected`.")
-        if not self.args.reply_weight and len(data) > pairs:
+    def _check_weight(self, data: Any) -> None:
+        """Refuses dialogues that would be read for nothing."""
+        ordinary = sum(example.get("rejected") is None for example in data or ())
+        if ordinary and not self.args.reply_weight:
             raise ValueError(
-                f"Nothing would be learnt from {len(data) - pairs} dialogues without a rejected reply, because "
-                "reply_weight=0: leave them out, or give it a weight."
+                f"Nothing would be learnt from {ordinary} dialogues without a rejected reply, because reply_weight=0: "
+                "leave them out, or give it a weight."
             )
 
     # ---- the reference ----
@@ -117,7 +113,9 @@ class PreferenceTrainer(VikdfTrainer):
             return data
         if not has_length(data):
             raise ValueError("Pairs cannot be a stream: the reference's log-likelihoods are computed before training.")
-        if not len(data) or set(REFERENCE) <= set(data[0]):
+        if not any(example.get("rejected") is not None for example in data):
+            raise ValueError(f"The data ({len(data)} dialogues) hold no pair, a dialogue that has `rejected`, too.")
+        if set(REFERENCE) <= set(data[0]):
             return data
         columns = dict(zip(REFERENCE, self._reference_log_likelihoods(data).T, strict=True))
         if not isinstance(data, datasets.Dataset):
@@ -196,6 +194,7 @@ class PreferenceTrainer(VikdfTrainer):
         counts = self._total_counts(batches)
         for batch in batches:
             batch["counts"] = counts
+            self.sums["pairs"] -= len(batch["rejected"]) * self.args.world_size  # a pair is one, not two rows
         return batches, 1  # not None: the losses are already divided by the counts of the whole step
 
     def _counts(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -275,7 +274,7 @@ class PreferenceTrainer(VikdfTrainer):
         losses = [f"loss_{name}" for name in self.loss_weights]
         means = self._evaluation_means([*losses, *(f"rewards/{name}" for name in REWARDS)])
         if "loss_preference" not in means:
-            raise ValueError(f"The evaluation data ({num_samples} dialogues) hold no pair, or all pairs are too long.")
+            raise ValueError(f"The evaluation data ({num_samples} dialogues) hold no usable pair: are all too long?")
         total = sum(weight * means.get(f"loss_{name}", 0.0) for name, weight in self.loss_weights.items())
         return {"loss": total, **means}
 
