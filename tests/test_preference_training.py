@@ -176,6 +176,24 @@ def test_a_batch_holds_both_replies_of_each_pair(tmp_path):
     assert batch["ref_chosen_logps"].tolist() == [example["ref_chosen_logps"] for example in examples[::2]]
 
 
+def test_a_dialogue_goes_with_each_pair(tmp_path):
+    """Another one in every epoch, and none in an evaluation."""
+    collator = PreferenceCollator(processor(), beside=dialogues(16))
+    trainer = make_trainer(tmp_path, preferences(3), evaluation=preferences(3), collator=collator)
+    batches = []
+    for epoch in (0, 0, 1):
+        collator.epoch = epoch
+        batches.append(collator(trainer.train_dataset))
+    assert batches[0]["chosen"].tolist() == [0, 1, 2] and batches[0]["rejected"].tolist() == [3, 5, 7]
+    assert batches[0]["ordinary"].tolist() == [4, 6, 8]
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+    one, other = ({tuple(row[row > 0].tolist()) for row in batch["input_ids"][4::2]} for batch in batches[1:])
+    assert one != other
+    trainer.train()
+    assert trainer.state.log_history[0]["loss_reply"] > 0
+    assert "eval_loss_reply" not in trainer.evaluate()
+
+
 @pytest.mark.parametrize("long", ["chosen", "rejected"])
 def test_a_pair_goes_as_a_whole(tmp_path, long):
     """If one reply is too long, the other one is not learnt either, and it is told."""
@@ -373,6 +391,9 @@ def test_data_and_parts_that_cannot_be_meant(tmp_path):
             make_trainer(tmp_path, **data)
     with pytest.raises(ValueError, match="10 dialogues without a rejected reply.*reply_weight=0"):
         make_trainer(tmp_path, reply_weight=0.0)
+    with pytest.raises(ValueError, match="4 dialogues without a rejected reply"):
+        beside = PreferenceCollator(processor(), beside=dialogues(4))
+        make_trainer(tmp_path, preferences(2), collator=beside, reply_weight=0.0)
     with pytest.raises(ValueError, match="a stream"):
         make_trainer(tmp_path, Dataset.from_list(preferences(2)).to_iterable_dataset())
     with pytest.raises(TypeError, match="PreferenceCollator"):
@@ -426,6 +447,12 @@ def test_the_command_trains_and_resumes(checkpoint, tmp_path, capsys):
     VikdfForConditionalGeneration.from_pretrained(tmp_path / "out")
     main([*command, "beta=2.0e-1", "max_steps=3"])
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_pairs_beside_pairs_are_refused(checkpoint, tmp_path):
+    recipe = recipe_of(checkpoint, tmp_path, dialogues=str(tmp_path / "pairs.jsonl"))
+    with pytest.raises(ValueError, match=r"data.dialogues hold pairs.*data.train"):
+        run_stage("prefer", recipe)
 
 
 def test_a_card_names_the_dialogues_beside_the_pairs():

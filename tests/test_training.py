@@ -1060,7 +1060,7 @@ def test_settings_of_recipes_are_those_of_what_they_are_handed_to():
     given = {"processor", "config", "seed", "report"}
     assert names(recipe_module.PairCollation) == {*signature(PreTrainingCollator).parameters} - given
     assert names(recipe_module.DialogueCollation) == {*signature(DialogueCollator).parameters} - given
-    assert names(recipe_module.PreferenceCollation) == {*signature(PreferenceCollator).parameters} - given
+    assert names(recipe_module.PreferenceCollation) == {*signature(PreferenceCollator).parameters} - given - {"beside"}
 
 
 def test_recipes_of_the_repository_are_understood():

@@ -4,6 +4,7 @@ Knows how rows of a batch belong together, and no loss. Where pairs are read fro
 them in training/preferences.py.
 """
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class PreferenceCollator(DialogueCollator):
 
     Args:
         processor, max_length, seed, report: see `DialogueCollator`.
+        beside: ordinary dialogues; each pair gets a random one, another in every epoch. None in evaluation.
     """
 
     def __init__(
@@ -34,24 +36,32 @@ class PreferenceCollator(DialogueCollator):
         processor: VikdfProcessor,
         *,
         max_length: int | None = None,
+        beside: Sequence[dict[str, Any]] | None = None,
         seed: int = 0,
         report: SkipReport | None = None,
     ):
         super().__init__(processor, max_length=max_length, seed=seed, report=report)
+        self.beside = beside
+
+    def for_evaluation(self) -> "PreferenceCollator":
+        """A copy of this collator that stays in epoch 0 and reads the pairs alone."""
+        collator = super().for_evaluation()
+        collator.beside = None
+        return collator
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
-        Examples, P of them pairs -> R rows: the examples, then the rejected replies of the pairs.
+        Examples, P of them pairs -> R rows: the examples, then of each pair the rejected reply and what is beside it.
 
         Returns:
             What `DialogueCollator` makes of the R rows. Which rows belong together: `chosen`, `rejected` [P'], of the
-            P' usable pairs, and `ordinary` [R - 2P]. The log-likelihoods of the replies under the LLM without
-            knowledge: `ref_chosen_logps`, `ref_rejected_logps` [P'], float32.
+            P' usable pairs, and `ordinary` [R - 2P], of all others. The log-likelihoods of the pairs' replies under
+            the LLM without knowledge: `ref_chosen_logps`, `ref_rejected_logps` [P'], float32.
 
         Raises:
             ValueError: for a pair without these two.
         """
-        rows, pairs = [dict(example) for example in examples], []
+        rows, pairs = [*map(dict, examples)], []
         for number, example in enumerate(examples):
             if example.get("rejected") is None:
                 continue
@@ -60,6 +70,9 @@ class PreferenceCollator(DialogueCollator):
             rows[number]["messages"], other = self.pair(example)
             pairs.append((number, len(rows)))
             rows.append({**example, "messages": other})
+            if self.beside:
+                rng = random.Random(f"{self.seed}/{self.epoch}/{example.get('key', '')}/beside")
+                rows.append(self.beside[rng.randrange(len(self.beside))])
         batch = super().__call__(rows)
         numbers = torch.tensor(pairs, dtype=torch.long).view(-1, 2)  # [P, 2]
         whole = (batch["labels"] != IGNORED).any(1)[numbers].all(1)  # [P]

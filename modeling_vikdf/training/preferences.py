@@ -6,6 +6,7 @@ there is no second model. Its log-likelihoods are computed once, before training
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -82,7 +83,7 @@ class PreferenceTrainer(VikdfTrainer):
                 raise TypeError(f"{name} must be {expected.__name__}, got {type(value).__name__}.")
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         self.train_dataset = self._with_reference(self.train_dataset)
-        self._check_weight(self.train_dataset)
+        self._check_weight()
         self.eval_dataset = self._with_reference(self.eval_dataset)
 
     def _check_settings(self, config: VikdfConfig) -> None:
@@ -94,9 +95,10 @@ class PreferenceTrainer(VikdfTrainer):
         refuse_unusable({**vars(self.args), **self.others}, UNUSABLE_IN_PREFERENCES)
         super()._check_settings(config)
 
-    def _check_weight(self, data: Any) -> None:
+    def _check_weight(self) -> None:
         """Refuses dialogues that would be read for nothing."""
-        ordinary = sum(example.get("rejected") is None for example in data or ())
+        dialogues = itertools.chain(self.train_dataset or (), self.data_collator.beside or ())
+        ordinary = sum(example.get("rejected") is None for example in dialogues)
         if ordinary and not self.args.reply_weight:
             raise ValueError(
                 f"Nothing would be learnt from {ordinary} dialogues without a rejected reply, because reply_weight=0: "

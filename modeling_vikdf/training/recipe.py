@@ -146,7 +146,7 @@ def _refuse_idle(data: PairData | JointData, streaming: set[str]) -> None:
 @strict
 @dataclass(kw_only=True)
 class PreferenceData(DialogueData):
-    """Pairs of replies; ordinary dialogues may be among them, or in files of their own."""
+    """Pairs of replies, among which ordinary dialogues may be; and `dialogues`, one of which goes with each pair."""
 
     dialogues: Any = None
 

@@ -173,9 +173,11 @@ def _load_data(
     """The training data, the validation data (`None` without), and the collator of both."""
     if dialogues is None:
         return *(_load_pairs(model, processor, data, split, args, report) for split in SPLITS), pairs
-    load = load_dialogues
-    if isinstance(dialogues, PreferenceCollator):
-        load, data = load_preferences, data | {"train": [data["train"], *filter(None, [data.get("dialogues")])]}
+    load = load_preferences if isinstance(dialogues, PreferenceCollator) else load_dialogues
+    if data.get("dialogues"):
+        dialogues.beside = load(data["dialogues"], report=report)
+        if any(rejected is not None for rejected in dialogues.beside["rejected"]):
+            raise ValueError("data.dialogues hold pairs, whose rejected replies would be ignored: use data.train.")
     # all in memory
     loaded = (load(data[split], report=report) if data.get(split) else None for split in SPLITS)
     if pairs is None:
