@@ -10,7 +10,16 @@ import yaml
 from conftest import build_from, load_script
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny_training import arguments, dialogue_model, dialogues, mixed, preferences, processor, trained_weights
+from tiny_training import (
+    arguments,
+    dialogue_model,
+    dialogues,
+    mixed,
+    preferences,
+    pretraining_model,
+    processor,
+    trained_weights,
+)
 
 from modeling_vikdf import VikdfForConditionalGeneration
 from modeling_vikdf.cli import main
@@ -158,6 +167,27 @@ def test_both_replies_and_the_reference_follow_the_same_turns(tmp_path):
     assert torch.equal(batch["context_input_ids"][0], batch["context_input_ids"][1])
     kept = [*chat[2:-1], {"role": "assistant", "content": example["rejected"]}]
     assert batch["ref_rejected_logps"].item() == pytest.approx(bare_log_likelihood(trainer.model, kept), rel=1e-5)
+
+
+def test_with_lora_the_reference_is_the_language_model_as_it_was(tmp_path):
+    """Also after a run that went on from a checkpoint, and the adapter is trained with the knowledge."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(
+        target_modules=r"language_model\..*\.(q_proj|v_proj)", modules_to_save=["language_projection"]
+    )
+    found = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-1")):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(dialogue_model(), settings)
+        kwargs = {"model": model, "save_strategy": "steps", "save_steps": 1}
+        trainer = make_trainer(tmp_path, preferences(4), **kwargs)
+        found.append([example["ref_chosen_logps"] for example in trainer.train_dataset])
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert found[0] == found[1]
+    bare = [bare_log_likelihood(dialogue_model(), example["messages"]) for example in preferences(4)]
+    assert found[0] == pytest.approx(bare, rel=1e-5)
+    trained = trained_weights(trainer.model)
+    assert any(name.endswith("lora_B.default.weight") and value.any() for name, value in trained.items())
 
 
 # ---- batches ----
@@ -396,6 +426,8 @@ def test_data_and_parts_that_cannot_be_meant(tmp_path):
         make_trainer(tmp_path, preferences(2), collator=beside, reply_weight=0.0)
     with pytest.raises(ValueError, match="a stream"):
         make_trainer(tmp_path, Dataset.from_list(preferences(2)).to_iterable_dataset())
+    with pytest.raises(ValueError, match="objectives of its own"):
+        make_trainer(tmp_path, model=pretraining_model({"reply": 1.0}))
     with pytest.raises(TypeError, match="PreferenceCollator"):
         make_trainer(tmp_path, collator=DialogueCollator(processor()))
     with pytest.raises(TypeError, match="PreferenceTrainingArguments"):
