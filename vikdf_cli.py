@@ -142,6 +142,7 @@ RECIPE = (
 )
 
 
+@command("learn from pairs of replies which of them people prefer", *RECIPE, name="prefer", extra="train")
 @command("tune the knowledge on text dialogues", *RECIPE, name="tune", extra="train")
 @command("stage 2: teach the LLM to use knowledge, on image-text pairs", *RECIPE, name="integrate", extra="train")
 @command("stage 1: learn from image-text pairs which knowledge a text evokes", *RECIPE, name="distill", extra="train")

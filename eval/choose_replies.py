@@ -1,14 +1,15 @@
-"""Dialogues whose replies are the language model's own, the best of several: what knowledge can learn a choice from.
+"""Pairs of replies, the best and the worst of several of the language model's own: what knowledge can learn from.
 
-    dialogues, each without its last turn -> candidates of the LLM alone -> the best by the reward head -> dialogues
+    dialogues, each without its last turn -> candidates of the LLM alone -> the best and the worst by the reward head
 
 The LLM alone speaks, without knowledge, so that what is learnt from its replies is which of them to give and not how
 others write. `--captions` are dialogues as well: someone tells what is to be seen, as a caption does.
 
 Example run, with the reward of `vikdf reward --no-knowledge`:
     python eval/choose_replies.py --model outputs/rewarded_without_knowledge --dialogues dialogues_train.jsonl \
-        --captions "train-*.tar" --contexts 1920 --output chosen.jsonl
-    vikdf tune --config configs/smollm2/choice.yaml data.train=chosen.jsonl
+        --captions "train-*.tar" --contexts 1920 --output pairs.jsonl
+    vikdf prefer --config configs/smollm2/prefer.yaml data.train=pairs.jsonl data.validation=pairs_validation.jsonl \
+        data.dialogues=dialogues_train.jsonl
 """
 
 import argparse
@@ -43,7 +44,7 @@ def draw_turns(dialogues: str, captions: list[str], count: int, seed: int) -> li
 
 def main() -> None:
     """Writes the dialogues, a batch at a time; what is there already is kept."""
-    parser = argparse.ArgumentParser(description="Let the language model answer, and keep the best of its replies.")
+    parser = argparse.ArgumentParser(description="Let the language model answer, and keep its best and worst reply.")
     parser.add_argument("--model", required=True, help="with a reward head that was fitted without knowledge")
     parser.add_argument("--dialogues", required=True, help="JSONL file")
     parser.add_argument("--captions", nargs="*", default=[], help="image-text shards")
@@ -71,8 +72,8 @@ def main() -> None:
                 chats, batch_size=BATCH, return_full_text=False, use_knowledge=False, num_return_sequences=candidates
             )
             for said, replies in zip(part, outputs, strict=True):
-                best, *others = [reply["generated_text"].strip() for reply in replies]
-                file.write(json.dumps({"turns": [*said, best], "others": others}, ensure_ascii=False) + "\n")
+                best, *_, rejected = [reply["generated_text"].strip() for reply in replies]
+                file.write(json.dumps({"turns": [*said, best], "rejected": rejected}, ensure_ascii=False) + "\n")
             file.flush()
 
 

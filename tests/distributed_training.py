@@ -16,14 +16,14 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from packaging.version import Version
 from safetensors.torch import save_file
-from tiny_training import ALL, dialogues, logged_losses, make_trainer, pairs, trained_weights
+from tiny_training import ALL, dialogues, logged_losses, make_trainer, mixed, pairs, trained_weights
 
 from modeling_vikdf.training.stages import run_stage
 
 
 BATCH, STEPS = 8, 2
 # name -> objectives (`None`: dialogues), number of accumulated micro-batches
-RUNS = {"all": (ALL, 2), "dialogues": (None, 2)}
+RUNS = {"all": (ALL, 2), "dialogues": (None, 2), "preferences": ("preferences", 2)}
 # older ones ask torch for the device "cpu:0" when they load an optimizer in one of several processes on a CPU
 RESTORES_ON_CPUS = Version(transformers.__version__) >= Version("5.23")
 WRAPPED = ["Qwen2DecoderLayer", "Dinov2Layer", "BertLayer", "Blip2QFormerLayer"]
@@ -56,7 +56,7 @@ def steps(name: str, folder: Path, **kwargs: Any) -> dict[str, Any]:
     trainer = make_trainer(
         folder,
         objectives,
-        evaluation=dialogues(8) if objectives is None else pairs(8),
+        evaluation={"all": pairs, "dialogues": dialogues, "preferences": mixed}[name](8),
         per_device_train_batch_size=BATCH // world // accumulated,
         per_device_eval_batch_size=4,
         gradient_accumulation_steps=accumulated,

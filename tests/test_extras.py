@@ -21,7 +21,7 @@ import modeling_vikdf
 ROOT = Path(modeling_vikdf.__file__).parents[1]
 # What each command needs besides a model; the paths do not exist, which a command finds out behind its imports.
 COMMANDS = {
-    "train": [[stage, "--config", "{recipe}"] for stage in ("distill", "integrate", "tune")],
+    "train": [[stage, "--config", "{recipe}"] for stage in ("distill", "integrate", "tune", "prefer")],
     "eval": [
         ["shrink", "--data", "none.jsonl", "--validation", "none.jsonl", "--output", "out", "--model", "{model}"],
         ["evaluate", "--data", "none.jsonl", "--output", "out.json", "--model", "{model}"],

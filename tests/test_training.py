@@ -40,6 +40,7 @@ from modeling_vikdf.building import new_model
 from modeling_vikdf.cli import main
 from modeling_vikdf.data import load_image_text_pairs
 from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
+from modeling_vikdf.data.preferences import PreferenceCollator
 from modeling_vikdf.training import recipe as recipe_module
 from modeling_vikdf.training.checkpoints import last_checkpoint
 from modeling_vikdf.training.recipe import check_recipe
@@ -1059,6 +1060,7 @@ def test_settings_of_recipes_are_those_of_what_they_are_handed_to():
     given = {"processor", "config", "seed", "report"}
     assert names(recipe_module.PairCollation) == {*signature(PreTrainingCollator).parameters} - given
     assert names(recipe_module.DialogueCollation) == {*signature(DialogueCollator).parameters} - given
+    assert names(recipe_module.PreferenceCollation) == {*signature(PreferenceCollator).parameters} - given - {"beside"}
 
 
 def test_recipes_of_the_repository_are_understood():
@@ -1073,7 +1075,8 @@ def test_recipes_of_the_repository_are_understood():
         if stage == "tune" and "objectives" in recipe:
             given |= {"pairs": "given", "validation": "given", "pairs_validation": "given"}
         check_recipe(stage, recipe | {"data": given | recipe.get("data", {})})
-        VikdfTrainingArguments(**recipe["training"] | {"use_cpu": True, "bf16": False, "report_to": "none"})
+        on_cpu = {"use_cpu": True, "bf16": False, "report_to": "none"}
+        recipe_module.arguments_class(stage)(**recipe["training"] | on_cpu)
 
 
 def test_a_missing_tracker_is_told_before_any_data_are_read(tmp_path, monkeypatch):
@@ -1245,7 +1248,12 @@ def test_a_stage_trains_with_collators_of_ones_own(stages, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "objectives", "data"),
-    [("distill", {}, "dialogues"), ("tune", {}, "pairs"), ("tune", {"knowledge_to_text": 1.0}, "pictures")],
+    [
+        ("distill", {}, "dialogues"),
+        ("tune", {}, "pairs"),
+        ("tune", {"knowledge_to_text": 1.0}, "pictures"),
+        ("prefer", {}, "pairs"),
+    ],
 )
 def test_a_collator_of_data_that_no_stage_reads_is_refused(stage, objectives, data, tmp_path):
     recipe = {

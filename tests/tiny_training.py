@@ -20,6 +20,9 @@ from transformers.utils import logging
 
 from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
 from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
+from modeling_vikdf.data.preferences import PreferenceCollator
+from modeling_vikdf.training.arguments import PreferenceTrainingArguments
+from modeling_vikdf.training.preferences import PreferenceTrainer
 from modeling_vikdf.training.trainer import VikdfTrainer, VikdfTrainingArguments
 
 
@@ -69,6 +72,21 @@ def dialogues(count: int) -> list[dict[str, Any]]:
         }
         for i in range(count)
     ]
+
+
+def preferences(count: int) -> list[dict[str, Any]]:
+    """Dialogues with a rejected reply of another length; the chosen ones speak of rain."""
+    examples = dialogues(count)
+    for i, example in enumerate(examples):
+        example["messages"][-1] = {"role": "assistant", "content": f"in rain {example['messages'][-1]['content']}"}
+        example["rejected"] = f"a dog runs on the {WORDS[i % len(WORDS)]}"
+    return examples
+
+
+def mixed(count: int = 16) -> list[dict[str, Any]]:
+    """Pairs of replies and, a few more, ordinary dialogues among them."""
+    paired = preferences(count)
+    return [paired[i] if i < 0.75 * count and i % 2 == 0 else plain for i, plain in enumerate(dialogues(count))]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -140,7 +158,9 @@ def dialogue_model(dropout: float = 0.0, seed: int = 0, **kwargs):
     return prepare(VikdfForConditionalGeneration(config), dropout)
 
 
-def arguments(folder: str | Path, **kwargs) -> VikdfTrainingArguments:
+def arguments(
+    folder: str | Path, arguments_class: type[VikdfTrainingArguments] = VikdfTrainingArguments, **kwargs
+) -> VikdfTrainingArguments:
     defaults = {
         "per_device_train_batch_size": 4,
         "max_steps": 4,
@@ -152,12 +172,12 @@ def arguments(folder: str | Path, **kwargs) -> VikdfTrainingArguments:
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return VikdfTrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
+    return arguments_class(output_dir=str(folder), **{**defaults, **kwargs})
 
 
 def make_trainer(
     folder: str | Path,
-    objectives: dict[str, float] | None,
+    objectives: dict[str, float] | str | None,
     *,
     dropout: float = 0.0,
     train: Any = None,
@@ -166,19 +186,22 @@ def make_trainer(
     callbacks: list[TrainerCallback] | None = None,
     **kwargs,
 ) -> VikdfTrainer:
-    """A Trainer of the objectives on 16 pairs, or with `None` of 16 dialogues."""
+    """A Trainer of the objectives on 16 pairs, or with `None` of 16 dialogues; "preferences": some of them paired."""
     logging.set_verbosity_error()
-    reader = processor()
-    if objectives is None:
+    reader, trainer_class, arguments_class = processor(), VikdfTrainer, VikdfTrainingArguments
+    if objectives == "preferences":
+        model, data, collate = dialogue_model(dropout), mixed(), PreferenceCollator(reader, **(collator or {}))
+        trainer_class, arguments_class = PreferenceTrainer, PreferenceTrainingArguments
+    elif objectives is None:
         model, data = dialogue_model(dropout), dialogues(16)
         collate = DialogueCollator(reader, **(collator or {}))
     else:
         model, data = pretraining_model(objectives, dropout), pairs(16)
         settings = {"image_knowledge_share": 0.5, "other_caption": True, **(collator or {})}
         collate = PreTrainingCollator(reader, model.config, **settings)
-    return VikdfTrainer(
+    return trainer_class(
         model=model,
-        args=arguments(folder, log_level="error", **kwargs),
+        args=arguments(folder, arguments_class, log_level="error", **kwargs),
         train_dataset=data if train is None else train,
         eval_dataset=evaluation,
         data_collator=collate,

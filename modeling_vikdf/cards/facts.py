@@ -165,7 +165,7 @@ def describe_data_sets(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     data_sets = []
     for stage in stages:
         data = stage.get("data") or {}
-        names = data.get("sources") or [data[key] for key in ("train", "pairs") if data.get(key)]
+        names = data.get("sources") or [data[key] for key in ("train", "dialogues", "pairs") if data.get(key)]
         data_sets += [describe_data(name, stage.get("stage", "not named")) for name in _flatten(names)]
     unique = {(data_set["stage"], data_set["name"]): data_set for data_set in data_sets}
     return list(unique.values())

@@ -1,11 +1,12 @@
 """Text dialogues from any source, as plain examples.
 
-    JSON Lines files, Hub datasets -> load_dialogues -> {"key", "messages", "references"}
+    JSON Lines files, Hub datasets -> load_dialogues   -> {"key", "messages", "references"}
+                                   -> load_preferences -> the same, and "rejected"
 
 This module knows the formats of a dialogue; sources.py finds and reads files.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -27,11 +28,14 @@ from .sources import (
 
 
 DIALOGUE_COLUMNS = ("messages", "turns", "dialogue", "dialog", "conversation")
+PREFERENCE_COLUMNS = (*DIALOGUE_COLUMNS, "chosen")
+BESIDE = {"references", "prompt", "rejected"}  # columns that go with those
 DIALOGUES = Features(
     key=Value("string"),
     messages=List({"role": Value("string"), "content": Value("string")}),
     references=List(Value("string")),
 )
+PREFERENCES = Features(**DIALOGUES, rejected=Value("string"))
 
 
 def load_dialogues(
@@ -66,31 +70,63 @@ def load_dialogues(
         FileNotFoundError: If a file or Hub dataset does not exist.
         ValueError: If nothing of a source is readable, or the column is missing.
     """
-    report = report or SkipReport()
-    paths, hub = find_sources(sources, split)
-    names = name_files(paths)
-    shards = [(names[path], path, column) for path in paths]
-    streams = [stream_shards(_generate_dialogues, shards, DIALOGUES, report)] if shards else []
-    for name, dataset in hub:
-        used = find_column(dataset, column, DIALOGUE_COLUMNS, name, "column")
-        dataset = dataset.select_columns([used, *{"references"}.intersection(dataset.column_names)])
-        streams.append(map_or_drop(dataset, _read_row, DIALOGUES, name=name, column=used, report=report))
-    for stream in streams:
-        require_example(stream, paths + [name for name, _ in hub], report)
-    dialogues = interleave(streams, stopping_strategy=ONCE_EACH)
+    dialogues = _stream(_try_dialogue, DIALOGUES, sources, split, column, report or SkipReport())
     return dialogues if streaming else Dataset.from_list(list(dialogues), features=DIALOGUES)
 
 
-def _generate_dialogues(shards: list[tuple[str, str, str | None]], report: SkipReport) -> Iterator[dict[str, Any]]:
-    """The dialogues of JSONL files given as (name, path, column)."""
-    for name, path, column in shards:
+def load_preferences(sources: Any, *, split: str = "train", report: SkipReport | None = None) -> Dataset:
+    """Loads dialogues of which some have a reply that was rejected, `{..., "rejected": str | None}`.
+
+    A source is one of [`load_dialogues`], in which
+      * a dialogue that ends in the chosen reply may have `rejected`, the text of the other one; or
+      * there are `chosen` and `rejected`, lists of messages, with their `prompt` or beginning with it (TRL's
+        conversational format).
+    Other dialogues have `None` as their rejected reply. Pairs whose replies are the same, or do not both follow the
+    same user's turn, are skipped and reported, too.
+
+    Args:
+        sources: A source, or a list of sources.
+        split: The split of Hub datasets.
+        report: Records what is skipped; by default one in a temporary folder.
+
+    Raises:
+        FileNotFoundError: If a file or Hub dataset does not exist.
+        ValueError: If nothing of a source is readable.
+    """
+    preferences = _stream(_try_preference, PREFERENCES, sources, split, None, report or SkipReport())
+    return Dataset.from_list(list(preferences), features=PREFERENCES)
+
+
+def _stream(
+    read: Callable, features: Features, sources: Any, split: str, column: str | None, report: SkipReport
+) -> IterableDataset:
+    """The examples of all sources, each of them as `read(key, record, column, report)` makes it."""
+    usual, beside = (PREFERENCE_COLUMNS, BESIDE) if features is PREFERENCES else (DIALOGUE_COLUMNS, {"references"})
+    paths, hub = find_sources(sources, split)
+    names = name_files(paths)
+    shards = [(names[path], path, column, read) for path in paths]
+    streams = [stream_shards(_generate_dialogues, shards, features, report)] if shards else []
+    for name, dataset in hub:
+        used = find_column(dataset, column, usual, name, "column")
+        dataset = dataset.select_columns([used, *beside.intersection(dataset.column_names)])
+        streams.append(map_or_drop(dataset, _read_row, features, name=name, column=used, read=read, report=report))
+    for stream in streams:
+        require_example(stream, paths + [name for name, _ in hub], report)
+    return interleave(streams, stopping_strategy=ONCE_EACH)
+
+
+def _generate_dialogues(
+    shards: list[tuple[str, str, str | None, Callable]], report: SkipReport
+) -> Iterator[dict[str, Any]]:
+    """The dialogues of JSONL files given as (name, path, column, read)."""
+    for name, path, column, read in shards:
         for key, record in read_records(name, path, report):
-            if dialogue := _try_dialogue(key, record, column, report):
+            if dialogue := read(key, record, column, report):
                 yield dialogue
 
 
-def _read_row(row: dict[str, Any], name: str, column: str, report: SkipReport) -> dict[str, Any] | None:
-    return _try_dialogue(f"{name}/{hash_values(row)}", row, column, report)
+def _read_row(row: dict[str, Any], name: str, column: str, read: Callable, report: SkipReport) -> dict | None:
+    return read(f"{name}/{hash_values(row)}", row, column, report)
 
 
 def _try_dialogue(key: str, record: dict, column: str | None, report: SkipReport) -> dict[str, Any] | None:
@@ -99,6 +135,42 @@ def _try_dialogue(key: str, record: dict, column: str | None, report: SkipReport
     except ValueError as error:
         return report.add(str(error), key)
     return {"key": key, "messages": messages, "references": references}
+
+
+def _try_preference(key: str, record: dict, column: str | None, report: SkipReport) -> dict[str, Any] | None:
+    try:
+        return {"key": key, **_read_preference(record)}
+    except ValueError as error:
+        return report.add(str(error), key)
+
+
+def _read_preference(record: dict) -> dict[str, Any]:
+    """Messages, references and rejected reply; raises a ValueError as `_read_dialogue` does."""
+    if record.get("chosen") is not None:
+        record = _join_prompt(record)
+    messages, references = _read_dialogue(record, None)
+    if (rejected := record.get("rejected")) is None:
+        return {"messages": messages, "references": references, "rejected": None}
+    rejected = _read_text(rejected)
+    if messages[-2]["role"] != "user":
+        raise ValueError("replies that do not follow a user's turn")
+    if rejected == messages[-1]["content"]:
+        raise ValueError("the rejected reply is the chosen one")
+    return {"messages": messages, "references": references, "rejected": rejected}
+
+
+def _join_prompt(record: dict) -> dict[str, Any]:
+    """A record with `chosen` and `rejected` messages as one with the chosen ones and the rejected reply's text."""
+    prompt, chosen, rejected = record.get("prompt") or [], record["chosen"], record.get("rejected")
+    if rejected is None:
+        raise ValueError("a chosen reply without a rejected one")
+    if not all(isinstance(part, list) and all(isinstance(each, dict) for each in part) for part in (prompt, chosen)):
+        raise ValueError("a prompt or replies that are not messages")
+    if not (isinstance(rejected, list) and rejected and isinstance(rejected[-1], dict)):
+        raise ValueError("a prompt or replies that are not messages")
+    if rejected[:-1] != chosen[:-1] or rejected[-1].get("role") != "assistant":
+        raise ValueError("replies to different turns")
+    return {"messages": [*prompt, *chosen], "rejected": rejected[-1].get("content")}
 
 
 def _read_dialogue(record: dict[str, Any], column: str | None) -> tuple[list[dict[str, str]], list[str]]:

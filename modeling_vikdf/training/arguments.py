@@ -5,6 +5,7 @@ Knows neither models nor data: `VikdfTrainer` checks what depends on them.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,16 @@ UNUSABLE_IN_PRETRAINING = {
     "batch_eval_metrics": ([False], "pre-training makes no predictions"),
     "include_num_input_tokens_seen": (["no"], "the objectives read several inputs; tokens_per_s is logged"),
     "average_tokens_across_devices": ([True], "the objectives are means over the batches of all processes"),
+}
+# The same for learning from preferences.
+UNUSABLE_IN_PREFERENCES = {
+    "label_smoothing_factor": ([0.0], "a preference is no label"),
+    "compute_loss_func": ([None], "the loss is that of pairs; weight its parts by beta, rpo_alpha and reply_weight"),
+    "compute_metrics": ([None], "pairs are no predictions; evaluate() gives losses and rewards"),
+    "preprocess_logits_for_metrics": ([None], "pairs are no predictions"),
+    "include_for_metrics": ([[]], "pairs are no predictions"),
+    "batch_eval_metrics": ([False], "pairs are no predictions"),
+    "average_tokens_across_devices": ([True], "the losses are means over the batches of all processes"),
 }
 GROUPED = ("group_by_length", "batch_rebalance")  # the sampling strategies that need to know lengths
 
@@ -89,7 +100,10 @@ class VikdfTrainingArguments(TrainingArguments):
         for setting in dataclasses.fields(self):
             value = getattr(self, setting.name)
             if isinstance(value, str) and setting.type in (float, float | None, "float"):
-                setattr(self, setting.name, float(value))
+                try:
+                    setattr(self, setting.name, float(value))
+                except ValueError as error:
+                    raise ValueError(f"{setting.name} must be a number, got {value!r}.") from error
             if setting.name.endswith("_strategy") and value is False:
                 setattr(self, setting.name, "no")  # which YAML reads as false
         super().__post_init__()
@@ -110,4 +124,31 @@ class VikdfTrainingArguments(TrainingArguments):
         return self.learning_rate if prefix is None else self.learning_rates[prefix]
 
 
-__all__ = ["VikdfTrainingArguments"]
+@dataclass
+class PreferenceTrainingArguments(VikdfTrainingArguments):
+    """
+    `VikdfTrainingArguments` with what direct preference optimisation adds, by TRL's names.
+
+    Args:
+        beta: how much a pair's margin counts, in 1/nats: the larger, the nearer to the LLM alone the model stays.
+        rpo_alpha: weight of the chosen replies' negative log-likelihood.
+        reply_weight: weight of that of the replies of dialogues without a rejected one.
+
+    Raises:
+        ValueError: also for a beta that is not above 0, or a weight below 0.
+    """
+
+    beta: float = field(default=0.1, metadata={"help": "How much a pair's margin counts."})
+    rpo_alpha: float = field(default=0.0, metadata={"help": "Weight of the chosen replies' likelihood."})
+    reply_weight: float = field(default=1.0, metadata={"help": "Weight of ordinary dialogues' likelihood."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_unusable(vars(self), UNUSABLE_IN_PREFERENCES)
+        for name in ("beta", "rpo_alpha", "reply_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf or name == "beta" and not value:
+                raise ValueError(f"{name} must be {'above 0' if name == 'beta' else '0 or more'}, got {value!r}.")
+
+
+__all__ = ["PreferenceTrainingArguments", "VikdfTrainingArguments"]

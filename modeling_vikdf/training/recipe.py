@@ -1,7 +1,7 @@
 """Recipes: the sections and settings that each stage knows, their types, and what does not fit together.
 
 Knows nothing of what settings do, nor their defaults: `run_stage` (stages.py) hands them on. The section `training` is
-`VikdfTrainingArguments`, which checks its values itself.
+`VikdfTrainingArguments` or a subclass, which checks its values itself.
 """
 
 import dataclasses
@@ -17,16 +17,13 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from ..configuration_vikdf import OBJECTIVES
 from ..modeling_distillation import OBJECTIVE_TABLE
-from .arguments import VikdfTrainingArguments
+from .arguments import PreferenceTrainingArguments, VikdfTrainingArguments
 
 
-STAGES = ("distill", "integrate", "tune")
+STAGES = ("distill", "integrate", "tune", "prefer")
 
 # What Trainer leaves to scripts: `run_stage` has its own ways.
 FOR_SCRIPTS = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
-TRAINING_SETTINGS = {
-    setting.name for setting in dataclasses.fields(VikdfTrainingArguments) if setting.init
-} - FOR_SCRIPTS
 
 
 class Section:
@@ -154,6 +151,14 @@ def _refuse_idle(data: PairData | JointData, streaming: set[str]) -> None:
 
 @strict
 @dataclass(kw_only=True)
+class PreferenceData(DialogueData):
+    """Pairs of replies, among which ordinary dialogues may be; and `dialogues`, one of which goes with each pair."""
+
+    dialogues: Any = None
+
+
+@strict
+@dataclass(kw_only=True)
 class PairCollation(Section):
     """Of `PreTrainingCollator`."""
 
@@ -164,10 +169,17 @@ class PairCollation(Section):
 
 @strict
 @dataclass(kw_only=True)
-class DialogueCollation(Section):
-    """Of `DialogueCollator`."""
+class PreferenceCollation(Section):
+    """Of `PreferenceCollator`."""
 
     max_length: int | None = None
+
+
+@strict
+@dataclass(kw_only=True)
+class DialogueCollation(PreferenceCollation):
+    """Of `DialogueCollator`."""
+
     earlier_replies: bool | None = None
     hide_context: float | None = None
 
@@ -211,6 +223,22 @@ class JointRecipe(Recipe):
     collator: JointCollation
 
 
+@strict
+@dataclass(kw_only=True)
+class PreferenceRecipe(Recipe):
+    """A recipe of the stage "prefer", on pairs of replies."""
+
+    data: PreferenceData
+    collator: PreferenceCollation
+
+    def __post_init__(self):
+        if given := sorted(self.objectives.given()):
+            raise ValueError(
+                f"objectives {given} would be ignored: 'prefer' learns from replies alone, which beta, rpo_alpha and "
+                "reply_weight of the section 'training' weight. Leave them out."
+            )
+
+
 SECTIONS = tuple(section.name for section in dataclasses.fields(Recipe))
 
 
@@ -227,7 +255,7 @@ def check_recipe(stage: str, recipe: dict[str, Any]) -> Recipe:
     for section, settings in recipe.items():
         if section in SECTIONS and not isinstance(settings or {}, dict):
             raise ValueError(f"The section {section!r} must hold settings (key: value), not {settings!r}.")
-    recipe_class = Recipe if stage != "tune" else _choose_tune_recipe(recipe)
+    recipe_class = _choose_class(stage, recipe)
     classes = {section.name: section.type for section in dataclasses.fields(recipe_class)}
     classes["objectives"] = objectives_section(dialogues=recipe_class is JointRecipe)
     if unknown := [section for section in recipe if section not in classes]:
@@ -245,7 +273,15 @@ def default_objectives(stage: str) -> dict[str, float]:
     return {name: OBJECTIVES[name] for name, objective in OBJECTIVE_TABLE.items() if objective.stage == stage}
 
 
-def _choose_tune_recipe(recipe: dict[str, Any]) -> type[Recipe]:
+def arguments_class(stage: str) -> type[VikdfTrainingArguments]:
+    """What the section `training` of a stage's recipes holds."""
+    return PreferenceTrainingArguments if stage == "prefer" else VikdfTrainingArguments
+
+
+def _choose_class(stage: str, recipe: dict[str, Any]) -> type[Recipe]:
+    """The class of a stage's recipe; in tuning it depends on whether there are captioned pictures."""
+    if stage != "tune":
+        return PreferenceRecipe if stage == "prefer" else Recipe
     objectives = [weight for weight in (recipe.get("objectives") or {}).values() if weight is not None]
     pairs = (recipe.get("data") or {}).get("pairs")
     if bool(objectives) != bool(pairs):
@@ -257,9 +293,8 @@ def _choose_tune_recipe(recipe: dict[str, Any]) -> type[Recipe]:
 
 
 def _refuse_unknown_keys(stage: str, section: str, settings: dict[str, Any], section_class: type) -> None:
-    known = TRAINING_SETTINGS
-    if section != "training":
-        known = {setting.name for setting in dataclasses.fields(section_class)}
+    settings_class = arguments_class(stage) if section == "training" else section_class
+    known = {setting.name for setting in dataclasses.fields(settings_class) if setting.init} - FOR_SCRIPTS
     if unknown := sorted(set(settings) - known):
         raise ValueError(
             f"Unknown keys {unknown} in section {section!r}{suggest(unknown, known)}; {stage!r} knows the keys "
@@ -303,4 +338,4 @@ def suggest(words: list[str], known: Iterable[str]) -> str:
     return "".join(f"; for {word!r}, did you mean {near[0]!r}?" for word, near in nearest.items() if near)
 
 
-__all__ = ["SECTIONS", "STAGES", "Recipe", "check_recipe", "default_objectives"]
+__all__ = ["SECTIONS", "STAGES", "Recipe", "arguments_class", "check_recipe", "default_objectives"]

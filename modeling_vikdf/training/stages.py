@@ -1,4 +1,6 @@
-"""Stages: what `vikdf distill`, `integrate` and `tune` run. A recipe becomes a model, collators, data and a training.
+"""Stages: what `vikdf distill`, `integrate`, `tune` and `prefer` run.
+
+A recipe becomes a model, collators, data and a training.
 
 Knows which parts a stage is put together from; which keys a recipe may have is in recipe.py, how training works in
 trainer.py.
@@ -16,15 +18,25 @@ from ..backbones import require_model
 from ..building import half_precision_is_slow, new_model, swap_language_model, widen_slow_half_precision
 from ..configuration_vikdf import OBJECTIVES
 from ..data.collators import DialogueCollator, JointCollator, PreTrainingCollator
-from ..data.dialogues import load_dialogues
+from ..data.dialogues import load_dialogues, load_preferences
 from ..data.features import FeatureDataset, cache_features
 from ..data.pairs import load_image_text_pairs
+from ..data.preferences import PreferenceCollator
 from ..data.sources import SkipReport
 from ..modeling_distillation import VikdfForPreTraining, needs_of
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
 from .arguments import VikdfTrainingArguments
-from .recipe import SECTIONS, DialogueCollation, PairCollation, Section, check_recipe, default_objectives
+from .preferences import PreferenceTrainer
+from .recipe import (
+    SECTIONS,
+    DialogueCollation,
+    PairCollation,
+    Section,
+    arguments_class,
+    check_recipe,
+    default_objectives,
+)
 from .trainer import VikdfTrainer
 
 
@@ -39,13 +51,13 @@ def run_stage(stage: str, recipe: dict[str, Any], collators: Collators | None = 
     Runs one stage of training from a recipe, or resumes it where it was interrupted.
 
     Args:
-        stage: "distill" (default objectives: the three on image-text pairs), "integrate" (the two of BVIF), or "tune"
-            (replies of text dialogues). A recipe's `objectives` may name any subset of the five for the first two; for
-            "tune" they are what is learnt from captioned pictures (`data.pairs`) beside the replies, whose own weight
-            is 1 unless they name it.
+        stage: "distill" (default objectives: the three on image-text pairs), "integrate" (the two of BVIF), "tune"
+            (replies of text dialogues), or "prefer" (pairs of a chosen and a rejected reply). A recipe's `objectives`
+            may name any subset of the five for the first two; for "tune" they are what is learnt from captioned
+            pictures (`data.pairs`) beside the replies, whose own weight is 1 unless they name it; "prefer" has none.
         recipe: a mapping with the sections in `SECTIONS`; see configs/.
-        collators: classes in place of `PreTrainingCollator` ("pairs") and `DialogueCollator` ("dialogues"), from which
-            they inherit. `recipe.yaml` names them.
+        collators: classes in place of `PreTrainingCollator` ("pairs") and `DialogueCollator`, or `PreferenceCollator`
+            in "prefer" ("dialogues"), from which they inherit. `recipe.yaml` names them.
 
     Returns:
         The metrics of the last evaluation, empty without validation data. The model, its processor, the Trainer's
@@ -61,7 +73,7 @@ def run_stage(stage: str, recipe: dict[str, Any], collators: Collators | None = 
     collator_classes = _choose_collators(stage, loss_weights, collators or {})
     # recipes ask for bf16 because it is fast, which it is not on every CPU
     slow = {"bf16": False} if half_precision_is_slow() else {}
-    args = VikdfTrainingArguments(**checked.training | slow)
+    args = arguments_class(stage)(**checked.training | slow)
     set_seed(args.seed)  # of new weights; the Trainer seeds itself
     model, processor = _build_model(checked.model.given(), loss_weights, args)
     report = SkipReport(os.path.join(args.output_dir, "skipped"))
@@ -70,7 +82,8 @@ def run_stage(stage: str, recipe: dict[str, Any], collators: Collators | None = 
         train, validation, collator = _load_data(
             checked.data.given(), model, processor, pairs, dialogues, args, report
         )
-    trainer = VikdfTrainer(
+    trainer_class = PreferenceTrainer if stage == "prefer" else VikdfTrainer
+    trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=train,
@@ -98,8 +111,8 @@ def _loss_weights(stage: str, objectives: dict[str, Any]) -> dict[str, float] | 
 def _choose_collators(stage: str, loss_weights: dict[str, float] | None, collators: Collators) -> Collators:
     """The class of the collator of each kind of data that the stage reads."""
     classes = {"pairs": PreTrainingCollator} if loss_weights else {}
-    if stage == "tune":
-        classes["dialogues"] = DialogueCollator
+    if stage in ("tune", "prefer"):
+        classes["dialogues"] = DialogueCollator if stage == "tune" else PreferenceCollator
     if unread := sorted(set(collators) - set(classes)):
         raise ValueError(
             f"There are collators of {unread}, but {stage!r} with this recipe reads {sorted(classes)} alone: leave "
@@ -145,7 +158,7 @@ def _build_collators(
         if pairs.uses_pictures:
             model.attach_vision_encoder()  # now, to be placed and perhaps cut into shards with the rest
     if "dialogues" in classes:
-        settings = settings.given(DialogueCollation)
+        settings = settings.given(DialogueCollation if pairs else None)
         dialogues = classes["dialogues"](processor, seed=args.seed, report=report, **settings)
     return pairs, dialogues
 
@@ -162,8 +175,13 @@ def _load_data(
     """The training data, the validation data (`None` without), and the collator of both."""
     if dialogues is None:
         return *(_load_pairs(model, processor, data, split, args, report) for split in SPLITS), pairs
+    load = load_preferences if isinstance(dialogues, PreferenceCollator) else load_dialogues
+    if data.get("dialogues"):
+        dialogues.beside = load(data["dialogues"], report=report)
+        if any(rejected is not None for rejected in dialogues.beside["rejected"]):
+            raise ValueError("data.dialogues hold pairs, whose rejected replies would be ignored: use data.train.")
     # all in memory
-    loaded = (load_dialogues(data[split], report=report) if data.get(split) else None for split in SPLITS)
+    loaded = (load(data[split], report=report) if data.get(split) else None for split in SPLITS)
     if pairs is None:
         return *loaded, dialogues
     train, validation = loaded

@@ -12,7 +12,7 @@ import itertools
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import datasets
@@ -351,7 +351,7 @@ class VikdfTrainer(CheckpointingTrainer):
         loss = outputs.loss
         if model.training:
             for name, value in outputs.losses.items():
-                self.sums[name] += value
+                self.sums[f"loss_{name}"] += value
             loss = loss * self.args.world_size  # processes average their gradients, but each is a share of the whole
         return (loss, outputs) if return_outputs else loss
 
@@ -367,7 +367,7 @@ class VikdfTrainer(CheckpointingTrainer):
                     logs[f"{name}_per_s"] = round(float(self.sums.pop(name)) / seconds, 2)
             for name, value in self.sums.items():
                 value = self.accelerator.reduce(value.detach().float(), reduction="sum")
-                logs[f"loss_{name}"] = round(float(value) / steps, 6)
+                logs[name] = round(float(value) / steps, 6)
             self.sums = defaultdict(float)
             self.logged_at, self.logged_step = time.perf_counter(), self.state.global_step
         super().log(logs, *args, **kwargs)
@@ -428,27 +428,36 @@ class VikdfTrainer(CheckpointingTrainer):
         """
         self.eval_sums, self.eval_counts, self.unlabelled = defaultdict(float), defaultdict(float), False
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.unlabelled:
-            return output  # there are predictions, and no loss
-        losses = {}
-        for name in self.loss_weights or ["reply"]:
+        if not self.unlabelled:  # else there are predictions, and no loss
+            metrics = self._evaluation_metrics(output.num_samples)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def _evaluation_means(self, names: Iterable[str]) -> dict[str, float]:
+        """Name -> mean over all that was scored, without the names of which nothing was."""
+        means = {}
+        for name in names:
             whole = torch.tensor([self.eval_sums[name], self.eval_counts[name]], device=self.args.device)
             total, count = self.accelerator.reduce(whole, reduction="sum").tolist()
             if count:
-                losses[name] = total / count
+                means[name] = total / count
+        return means
+
+    def _evaluation_metrics(self, num_samples: int) -> dict[str, float]:
+        """`loss`, and in pre-training `loss_<name>` of each objective."""
+        losses = self._evaluation_means(self.loss_weights or ["reply"])
         # masks are random, and may leave a few examples whole; anything else with nothing to score is a mistake
         lacking = [name for name in self.loss_weights if name not in losses and not OBJECTIVE_TABLE[name].masked]
         if lacking or not losses:
             raise ValueError(
-                f"The evaluation data ({output.num_samples} examples) hold nothing to score for "
+                f"The evaluation data ({num_samples} examples) hold nothing to score for "
                 f"{', '.join(lacking) or 'any objective'}. Is every label -100, because all examples are too long, or "
                 "every batch smaller than dataloader_drop_last keeps?"
             )
-        if self.is_pretraining:
-            output.metrics.update({f"{metric_key_prefix}_loss_{name}": loss for name, loss in losses.items()})
-            losses = {name: self.loss_weights[name] * loss for name, loss in losses.items()}
-        output.metrics[f"{metric_key_prefix}_loss"] = sum(losses.values())
-        return output
+        if not self.is_pretraining:
+            return {"loss": losses["reply"]}
+        total = sum(self.loss_weights[name] * loss for name, loss in losses.items())
+        return {"loss": total, **{f"loss_{name}": loss for name, loss in losses.items()}}
 
     def prediction_step(
         self,
