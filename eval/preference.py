@@ -93,6 +93,7 @@ def write_replies(arm: dict[str, Any], contexts: list[dict[str, Any]], seed: int
     # those of similar length together
     order = sorted(range(len(contexts)), key=lambda i: sum(len(turn["content"]) for turn in contexts[i]["messages"]))
     replies = [""] * len(contexts)
+    longest = arm.get("call", {}).get("max_new_tokens", model.generation_config.max_new_tokens)
     torch.manual_seed(seed)
     for start in tqdm(range(0, len(order), BATCH), desc=name, unit=" batches"):
         rows = order[start : start + BATCH]
@@ -101,19 +102,22 @@ def write_replies(arm: dict[str, Any], contexts: list[dict[str, Any]], seed: int
         for i, candidates in zip(rows, outputs, strict=True):
             texts = [candidate["generated_text"] for candidate in candidates]
             turn = contexts[i]["messages"][-1]["content"]
-            replies[i] = most_similar(pipe, texts, turn) if arm.get("choice") == "similarity" else texts[0]
-    longest = arm.get("call", {}).get("max_new_tokens", model.generation_config.max_new_tokens)
+            replies[i] = most_similar(pipe, texts, turn, longest) if arm.get("choice") == "similarity" else texts[0]
+    return replies, len(replies) - len(ended_by_themselves(processor, replies, longest))
+
+
+def ended_by_themselves(processor: Any, replies: list[str], longest: int) -> list[str]:
+    """Those of fewer tokens than were allowed: what ends by itself has an end of turn besides."""
     lengths = [len(ids) for ids in processor.text_tokenizer(replies, add_special_tokens=False)["input_ids"]]
-    return replies, sum(length >= longest for length in lengths)  # what ends by itself has an end of turn besides
+    return [reply for reply, length in zip(replies, lengths, strict=True) if length < longest]
 
 
 @torch.no_grad()
-def most_similar(pipe: Any, replies: list[str], turn: str) -> str:
+def most_similar(pipe: Any, replies: list[str], turn: str, longest: int) -> str:
     """Of replies that ended by themselves the one closest to a turn, as the text encoder finds without IQ-Former."""
-    lengths = [len(ids) for ids in pipe.processor.text_tokenizer(replies, add_special_tokens=False)["input_ids"]]
-    longest = pipe.model.generation_config.max_new_tokens
-    ended = [reply for reply, length in zip(replies, lengths, strict=True) if length < longest] or replies
+    ended = ended_by_themselves(pipe.processor, replies, longest) or replies
     read = pipe.processor([[{"role": "user", "content": text or "..."}] for text in (turn, *ended)])
+    read = read.to(pipe.model.device)
     mask = read["context_attention_mask"]
     states = pipe.model.encode_context(read["context_input_ids"], mask)  # [1 + n, T, d_text]
     vectors = F.normalize(mean_states(states, mask), dim=-1)  # [1 + n, d_text]

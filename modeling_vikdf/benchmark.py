@@ -17,6 +17,7 @@ from .benchmark_shapes import (
     NEW_TOKENS,
     SHAPES,
     language_model_step,
+    ratio,
     training_batch,
     training_model,
     training_step,
@@ -26,7 +27,6 @@ from .benchmark_shapes import (
 from .building import load_model
 from .configuration_vikdf import OBJECTIVES
 from .environment import versions
-from .modeling_distillation import VikdfForPreTraining
 
 
 CHAT = [{"role": "user", "content": "I spent the whole day at the beach with my dog. What do you think we did there?"}]
@@ -116,13 +116,9 @@ def benchmark_generation(model: str | None = None, repeats: int = 7) -> dict[str
 BATCH = 8
 
 
-def _training_model(dtype: torch.dtype, objectives: dict[str, float]) -> VikdfForPreTraining:
-    return training_model(SHAPES["small"], objectives, dtype)
-
-
 def _peak_memory(step: str, dtype: torch.dtype, connection: Any) -> None:
     """Sends the peak memory in MB of a process that builds the model and runs the step once."""
-    model = _training_model(dtype, OBJECTIVES)
+    model = training_model(SHAPES["small"], OBJECTIVES, dtype)
     batch = training_batch(model.config, BATCH)
     {"all": training_step, "language_model": language_model_step}[step](model, batch)
     connection.send(_peak_rss_mb())
@@ -155,7 +151,7 @@ def benchmark_training(repeats: int = 5) -> dict[str, Any]:
     paper = [objective for objective, weight in OBJECTIVES.items() if weight]
     rounds = tqdm(total=2 + len(paper), desc="benchmark", unit="part")
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        model = _training_model(dtype, OBJECTIVES)
+        model = training_model(SHAPES["small"], OBJECTIVES, dtype)
         batch = training_batch(model.config, BATCH)
         cached = with_states(model, batch)
         seconds = turns(
@@ -168,12 +164,11 @@ def benchmark_training(repeats: int = 5) -> dict[str, Any]:
         )
         pairs_per_s[name] = BATCH / statistics.median(seconds["cached"])
         uncached[name] = BATCH / statistics.median(seconds["uncached"])
-        both = zip(seconds["cached"], seconds["language_model"], strict=True)
-        ratios[name] = statistics.median(step / bare for step, bare in both)
+        ratios[name] = ratio(seconds["cached"], seconds["language_model"])
         rounds.update()
     for objective in paper:
-        whole = _training_model(torch.float32, OBJECTIVES)
-        without = _training_model(torch.float32, OBJECTIVES | {objective: 0.0})
+        whole = training_model(SHAPES["small"], OBJECTIVES)
+        without = training_model(SHAPES["small"], OBJECTIVES | {objective: 0.0})
         cached = with_states(whole, batch)
         seconds = turns(
             {

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig
 
 from .configuration_vikdf import OBJECTIVES, VikdfConfig
@@ -21,7 +20,7 @@ from .environment import versions
 from .host_counts import count_host_work, count_python_calls
 from .modeling_distillation import VikdfForPreTraining
 from .modeling_objectives import cells_to_pixels, scored_patches, to_patches
-from .modeling_prefix import chosen_columns, locate_columns
+from .modeling_prefix import chosen_columns, locate_columns, stack_rows
 from .modeling_vikdf import VikdfForConditionalGeneration
 
 
@@ -168,7 +167,7 @@ def training_step(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) ->
     with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
         loss = model(**batch).loss
     loss.backward()
-    _forget_gradients(model)
+    model.zero_grad()
 
 
 def language_model_step(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -> None:
@@ -180,16 +179,9 @@ def language_model_step(model: VikdfForPreTraining, batch: dict[str, torch.Tenso
 
 def _language_model_pass(model: VikdfForPreTraining, batch: dict[str, torch.Tensor]) -> None:
     """The same in a single pass, padded as it must be."""
-    ids, draw = batch["input_ids"], batch["draw_input_ids"]
-    mask = nn.functional.pad(batch["attention_mask"], (0, draw.shape[1] - ids.shape[1]))
-    ids = torch.cat([nn.functional.pad(ids, (0, draw.shape[1] - ids.shape[1])), draw])
+    ids, mask = (stack_rows([batch[name], batch[f"draw_{name}"]]) for name in ("input_ids", "attention_mask"))
     embeds = model.get_input_embeddings()(ids).requires_grad_()
-    mask = torch.cat([mask, batch["draw_attention_mask"]])
     model.language_model(inputs_embeds=embeds, attention_mask=mask, labels=ids).loss.backward()
-
-
-def _forget_gradients(model: nn.Module) -> None:
-    model.zero_grad(set_to_none=True)
 
 
 # ---- what is asked of the host ----
@@ -223,7 +215,7 @@ def count_training(shapes: Shapes, rows: int = 2) -> dict[str, Any]:
     counts = {}
     for name, call in calls.items():
         call()
-        _forget_gradients(model)
+        model.zero_grad()
         counts[name] = count_host_work(call)
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable()  # by its name since transformers 5.24
@@ -329,7 +321,7 @@ def _time_training(shapes: Shapes, device: str, repeats: int) -> dict[str, Any]:
         seconds = turns(steps, repeats, device)
         result[f"batch_{rows}"] = {
             "pairs_per_s": {name: rows / statistics.median(values) for name, values in seconds.items()},
-            "step_over_llm_ratio": _ratio(seconds["cached"], seconds["language_model"]),
+            "step_over_llm_ratio": ratio(seconds["cached"], seconds["language_model"]),
             "peak_memory_gb": {name: peak_gb(step) for name, step in steps.items()},
         }
     return result
@@ -358,7 +350,7 @@ def _time_generation(shapes: Shapes, device: str, repeats: int) -> dict[str, Any
         result[name] = {
             "seconds": median,
             "tokens_per_s": {arm: rows * tokens / value for arm, value in median.items()},
-            "overhead_ratio": _ratio(seconds["vikdf"], seconds["language_model"]),
+            "overhead_ratio": ratio(seconds["vikdf"], seconds["language_model"]),
             "peak_memory_gb": peak_gb(arms["vikdf"]),
         }
     return result
@@ -387,7 +379,8 @@ def peak_gb(step: Callable[[], Any]) -> float:
     return torch.cuda.max_memory_allocated() / 1e9
 
 
-def _ratio(ours: list[float], alone: list[float]) -> float:
+def ratio(ours: list[float], alone: list[float]) -> float:
+    """The median ratio of the steps of one turn."""
     return statistics.median(a / b for a, b in zip(ours, alone, strict=True))
 
 

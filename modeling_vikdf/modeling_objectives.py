@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .configuration_vikdf import VikdfConfig
-from .modeling_prefix import pays_apart, pop_columns, read_tokens
+from .modeling_prefix import chosen_columns, pays_apart, pop_columns, read_tokens
 
 
 Count = torch.Tensor | float | None  # how much the whole batch scores; `None`: what is given is the whole
@@ -334,10 +334,7 @@ def to_patches(pictures: torch.Tensor, patch: int) -> torch.Tensor:
 
 def scored_patches(mask: torch.Tensor) -> torch.Tensor:
     """In each picture of a mask [M, patches, pixels] the k patches to score, if it has so many, [M, k]."""
-    scored = mask.any(-1)  # [M, patches]
-    # at least one: what runs in a step must not depend on chance
-    most = max(int(scored.sum(1).max()), 1)
-    return scored.int().argsort(dim=1, descending=True)[:, :most]
+    return chosen_columns(mask.any(-1))
 
 
 def count_masked_pixels(inputs: dict[str, Any], config: VikdfConfig) -> torch.Tensor:

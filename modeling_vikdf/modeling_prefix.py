@@ -332,5 +332,6 @@ __all__ = [
     "read_tokens",
     "select_rows",
     "shift",
+    "stack_rows",
     "take_columns",
 ]

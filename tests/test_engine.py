@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -44,6 +43,7 @@ from test_server import (  # noqa: E402
     metrics,
     picture,
     refused,
+    running,
     serving,
     streamed,
     text_of,
@@ -162,18 +162,8 @@ class StandIn:
         finally:
             self.go.set()
 
-    @contextmanager
     def listening(self):
-        server = uvicorn.Server(uvicorn.Config(self.app, port=0, log_level="error", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+        return running(self.app)
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +349,11 @@ def test_a_reply_that_breaks_off(client, stand_in, caplog, fault):
     stand_in.fault = None
     assert text_of(answer(client)) == expected
     assert metrics(client)["vikdf_running_requests"] == 0
+
+
+@pytest.mark.parametrize("name", ["user", "safety_identifier", "prompt_cache_key"])
+def test_what_changes_nothing_is_accepted(client, name):
+    assert text_of(answer(client, **{name: "somebody"})) == text_of(answer(client))
 
 
 def test_an_engine_that_refuses(client, stand_in, caplog):

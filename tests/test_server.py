@@ -88,12 +88,9 @@ def client(parts):
 
 
 @contextmanager
-def listening(parts, **settings):
-    """A real server on a port of its own; its address."""
-    guarded = {"http": connections.GuardedProtocol, "backlog": connections.BACKLOG, "ws": "none"}
-    config = uvicorn.Config(
-        create_app(*parts, **settings), port=0, log_level="error", timeout_graceful_shutdown=1, **guarded
-    )
+def running(application, **settings):
+    """An application in a real server, on a port of its own; its address."""
+    config = uvicorn.Config(application, port=0, log_level="error", timeout_graceful_shutdown=1, **settings)
     real = uvicorn.Server(config)
     thread = threading.Thread(target=real.run)
     thread.start()
@@ -104,6 +101,12 @@ def listening(parts, **settings):
     finally:
         real.should_exit = True
         thread.join()
+
+
+def listening(parts, **settings):
+    """The server as `vikdf serve` runs it; its address."""
+    guarded = {"http": connections.GuardedProtocol, "backlog": connections.BACKLOG, "ws": "none"}
+    return running(create_app(*parts, **settings), **guarded)
 
 
 @contextmanager

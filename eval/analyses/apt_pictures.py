@@ -21,6 +21,7 @@ import math
 from pathlib import Path
 
 import torch
+from picture_thresholds import SHOWN, lowest_apt
 
 from modeling_vikdf import DEFAULT_CHECKPOINT
 from modeling_vikdf.building import load_model
@@ -29,7 +30,6 @@ from modeling_vikdf.evaluation.statistics import bootstrap_interval
 from modeling_vikdf.picture_index import PictureIndex, embed_texts
 
 
-SHOWN = 3
 LOWEST = 0.65  # of scores that readers judge to choose the threshold
 VERDICTS = ("apt", "not")
 
@@ -77,16 +77,12 @@ def choose(args: argparse.Namespace) -> None:
         for item, rows in zip(items, votes, strict=True)
         for score, row in zip(scores[str(item["item"])], rows, strict=True)
     ]
-    judged.sort(reverse=True)
-    shares = torch.tensor([share for _, share in judged]).cumsum(0) / torch.arange(1, len(judged) + 1)
-    reached = (shares >= args.apt).nonzero()
-    if not len(reached):
-        raise SystemExit(f"No threshold makes {args.apt:.0%} of what is shown apt.")
-    last = int(reached[-1])
+    scores, apt = torch.tensor(judged, dtype=torch.float64).unbind(1)  # [pictures]
+    lowest, share, count = lowest_apt(scores, apt, args.apt)
     index = PictureIndex.load(args.index)
-    index.thresholds = index.thresholds._replace(picture=math.floor(judged[last][0] * 1000) / 1000)
+    index.thresholds = index.thresholds._replace(picture=math.floor(lowest * 1000) / 1000)
     index.save(args.index)
-    print(f"from {index.thresholds.picture} on {shares[last]:.0%} of {last + 1} are apt, of all {shares[-1]:.0%}")
+    print(f"from {index.thresholds.picture} on {share:.0%} of {count} are apt, of all {apt.mean():.0%}")
 
 
 def tally(args: argparse.Namespace) -> None:

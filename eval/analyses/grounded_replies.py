@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from modeling_vikdf import VikdfForConditionalGeneration, VikdfProcessor
 from modeling_vikdf.building import load_model
 from modeling_vikdf.data import SkipReport, load_image_text_pairs
+from modeling_vikdf.data.dialogues import as_messages
 from modeling_vikdf.evaluation.arms import arm_knowledge, compute_knowledge
 from modeling_vikdf.evaluation.dialogues import EvaluationSettings, prepare, score_replies
 from modeling_vikdf.evaluation.statistics import bootstrap_interval
@@ -43,8 +44,7 @@ def read_dialogues(path: Path) -> tuple[list[dict], list[str]]:
         end = row["replaced_index"]
         if end == 0:
             continue
-        roles = [("assistant", "user")[(end - turn) % 2] for turn in range(end + 1)]
-        messages = [{"role": role, "content": text} for role, text in zip(roles, row["turns"], strict=False)]
+        messages = as_messages(row["turns"][: end + 1], "assistant")
         dialogues.append({"key": str(number), "messages": messages, "references": [row["turns"][end]]})
         names.append(Path(row["image"]).stem)
     return dialogues, names

@@ -55,14 +55,20 @@ def stem(word: str) -> str:
     return word.rstrip("ey")
 
 
-def choose(scores: torch.Tensor, apt: torch.Tensor, wanted: float) -> float:
-    """The lowest score from which on at least the wanted share of what is shown is apt, rounded up to 0.001."""
+def lowest_apt(scores: torch.Tensor, apt: torch.Tensor, wanted: float) -> tuple[float, float, int]:
+    """The lowest score from which on at least the wanted share is apt; that share, and of how many pictures."""
     order = scores.argsort(descending=True)
     shares = apt[order].float().cumsum(0) / torch.arange(1, len(order) + 1)
     reached = (shares >= wanted).nonzero()
     if not len(reached):
         raise SystemExit(f"No threshold makes {wanted:.0%} of what is shown apt.")
-    return (scores[order[reached[-1]]].item() * 1000 + 1) // 1 / 1000
+    last = int(reached[-1])
+    return scores[order[last]].item(), shares[last].item(), last + 1
+
+
+def choose(scores: torch.Tensor, apt: torch.Tensor, wanted: float) -> float:
+    """The lowest score of what is apt, rounded up to 0.001."""
+    return (lowest_apt(scores, apt, wanted)[0] * 1000 + 1) // 1 / 1000
 
 
 def figures(scores: torch.Tensor, apt: torch.Tensor, threshold: float) -> dict[str, float]:

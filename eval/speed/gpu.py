@@ -11,43 +11,26 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import CompileConfig, LlamaConfig, set_seed
 
-from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfConfig, VikdfForConditionalGeneration
+from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfConfig, VikdfForConditionalGeneration, benchmark_shapes
+from modeling_vikdf.benchmark_shapes import CAPTION_PROMPT, KNOWLEDGE_ID, KNOWLEDGE_TOKENS, ratio, turns
 from modeling_vikdf.building import load_model
 from modeling_vikdf.environment import versions
 from modeling_vikdf.modeling_compilation import SHORTEST, compile_config_for
 
 
-QUERIES, PLACEHOLDER, PROMPT = 32, 3, 24  # tokens around the knowledge
 SHAPES = {
-    "small": {  # SmolLM2-135M
-        "text_config": {
-            "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-            "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-        },
-        "iqformer_config": {
-            "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6,
-        },
-    },
-    "paper": {  # Llama-2-7b
-        "text_config": {
-            "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-        },
-        "iqformer_config": {
-            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        },
-    },
-}  # fmt: skip
+    name: {"text_config": shapes.llm, "iqformer_config": shapes.iqformer}
+    for name, shapes in benchmark_shapes.SHAPES.items()
+}
 
 
 def build_model(shapes: dict[str, dict], device: str, dtype: torch.dtype) -> VikdfForConditionalGeneration:
@@ -56,8 +39,8 @@ def build_model(shapes: dict[str, dict], device: str, dtype: torch.dtype) -> Vik
         text_config=LlamaConfig(**shapes["text_config"], eos_token_id=None, pad_token_id=0),
         context_config={"model_type": "bert", "num_hidden_layers": 1},
         iqformer_config={"cross_attention_frequency": 1, **shapes["iqformer_config"]},
-        num_knowledge_tokens=QUERIES,
-        knowledge_token_id=PLACEHOLDER,
+        num_knowledge_tokens=KNOWLEDGE_TOKENS,
+        knowledge_token_id=KNOWLEDGE_ID,
         project_inputs=True,
     )
     set_seed(0)
@@ -89,16 +72,17 @@ def measure(
         `first_token_overhead` and `compiled_speedup`; medians.
     """
     device, language_model = model.device, model.language_model
-    ids = torch.randint(10, model.config.text_config.vocab_size, (batch, PROMPT + QUERIES), device=device)
-    ids[:, PROMPT // 2 : PROMPT // 2 + QUERIES] = PLACEHOLDER
+    size = batch, CAPTION_PROMPT + KNOWLEDGE_TOKENS
+    ids = torch.randint(10, model.config.text_config.vocab_size, size, device=device)
+    ids[:, CAPTION_PROMPT // 2 : CAPTION_PROMPT // 2 + KNOWLEDGE_TOKENS] = KNOWLEDGE_ID
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    knowledge = torch.randn(batch, QUERIES, model.config.iqformer_config.hidden_size, device=device)
+    knowledge = torch.randn(batch, KNOWLEDGE_TOKENS, model.config.iqformer_config.hidden_size, device=device)
     exactly = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     config = compile_config_for(model, compile)
     static = {"cache_implementation": "static", "compile_config": config}
     one, beams = exactly | {"max_new_tokens": 1, "min_new_tokens": 1}, exactly | {"num_beams": 3}
     ours, bare = partial(model.generate, **inputs, knowledge=knowledge), partial(language_model.generate, **inputs)
-    seconds = take_turns(
+    seconds = turns(
         {
             "vikdf": partial(ours, **exactly),
             "llm": partial(bare, **exactly),
@@ -110,34 +94,17 @@ def measure(
             "llm_beams": partial(bare, **beams),
         },
         repeats,
-        device,
+        device.type,
     )
-
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
     return {
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "tokens_per_s": {name: batch * new_tokens / statistics.median(seconds[name]) for name in list(seconds)[:4]},
-        "overhead": ratio("vikdf", "llm"),
-        "overhead_compiled": ratio("vikdf_compiled", "llm_compiled"),
-        "first_token_overhead": ratio("vikdf_first_token", "llm_first_token"),
-        "compiled_speedup": ratio("vikdf", "vikdf_compiled"),
+        "overhead": ratio(seconds["vikdf"], seconds["llm"]),
+        "overhead_compiled": ratio(seconds["vikdf_compiled"], seconds["llm_compiled"]),
+        "first_token_overhead": ratio(seconds["vikdf_first_token"], seconds["llm_first_token"]),
+        "compiled_speedup": ratio(seconds["vikdf"], seconds["vikdf_compiled"]),
     }
-
-
-def take_turns(arms: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each arm [repeats]; the first two turns, which compile and record, are not among them."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in tqdm(range(repeats + 2), desc="Turns", leave=False):
-        for name, call in arms.items():
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn > 1:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def measure_server(source: str, batches: Sequence[int], new_tokens: int, repeats: int) -> dict[str, Any]:

@@ -166,6 +166,21 @@ async def memory(client: httpx.AsyncClient) -> int | None:
     return int(float(memory[1])) if memory else None
 
 
+async def send_malformed(
+    client: httpx.AsyncClient, model: str, requests: int, seed: int
+) -> tuple[dict[int, int], list[str]]:
+    """How many malformed requests were answered with each status, and those that did not get a 4xx."""
+    random, statuses, wrong = Random(seed), Counter(), []
+    for _ in range(requests):
+        body = malformed_body(random, model)
+        headers = {"Content-Type": "application/json"}
+        response = await client.post("/v1/chat/completions", content=body, headers=headers)
+        statuses[response.status_code] += 1
+        if not 400 <= response.status_code < 500:
+            wrong.append(repr(body[:500]))
+    return dict(sorted(statuses.items())), wrong
+
+
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures one client, many clients and malformed requests, and the server's memory after each of the three."""
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
@@ -179,15 +194,9 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         report["throughput_ratio"] = report["many"]["tokens_per_second"] / report["one"]["tokens_per_second"]
         report["memory"]["after_load"] = await memory(client)
 
-        random, statuses = Random(args.seed), Counter()
-        json_type = {"Content-Type": "application/json"}
-        for _ in range(args.malformed):
-            body = malformed_body(random, model)
-            response = await client.post("/v1/chat/completions", content=body, headers=json_type)
-            statuses[response.status_code] += 1
-            if not 400 <= response.status_code < 500:
-                report.setdefault("wrongly_answered", []).append(repr(body[:500]))
-        report["malformed"] = dict(sorted(statuses.items()))
+        report["malformed"], wrong = await send_malformed(client, model, args.malformed, args.seed)
+        if wrong:
+            report["wrongly_answered"] = wrong
         report["memory"]["after_malformed"] = await memory(client)
         await ask(client, model, SENTENCES[0], args.max_tokens)  # it still answers
     return report

@@ -20,6 +20,7 @@ from modeling_vikdf.benchmark_shapes import (
     benchmark_shapes,
     choose_device,
     language_model_step,
+    ratio,
     training_batch,
     training_model,
     training_step,
@@ -68,9 +69,8 @@ def sweep(device: str, repeats: int) -> dict[str, list[dict[str, float]]]:
                 repeats,
                 device,
             )
-            ratios = (ours / alone for ours, alone in zip(*seconds.values(), strict=True))
             points[axis].append(
-                {axis: value, "seconds": statistics.median(seconds["step"]), "ratio": statistics.median(ratios)}
+                {axis: value, "seconds": statistics.median(seconds["step"]), "ratio": ratio(*seconds.values())}
             )
             bar.update()
     return points

@@ -4,14 +4,13 @@ Knows how rows of a batch belong together, and no loss. Where pairs are read fro
 them in training/preferences.py.
 """
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..processing_vikdf import IGNORED, VikdfProcessor
-from .collators import DialogueCollator
+from .collators import DialogueCollator, _make_rng
 from .sources import SkipReport
 
 
@@ -71,7 +70,7 @@ class PreferenceCollator(DialogueCollator):
             pairs.append((number, len(rows)))
             rows.append({**example, "messages": other})
             if self.beside:
-                rng = random.Random(f"{self.seed}/{self.epoch}/{example.get('key', '')}/beside")
+                rng = _make_rng(self.seed, self.epoch, f"{example.get('key', '')}/beside")
                 rows.append(self.beside[rng.randrange(len(self.beside))])
         batch = super().__call__(rows)
         numbers = torch.tensor(pairs, dtype=torch.long).view(-1, 2)  # [P, 2]

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 # What a request may ask for; of beams and candidates one. All else must be at its default.
 FORWARDED = {"model", "messages", "stream", "stream_options", "max_completion_tokens", "max_tokens", "temperature"}
-FORWARDED |= {"top_p", "seed", "stop", "use_knowledge", "continue_final_message", "user"}
+FORWARDED |= {"top_p", "seed", "stop", "use_knowledge", "continue_final_message"}
+FORWARDED |= {"user", "safety_identifier", "prompt_cache_key"}  # which change nothing
 MIN_TEMPERATURE = 0.01  # above 0; vLLM raises what is lower
 # Settings that transformers and vLLM call by the same names, with transformers' defaults.
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
@@ -187,7 +188,7 @@ class EngineWorker(Worker):
         never = [*(config["suppress_tokens"] or ())]
         if job.decoding.use_knowledge:
             never.append(self.processor.knowledge_token_id)
-        vocabulary, ends = self.model.config.text_config.vocab_size, config["eos_token_id"]
+        vocabulary = self.model.config.text_config.vocab_size
         return {
             "model": self.engine.model,
             "max_tokens": job.max_new_tokens,
@@ -195,7 +196,7 @@ class EngineWorker(Worker):
             "seed": job.decoding.seed,
             "repetition_penalty": 1.0,
             "logit_bias": {str(token): -100 for token in never if token < vocabulary},
-            "stop_token_ids": [] if ends is None else ends if isinstance(ends, list) else [ends],
+            "stop_token_ids": self.ends,
             "ignore_eos": True,  # of the engine's own
             "stream": True,
             "return_token_ids": True,

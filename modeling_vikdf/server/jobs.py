@@ -85,6 +85,11 @@ class Job:
         return 1 if self.decoding is None else max(len(self.replies), self.decoding.options)
 
     @property
+    def seeded(self) -> bool:
+        """Whether its reply is drawn from a seed of its own, so that it shares no batch."""
+        return self.decoding is not None and self.decoding.seed is not None
+
+    @property
     def finished(self) -> bool:
         """Whether all of its replies are finished."""
         return all(reply.finished for reply in self.replies)

@@ -162,6 +162,12 @@ class Worker(threading.Thread):
         """What holds where a request says nothing."""
         return self.model.generation_config
 
+    @property
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end a reply."""
+        ends = self.generation_config.eos_token_id
+        return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
     # called from outside the thread
 
     def is_stuck(self, seconds: float) -> bool:
@@ -222,8 +228,12 @@ class Worker(threading.Thread):
     @staticmethod
     def _tokens(jobs: list[Job]) -> int:
         """Tokens of a batch, which all of its rows are padded to, with all beams or candidates."""
-        length = max(job.prompt_length for job in jobs) + max(job.max_new_tokens for job in jobs)
-        return len(jobs) * jobs[0].copies * length
+        return len(jobs) * jobs[0].copies * Worker._length(jobs)
+
+    @staticmethod
+    def _length(jobs: list[Job]) -> int:
+        """Tokens of the longest prompt, and of the longest reply."""
+        return max(job.prompt_length for job in jobs) + max(job.max_new_tokens for job in jobs)
 
     def submit(self, job: Job) -> None:
         """
@@ -346,21 +356,21 @@ class Worker(threading.Thread):
             batch.undisturbed_until = end + UNDISTURBED * (end - now)
 
     def _interrupt(self, batch: Batch) -> None:
-        seeded = batch.jobs[0].decoding is not None and batch.jobs[0].decoding.seed is not None
-        with torch.random.fork_rng(enabled=seeded):
-            if seeded:
+        with torch.random.fork_rng(enabled=batch.jobs[0].seeded):
+            if batch.jobs[0].seeded:
                 torch.seed()  # for numbers of their own
             self._answer(self._tokens(batch.jobs) // len(batch.jobs) // 4)
 
     def _fit(self, jobs: list[Job], max_tokens: int) -> bool:
         """Whether jobs fit into a batch of so many tokens, and the longest prompt and reply of any into the window."""
-        seeded = jobs[0].decoding is not None and jobs[0].decoding.seed is not None
-        length = max(job.prompt_length for job in jobs) + max(job.max_new_tokens for job in jobs)
+        if jobs[0].seeded and len(jobs) > 1:
+            return False
+        length = self._length(jobs)
         in_window = self.window is None or length <= self.window
         replies, tokens = sum(len(job.replies) for job in jobs), self._tokens(jobs)
         if self.compile_config is not None and len(jobs) > 1:  # of the static cache
             tokens = next_size(len(jobs) * jobs[0].copies) * next_size(length, SHORTEST)
-        return in_window and replies <= self.max_batch and tokens <= max_tokens and not (seeded and len(jobs) > 1)
+        return in_window and replies <= self.max_batch and tokens <= max_tokens
 
     def _collate(self, jobs: list[Job]) -> BatchFeature:
         """The rows of the jobs as one batch, on the model's device."""
@@ -441,10 +451,9 @@ class Worker(threading.Thread):
             logprobs = None  # another job of the batch asks for them
         else:
             logprobs = logprobs._replace(top=logprobs.top[: job.num_logprobs])
-        ends = self.generation_config.eos_token_id
         job.append(
             token,
-            token in (ends if isinstance(ends, list) else [ends]),
+            token in self.ends,
             partial(
                 self.processor.decode_behind,
                 job.features["input_ids"][0, -1:].tolist() if job.continued else [],

@@ -97,9 +97,11 @@ class PreferenceTrainer(VikdfTrainer):
 
     def _check_weight(self) -> None:
         """Refuses dialogues that would be read for nothing."""
+        if self.args.reply_weight:
+            return
         dialogues = itertools.chain(self.train_dataset or (), self.data_collator.beside or ())
         ordinary = sum(example.get("rejected") is None for example in dialogues)
-        if ordinary and not self.args.reply_weight:
+        if ordinary:
             raise ValueError(
                 f"Nothing would be learnt from {ordinary} dialogues without a rejected reply, because reply_weight=0: "
                 "leave them out, or give it a weight."
@@ -262,7 +264,7 @@ class PreferenceTrainer(VikdfTrainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         """The loss of one evaluation batch."""
         inputs = self._prepare_inputs(inputs)
-        counts = self._counts(inputs)
+        counts = inputs["counts"] = self._counts(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, parts = self.compute_loss(model, inputs, return_outputs=True)
         for name, value in parts.items():
