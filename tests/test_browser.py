@@ -48,12 +48,15 @@ def browser():
 
 @pytest.fixture(scope="module")
 def demo(backbones):
-    """A tiny model that takes its time, so that there is something to stop."""
+    """A tiny model that takes its time, so that there is something to stop; it writes while `go` is set."""
     demo = build_demo(backbones)
     stream = demo.pipe.stream
+    demo.go = threading.Event()
+    demo.go.set()
     demo.pipe.model.generation_config.max_new_tokens = 64
 
     def wait(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        demo.go.wait()
         time.sleep(0.03)  # a token
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
@@ -344,12 +347,17 @@ def test_texts_are_shown_as_typed_and_fetch_nothing(visit, url, demo, monkeypatc
 
 def test_a_message_appears_at_once_and_both_sides_follow(visit, url, demo):
     """Also while others keep the model busy."""
-    others = [visit(url) for _ in range(5)]
-    for other in others:
-        other.say(QUESTION)
-    visitor = visit(url)
-    visitor.say(OTHER)
-    assert visitor.replies() == [app.PENDING]
+    demo.go.clear()  # they keep it busy for as long as it takes
+    try:
+        others = [visit(url) for _ in range(5)]
+        for other in others:
+            other.say(QUESTION)
+        visitor = visit(url)
+        visitor.say(OTHER)
+        visitor.said().wait_for()
+        assert visitor.replies() == [app.PENDING]
+    finally:
+        demo.go.set()
     visitor.wait()
     visitor.compare()
     for text in (QUESTION, OTHER, QUESTION):
