@@ -39,7 +39,7 @@ def test_steps_of_the_study_fit_their_recipes():
     assert all(step["parent"] in trained for step in steps.values() if "shrink" in step)
     for name, step in trained.items():
         assert ("parent" in step) + ("new" in step) + step["recipe"].endswith("distill.yaml") == 1, name
-        assert step.get("parent", name) in trained, name
+        assert step.get("parent", name) in steps, name
         recipe = yaml.safe_load((ROOT / "configs" / step["recipe"]).read_text())
         for each in step.get("drop", []):
             section, _, key = each.partition(".")
@@ -181,6 +181,24 @@ def test_a_study_trains_each_step_once_and_reports_what_was_asked(monkeypatch, t
         ("seed3/vikdf/chat_replies-own.json", 4, True),
         ("seed3/soft_prompt/chat_replies-own.json", 4, True),
     ]
+
+
+def test_a_step_of_preference_learns_from_the_pairs_that_are_named(monkeypatch, tmp_path):
+    study, stages = load_script("study/train"), []
+    monkeypatch.setattr(study, "run_stage", lambda stage, recipe, _: stages.append((stage, recipe)))
+    command = ["train.py", "--config", ROOT / "configs" / "study.yaml", "--output", tmp_path, "--pairs", "p.tar"]
+    command += ["--dialogues", "d.jsonl", "--steps", "preferred_soft_prompt"]
+    monkeypatch.setattr(sys, "argv", [str(each) for each in command])
+    with pytest.raises(ValueError, match="--preferences"):
+        study.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--preferences", "best.jsonl"])
+    study.main()
+    assert [stage for stage, _ in stages] == ["tune", "prefer"]
+    recipe = stages[1][1]
+    assert recipe["model"] == {"checkpoint": str(tmp_path / "seed0" / "soft_prompt")}
+    assert recipe["data"] == {"train": "best.jsonl", "dialogues": "d.jsonl"}
+    rates = recipe["training"]["learning_rates"]
+    assert {name for name, rate in rates.items() if rate} == {"knowledge_base"}
 
 
 def test_a_step_shrinks_the_knowledge_of_its_parent(backbones, tmp_path):

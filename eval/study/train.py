@@ -84,9 +84,13 @@ def run(name: str, seed: int, folder: Path, steps: dict[str, dict], args: argpar
     elif "new" in step:
         recipe["model"] = load_model_settings(configs) | step["new"]
     folder.mkdir(parents=True, exist_ok=True)
-    data = recipe["data"]
+    data = recipe.setdefault("data", {})
     if stage == "tune":
         data["train"] = args.dialogues
+    if stage == "prefer":
+        if args.preferences is None:
+            raise ValueError(f"The step {name} learns from pairs of replies; name them with --preferences.")
+        data |= {"train": str(args.preferences), "dialogues": args.dialogues}
     if "few_shot_share" in step:
         if args.few_shot is None:
             raise ValueError(f"The step {name} learns from dialogues of the task itself; name them with --few-shot.")
@@ -139,6 +143,7 @@ def main() -> None:
     parser.add_argument("--pairs", required=True, help="image-text pairs to train on")
     parser.add_argument("--dialogues", required=True, help="dialogues to train on (JSONL)")
     parser.add_argument("--few-shot", type=Path, help="dialogues that few-shot steps learn a share of (JSONL)")
+    parser.add_argument("--preferences", type=Path, help="pairs of replies that steps of preference learn from (JSONL)")
     parser.add_argument("--features", default="outputs/features", help="cache of the encoders' states")
     parser.add_argument("--output", type=Path, default=Path("outputs/study"))
     parser.add_argument("--steps", nargs="+", required=True, help="steps of the study to train and evaluate")
