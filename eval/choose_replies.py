@@ -25,6 +25,7 @@ from transformers import pipeline
 from modeling_vikdf.building import load_model
 from modeling_vikdf.data import load_dialogues, load_image_text_pairs
 from modeling_vikdf.data.dialogues import as_messages
+from modeling_vikdf.modeling_candidates import count_ending
 
 
 BATCH = 8  # contexts at a time
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--captions", nargs="*", default=[], help="image-text shards")
     parser.add_argument("--contexts", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--knowledge", action="store_true", help="the model replies with knowledge: a further round")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -62,6 +64,7 @@ def main() -> None:
     batches = [part[start : start + BATCH] for part in batches for start in range(0, len(part), BATCH)]
     done = len(args.output.read_text(encoding="utf-8").splitlines()) if args.output.is_file() else 0
     candidates = model.generation_config.num_candidates
+    ending = count_ending(candidates)  # the others are broken off, and would be rejected for that
     with open(args.output, "a", encoding="utf-8") as file:
         for number, part in enumerate(tqdm(batches, desc="replies", unit=" batches")):
             if number * BATCH < done:
@@ -69,7 +72,11 @@ def main() -> None:
             torch.manual_seed(args.seed * len(batches) + number)
             chats = [as_messages(said, "user") for said in part]
             outputs = pipe(
-                chats, batch_size=BATCH, return_full_text=False, use_knowledge=False, num_return_sequences=candidates
+                chats,
+                batch_size=BATCH,
+                return_full_text=False,
+                use_knowledge=args.knowledge,
+                num_return_sequences=ending,
             )
             for said, replies in zip(part, outputs, strict=True):
                 best, *_, rejected = [reply["generated_text"].strip() for reply in replies]

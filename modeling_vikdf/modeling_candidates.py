@@ -107,6 +107,11 @@ class EnoughFinished(StoppingCriteria):
         return rows
 
 
+def count_ending(num_candidates: int) -> int:
+    """How many of n candidates may end by themselves: the last eighth to end would make all others wait."""
+    return num_candidates - num_candidates // 8
+
+
 @torch.no_grad()
 def generate_best(
     model: Any,
@@ -121,7 +126,7 @@ def generate_best(
     **kwargs: Any,
 ) -> ModelOutput:
     """
-    Samples candidates and keeps the best; the last eighth to end is broken off, because it would make all others wait.
+    Samples candidates and keeps the best of those that end first, see `count_ending`; the others are broken off.
 
     Args:
         model: a `VikdfForConditionalGeneration`.
@@ -142,7 +147,7 @@ def generate_best(
     """
     _refuse_unknown(weights)
     recorder = LikelihoodRecorder() if weights.get("likelihood") else None
-    enough = EnoughFinished(num_candidates, num_candidates - num_candidates // 8, ends)
+    enough = EnoughFinished(num_candidates, count_ending(num_candidates), ends)
     if recorder is not None:
         kwargs["logits_processor"] = LogitsProcessorList([recorder, *(kwargs.get("logits_processor") or ())])
     kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), enough])

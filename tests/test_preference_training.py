@@ -527,16 +527,20 @@ def test_settings_of_preferences_are_those_of_its_stage_alone():
 
 
 def test_the_replies_that_are_chosen_are_pairs(tmp_path, monkeypatch):
-    """The best of the LLM's own replies as the last turn, the worst one rejected."""
-    script = load_script("choose_replies")
-    replies = [[{"generated_text": text} for text in (" good ", "fair", "bad\n")]]
+    """The best of the LLM's own replies as the last turn, the worst that it has ended rejected."""
+    script, calls = load_script("choose_replies"), []
+
+    def reply(chats, num_return_sequences, use_knowledge, **kwargs):
+        calls.append((len(chats), use_knowledge))
+        texts = [" good ", *["fair"] * 5, "bad\n", "broken off"][:num_return_sequences]
+        return [[{"generated_text": text} for text in texts]] * len(chats)
 
     class Model:
         device = "cpu"
-        generation_config = type("Config", (), {"num_candidates": 3})
+        generation_config = type("Config", (), {"num_candidates": 8})
 
     monkeypatch.setattr(script, "load_model", lambda source: (Model, None))
-    monkeypatch.setattr(script, "pipeline", lambda *args, **kwargs: lambda chats, **how: replies * len(chats))
+    monkeypatch.setattr(script, "pipeline", lambda *args, **kwargs: reply)
     source, output = write_lines(tmp_path / "d.jsonl", [{"turns": ["a dog?", "yes"]}] * 2), tmp_path / "pairs.jsonl"
     options = ["--model", "m", "--dialogues", source, "--contexts", "2", "--output", str(output)]
     monkeypatch.setattr("sys.argv", ["choose_replies.py", *options])
@@ -544,3 +548,7 @@ def test_the_replies_that_are_chosen_are_pairs(tmp_path, monkeypatch):
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert records == [{"turns": ["A dog?", "good"], "rejected": "bad"}] * 2
     assert {example["rejected"] for example in load_preferences(str(output))} == {"bad"}
+    output.unlink()
+    monkeypatch.setattr("sys.argv", ["choose_replies.py", *options, "--knowledge"])
+    script.main()
+    assert calls == [(2, False), (2, True)]
