@@ -145,12 +145,14 @@ def locate_columns(batch: dict[str, torch.Tensor], token_id: int) -> dict[str, t
 
     Returns:
         `token_positions` [B, T], the position of the token in each column. `token_columns` [B, W], those of a row's
-        tokens from left to right, then of padding, W of the longest row. `knowledge_columns` [B, m], those of its
-        placeholders, if all rows have m. With labels `target_columns` [B, k], those that predict one, k of the row
-        with the most, then others.
+        tokens from left to right, then of padding, without the last token of the longest row, from which nothing is
+        predicted. `knowledge_columns` [B, m], those of its placeholders, if all rows have m. With labels
+        `target_columns` [B, k], those that predict one, k of the row with the most, then others.
     """
     mask, placeholders = batch["attention_mask"], batch["input_ids"] == token_id
-    columns = {"token_positions": (mask.cumsum(1) - 1).clamp(min=0), "token_columns": chosen_columns(mask == 1)}
+    tokens = chosen_columns(mask == 1)  # [B, W + 1]
+    tokens = tokens[:, : max(tokens.shape[1] - 1, 1)]
+    columns = {"token_positions": (mask.cumsum(1) - 1).clamp(min=0), "token_columns": tokens}
     if placeholders[0].any() and (placeholders.sum(1) == placeholders[0].sum()).all():
         columns["knowledge_columns"] = chosen_columns(placeholders)
     if "labels" in batch:

@@ -79,6 +79,23 @@ def test_a_training_step_waits_for_nothing(kind, checkpointing):
     assert counts["parameters"] <= 6  # the first of each encoder, for its dtype
 
 
+@pytest.mark.parametrize("kind", STEPS)
+def test_the_last_token_of_the_longest_prompt_is_not_read(kind):
+    """Nothing is predicted from it, and reading it costs the LLM's activations of a token in every row."""
+    make, collate = STEPS[kind]
+    model = make("separate")
+    batch = collate(model)
+    prompts = {"pairs": [batch], "dialogues": [batch], "joint": [batch, batch.get("dialogues")]}[kind]
+    masks = [[each[name] for name in ("attention_mask", "draw_attention_mask") if name in each] for each in prompts]
+    longest = [max(int(mask.sum(1).max()) for mask in of_a_pass) for of_a_pass in masks]
+    widths = []
+    model.language_model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    model(**batch)
+    assert widths == [length - 1 for length in longest]
+
+
 @pytest.fixture
 def shallow():
     """Deep enough that the LLM's layers are most of the work, as they are in any LLM."""
