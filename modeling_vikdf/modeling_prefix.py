@@ -209,7 +209,7 @@ def predict_tokens(language_model: PreTrainedModel, states: torch.Tensor) -> tor
     head = copy.copy(language_model)  # the same parameters
     vars(head)["_modules"] = {**vars(language_model)["_modules"], language_model.base_model_prefix: _GivenStates()}
     # the class's: what hooks put on the instance belongs to the LLM, not to its copy
-    return type(head).forward(head, inputs_embeds=states).logits
+    return type(head).forward(head, inputs_embeds=states).logits.to(states.device)
 
 
 def read_tokens(
@@ -227,12 +227,14 @@ def read_tokens(
         Of each reading [B, k, d_llm].
     """
     embeds, found, wanted = zip(*readings, strict=True)
-    states = model.run_language_model(
+    outputs = model.run_language_model(
         stack_rows(embeds) if len(embeds) > 1 else embeds[0],
         tokens=stack_rows([columns["token_columns"] for columns in found]),
         language_model=model.language_model.base_model,
         **kwargs,
-    ).last_hidden_state.split([len(rows) for rows in embeds])
+    )
+    # an LLM on several devices leaves them on the last
+    states = outputs.last_hidden_state.to(embeds[0].device).split([len(rows) for rows in embeds])
     wanted = (take_columns(columns["token_positions"], some) for columns, some in zip(found, wanted, strict=True))
     return [take_columns(rows, some) for rows, some in zip(states, wanted, strict=True)]
 
