@@ -1,4 +1,4 @@
-"""What a training step at the paper's shapes takes of a GPU's memory, without a GPU: its tensors are fake, their bytes counted.
+"""What a training step at the paper's shapes takes of a GPU's memory, without one: fake tensors, their bytes counted.
 
 The step is that of a GPU: the LLM and the encoders in bfloat16, both directions in one pass. Counted is what tensors
 hold at once, not what an allocator keeps beside it. The optimizer is AdamW in float32.
@@ -82,6 +82,7 @@ def step_memory(shapes: Shapes, rows: int, checkpointing: bool = False) -> dict[
         batch = {name: fake.from_tensor(tensor) + 0 for name, tensor in batch.items()}  # counted as made here
         before = memory.live
         model = model.to_empty(device="cpu")
+        model.language_model.tie_weights()
         weights = memory.live - before
         training_step(model, batch)
     return {"weights": weights / 1e9, "peak": memory.peak / 1e9, "optimizer": 2 * 4 * trained / 1e9}
@@ -125,11 +126,15 @@ def main() -> None:
     modeling_prefix.WORTH_APART.clear()  # as on a GPU
     shapes = SHAPES[args.shapes]
     settings = {"one_pass": {}, "gradient_checkpointing": {"checkpointing": True}}
-    report: dict[str, Any] = {"shapes": args.shapes, "unit": "GB"}
-    for name, setting in settings.items():
-        report[name] = {f"batch_{rows}": step_memory(shapes, rows, **setting) for rows in args.batches}
-    report["bytes_per_token_and_layer"] = {
-        name: kept_by_layer(shapes, compiled) for name, compiled in (("eager", False), ("torch_compile", True))
+    report: dict[str, Any] = {
+        "memory": {
+            name: {f"batch_{rows}": step_memory(shapes, rows, **setting) for rows in args.batches}
+            for name, setting in settings.items()
+        },
+        "bytes_per_token_and_layer": {
+            name: kept_by_layer(shapes, compiled) for name, compiled in (("eager", False), ("torch_compile", True))
+        },
+        "shapes": args.shapes,
     }
     text = json.dumps(report | {"versions": versions()}, indent=1)
     print(text)
