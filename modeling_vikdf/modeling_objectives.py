@@ -282,7 +282,7 @@ def read_draws(
         prefix=input_ids.shape[1] - n - 1 if pays_apart(input_ids, model.config) else 0,
         language_model=model.language_model.base_model,
     )
-    return outputs.last_hidden_state[:, -n:]
+    return outputs.last_hidden_state[:, -n:].to(embeds.device)
 
 
 # ---- the parts of masked modelling ----

@@ -145,12 +145,14 @@ def locate_columns(batch: dict[str, torch.Tensor], token_id: int) -> dict[str, t
 
     Returns:
         `token_positions` [B, T], the position of the token in each column. `token_columns` [B, W], those of a row's
-        tokens from left to right, then of padding, W of the longest row. `knowledge_columns` [B, m], those of its
-        placeholders, if all rows have m. With labels `target_columns` [B, k], those that predict one, k of the row
-        with the most, then others.
+        tokens from left to right, then of padding, without the last token of the longest row, from which nothing is
+        predicted. `knowledge_columns` [B, m], those of its placeholders, if all rows have m. With labels
+        `target_columns` [B, k], those that predict one, k of the row with the most, then others.
     """
     mask, placeholders = batch["attention_mask"], batch["input_ids"] == token_id
-    columns = {"token_positions": (mask.cumsum(1) - 1).clamp(min=0), "token_columns": chosen_columns(mask == 1)}
+    tokens = chosen_columns(mask == 1)  # [B, W + 1]
+    tokens = tokens[:, : max(tokens.shape[1] - 1, 1)]
+    columns = {"token_positions": (mask.cumsum(1) - 1).clamp(min=0), "token_columns": tokens}
     if placeholders[0].any() and (placeholders.sum(1) == placeholders[0].sum()).all():
         columns["knowledge_columns"] = chosen_columns(placeholders)
     if "labels" in batch:
@@ -207,7 +209,7 @@ def predict_tokens(language_model: PreTrainedModel, states: torch.Tensor) -> tor
     head = copy.copy(language_model)  # the same parameters
     vars(head)["_modules"] = {**vars(language_model)["_modules"], language_model.base_model_prefix: _GivenStates()}
     # the class's: what hooks put on the instance belongs to the LLM, not to its copy
-    return type(head).forward(head, inputs_embeds=states).logits
+    return type(head).forward(head, inputs_embeds=states).logits.to(states.device)
 
 
 def read_tokens(
@@ -225,12 +227,14 @@ def read_tokens(
         Of each reading [B, k, d_llm].
     """
     embeds, found, wanted = zip(*readings, strict=True)
-    states = model.run_language_model(
+    outputs = model.run_language_model(
         stack_rows(embeds) if len(embeds) > 1 else embeds[0],
         tokens=stack_rows([columns["token_columns"] for columns in found]),
         language_model=model.language_model.base_model,
         **kwargs,
-    ).last_hidden_state.split([len(rows) for rows in embeds])
+    )
+    # an LLM on several devices leaves them on the last
+    states = outputs.last_hidden_state.to(embeds[0].device).split([len(rows) for rows in embeds])
     wanted = (take_columns(columns["token_positions"], some) for columns, some in zip(found, wanted, strict=True))
     return [take_columns(rows, some) for rows, some in zip(states, wanted, strict=True)]
 

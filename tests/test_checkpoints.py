@@ -29,6 +29,7 @@ from transformers import (
 from modeling_vikdf import VikdfConfig, VikdfForConditionalGeneration, VikdfForPreTraining, VikdfProcessor
 from modeling_vikdf.backbones import BackboneNotFoundError
 from modeling_vikdf.building import load_model
+from modeling_vikdf.modeling_prefix import locate_columns
 
 
 PACKAGE_ROOT = Path(__file__).parents[1]
@@ -393,6 +394,26 @@ def test_the_attention_implementation_is_not_saved(llama, tmp_path):
     assert model.language_model.config._attn_implementation == "sdpa"
 
 
+def test_flex_attention_reads_padding_and_knowledge_as_another_does(both_directions, llama):
+    """Without compiling, which takes a C++ compiler on a CPU, and has no backward pass there."""
+    one = VikdfForConditionalGeneration.from_pretrained(llama, dtype=torch.float32)
+    flex = {"dtype": torch.float32, "attn_implementation": "flex_attention"}
+    other, words = VikdfForConditionalGeneration.from_pretrained(llama, **flex), inputs_of(one)["attention_mask"] == 1
+    assert other.language_model.config._attn_implementation == "flex_attention"
+    how = {"max_new_tokens": 4, "do_sample": False}
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(logits(other)[words], logits(one)[words], atol=1e-4, rtol=1e-4)
+        for beams in (1, 3):
+            replies = [each.generate(**inputs_of(each), **how, num_beams=beams) for each in (one, other)]
+            assert torch.equal(*replies)
+        losses = []
+        for settings in ({"dtype": torch.float32}, flex):
+            learner = both_directions(**settings)
+            with torch.no_grad():
+                losses.append(learner(**training_inputs(learner)).loss)
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 def test_device_map_of_one_device(llama, loader, recwarn, tmp_path):
     model = LOADERS[loader](llama, device_map={"": "cpu"})
@@ -430,6 +451,95 @@ def test_device_map_with_weights_on_disk(llama, loader, device_map, tmp_path):
     with pytest.warns(UserWarning, match="offloaded"):
         model.save_pretrained(tmp_path / "all", include_backbones=True)
     assert torch.equal(logits(VikdfForConditionalGeneration.from_pretrained(tmp_path / "all")), logits(expected))
+
+
+def training_inputs(model) -> dict[str, torch.Tensor]:
+    """Captions for both directions of the LLM, and where in them what lies, as a collator gives it."""
+    token, batch = model.config.knowledge_token_id, prompt([14, 19])
+    batch["input_ids"][batch["input_ids"] == KNOWLEDGE_ID] = token
+    words = (batch["attention_mask"] == 1) & (batch["input_ids"] != token)
+    batch["labels"] = batch["input_ids"].masked_fill(~words, -100)
+    draws = {"input_ids": torch.cat([torch.arange(10, 32).view(2, 11), torch.full((2, 4), token)], dim=1)}
+    draws["attention_mask"] = torch.ones_like(draws["input_ids"])
+    draws |= locate_columns(draws, token)
+    return batch | locate_columns(batch, token) | {f"draw_{name}": value for name, value in draws.items()}
+
+
+def learn(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of both directions, and the gradients of all that is trained."""
+    torch.manual_seed(0)
+    loss = model.train()(**training_inputs(model)).loss
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.fixture
+def both_directions(llama):
+    """Loads a model that learns both directions, the same each time; with further arguments."""
+
+    def load(**kwargs):
+        torch.manual_seed(0)
+        weights = {"knowledge_to_text": 1.0, "text_to_knowledge": 1.0}
+        return VikdfForPreTraining.from_pretrained(llama, loss_weights=weights, **kwargs)
+
+    return load
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_trained_learns_through_weights_on_disk(both_directions, checkpointing, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    places |= {"model.layers.1": "disk", "lm_head": "disk"}
+    model, expected = both_directions(device_map=places, offload_folder=tmp_path), both_directions()
+    assert model.language_model.lm_head.weight.is_meta
+    for each in (model, expected):
+        if checkpointing:
+            getattr(each, "activation_checkpointing_enable", each.gradient_checkpointing_enable)()
+    for ours, theirs in zip(learn(model), learn(expected), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class Elsewhere(torch.Tensor):
+    """As if on another device: with a tensor of this one it meets only where it has been moved."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to and isinstance(args[1], (str, torch.device)):
+            return super().__torch_function__(func, types, args, kwargs or {}).as_here()
+        tensors = [each for each in args if isinstance(each, torch.Tensor)]
+        assert all(isinstance(each, cls) for each in tensors), f"{func.__name__} of tensors on two devices"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    def as_here(self) -> torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_the_llm_computes_on_its_last_device_comes_back(both_directions, known, monkeypatch):
+    """In a device map over several the states and logits are where its last layer and its head are."""
+    model = both_directions()
+    if not known:
+        monkeypatch.setattr(sys.modules[__name__], "locate_columns", lambda batch, token: {})
+    expected = learn(model)
+    model.zero_grad()
+    language_model = model.language_model
+
+    def send(_, __, outputs):
+        outputs.last_hidden_state = outputs.last_hidden_state.as_subclass(Elsewhere)
+        return outputs
+
+    # as accelerate's hooks: the head takes its input to its own device, and the LLM's outputs come back as a whole
+    language_model.base_model.register_forward_hook(send)
+    language_model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].to("cpu"),))
+    language_model.lm_head.register_forward_hook(lambda _, __, logits: logits.as_subclass(Elsewhere))
+
+    def come_back(_, __, outputs):
+        outputs.logits = outputs.logits.to("cpu")
+        return outputs
+
+    language_model.register_forward_hook(come_back)
+    for ours, theirs in zip(learn(model), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_device_map_of_a_self_contained_checkpoint(llama, tmp_path):

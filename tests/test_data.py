@@ -748,6 +748,16 @@ def test_without_streaming_a_dataset_decodes_on_access(tmp_path, report):
     assert pairs[-1]["image"].mode == "RGB" and pairs.shuffle(seed=1)[:2]["image"][0].size == (4, 4)
 
 
+def test_a_picture_is_decoded_once_and_never_encoded(tmp_path, monkeypatch):
+    """The time that a worker takes for a picture is that of its decoder and of resizing."""
+    stream = load_image_text_pairs(write_tar(tmp_path / "train.tar", samples("a", "b", "c")), shuffle_buffer=2)
+    opened, saved, open_ = [], [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: opened.append(args) or open_(*args, **kwargs))
+    monkeypatch.setattr(Image.Image, "save", lambda *args, **kwargs: saved.append(args))
+    examples = list(DataLoader(stream, batch_size=None))
+    assert len(examples) == len(opened) == 3 and not saved
+
+
 def test_an_unshuffled_stream_resumes_where_its_state_was_taken(tmp_path):
     source = write_shards(tmp_path, [6, 7, 8])
     pairs = load_image_text_pairs(source, shuffle_buffer=0)

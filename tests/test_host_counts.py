@@ -10,8 +10,9 @@ from conftest import load_script
 from tiny_training import ALL, dialogue_model, dialogues, pairs, pretraining_model, processor
 from torch import nn
 
-from modeling_vikdf import benchmark_shapes
+from modeling_vikdf import benchmark_shapes, modeling_prefix
 from modeling_vikdf.benchmark_shapes import SHAPES, count_generation, count_training
+from modeling_vikdf.configuration_vikdf import OBJECTIVES
 from modeling_vikdf.data.collators import DialogueCollator, JointCollator, PreTrainingCollator
 from modeling_vikdf.host_counts import count_host_work, count_python_calls
 
@@ -79,6 +80,23 @@ def test_a_training_step_waits_for_nothing(kind, checkpointing):
     assert counts["parameters"] <= 6  # the first of each encoder, for its dtype
 
 
+@pytest.mark.parametrize("kind", STEPS)
+def test_the_last_token_of_the_longest_prompt_is_not_read(kind):
+    """Nothing is predicted from it, and reading it costs the LLM's activations of a token in every row."""
+    make, collate = STEPS[kind]
+    model = make("separate")
+    batch = collate(model)
+    prompts = {"pairs": [batch], "dialogues": [batch], "joint": [batch, batch.get("dialogues")]}[kind]
+    masks = [[each[name] for name in ("attention_mask", "draw_attention_mask") if name in each] for each in prompts]
+    longest = [max(int(mask.sum(1).max()) for mask in of_a_pass) for of_a_pass in masks]
+    widths = []
+    model.language_model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    model(**batch)
+    assert widths == [length - 1 for length in longest]
+
+
 @pytest.fixture
 def shallow():
     """Deep enough that the LLM's layers are most of the work, as they are in any LLM."""
@@ -130,3 +148,42 @@ def test_the_figures_are_written_and_plotted(tmp_path, monkeypatch):
     assert [point["batch"] for point in report["sweeps"]["batch"]] == [1, 2]
     assert all(point["ratio"] > 0 for points in report["sweeps"].values() for point in points)
     assert "<svg" in output.with_suffix(".svg").read_text()
+
+
+# ---- memory ----
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    monkeypatch.setattr(modeling_prefix, "WORTH_APART", {})  # as on a GPU
+    return load_script("speed/memory")
+
+
+def test_live_bytes_by_hand(memory):
+    with memory.LiveBytes() as counted:
+        whole = torch.zeros(1000)
+        part, other = whole[:10], whole + 1
+        del other
+        part = part + 1
+    assert (counted.live, counted.peak) == (4040, 8000)
+
+
+def test_the_memory_of_a_step_without_a_gpu(memory, tmp_path, monkeypatch):
+    two = {name: part | {"num_hidden_layers": 2} for name, part in vars(SHAPES["small"]).items()}
+    flat = replace(SHAPES["small"], **two)
+    monkeypatch.setitem(SHAPES, "small", flat)
+    # what a layer keeps of a token: SwiGLU, both norms, attention and its sums
+    expected = 2 * 3 * 1536 + 4 * 2 * 576 + 4 * 2 + 2 * (2 * 576 + 2 * 192) + 4 * 9
+    assert memory.kept_by_layer(flat, compiled=False) == expected
+    monkeypatch.setattr(memory, "kept_by_layer", lambda shapes, compiled: 0)
+    output = tmp_path / "memory.json"
+    argv = ["memory.py", "--shapes", "small", "--batches", "2", "8", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", argv)
+    memory.main()
+    report = json.loads(output.read_text())
+    plain, checkpointed = report["memory"]["one_pass"], report["memory"]["gradient_checkpointing"]
+    assert plain["batch_2"]["weights"] < plain["batch_2"]["peak"] < plain["batch_8"]["peak"]
+    assert checkpointed["batch_8"]["peak"] < plain["batch_8"]["peak"]
+    model = benchmark_shapes.training_model(flat, OBJECTIVES, torch.bfloat16, "meta")
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert plain["batch_2"]["weights"] == pytest.approx(weights / 1e9, rel=1e-3)  # and buffers

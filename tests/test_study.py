@@ -334,6 +334,10 @@ def test_what_is_rendered(collector, monkeypatch, tmp_path):
     replies["first_token"] = {"tokens_per_s": {"vikdf": 20.0}, "overhead_ratio": 1.2, "peak_memory_gb": 14.0}
     speed = {"speed": {"paper": {"training": training, "generation": replies}}, "device": "cuda"}
     (collector.RESULTS / "speed.json").write_text(json.dumps(speed))
+    step = {"weights": 15.0, "peak": 34.13, "optimizer": 1.27}
+    memory = {"memory": {"one_pass": {"batch_4": step | {"peak": 17.76}, "batch_32": step}}, "shapes": "paper"}
+    memory["bytes_per_token_and_layer"] = {"eager": 131720.0, "torch_compile": 93320.0}
+    (collector.RESULTS / "memory.json").write_text(json.dumps(memory))
     monkeypatch.setattr(collector, "HEADLINES", ("chat", "missing"))
     collector.render(readme)
     text, everything = readme.read_text(), (collector.RESULTS / "tables.md").read_text()
@@ -343,6 +347,8 @@ def test_what_is_rendered(collector, monkeypatch, tmp_path):
     assert "| queries | 20 | 1,000 |\n|---|---|---|\n| 4 | 1.20 | 1.00 |\n| 8 | 1.40 | 1.01 |" in everything
     assert "| in batches of 16 | 0.30 | 25 |\n| one at a time | 1.50 | 125 |\n\n5.0 times faster." in everything
     assert "| paper | 9,560 | 1.04 | 0 | 0 | 1.002 | 1.018 |" in everything
+    assert "| | 4 | 32 |\n|---|---|---|\n| one_pass | 19.0 | 35.4 |" in everything
+    assert "keeps of a token: 132 kB (eager), 93 kB (torch_compile)." in everything
     assert "| paper, step, batch_4 | 22.0 | 0.98 | 21.0 |" in everything
     assert "| paper, reply, first_token | 20.0 | 1.20 | 14.0 |" in everything
     plots = {path: path.read_bytes() for path in collector.RESULTS.glob("*.svg")}

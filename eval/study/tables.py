@@ -159,6 +159,23 @@ def speed_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(result: dict[str, Any]) -> str:
+    """The results of eval/speed/memory.py: a row for each setting, a column for each number of pairs."""
+    settings = result["memory"]
+    batches = next(iter(settings.values()))
+    kept = (f"{value / 1000:.0f} kB ({name})" for name, value in result["bytes_per_token_and_layer"].items())
+    lines = [
+        f"GB (computed) that a training step of all five objectives takes at the {result['shapes']} shapes, AdamW's "
+        "moments included, by pairs in a batch:\n",
+        "| | " + " | ".join(name.removeprefix("batch_") for name in batches) + " |",
+        "|" + "---|" * (1 + len(batches)),
+    ]
+    for name, steps in settings.items():
+        cells = [f"{step['peak'] + step['optimizer']:.1f}" for step in steps.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"A layer of the LLM keeps of a token: {', '.join(kept)}."])
+
+
 def _times(speed: dict[str, Any]) -> list[str]:
     """Rows of what a GPU was timed at."""
     lines = ["| | pairs or tokens a second | over the bare LLM's time | peak GB |", "|---|---|---|---|"]
@@ -179,4 +196,4 @@ def _times(speed: dict[str, Any]) -> list[str]:
 
 
 # results that compare no arms
-TIMES = {"latency": latency_table, "speed": speed_table, "throughput": throughput_table}
+TIMES = {"latency": latency_table, "memory": memory_table, "speed": speed_table, "throughput": throughput_table}
