@@ -31,13 +31,11 @@ WRONG: dict[tuple[str | int, ...], list[Any]] = {
     ("messages",): [
         *("", "text", 1, True, {}, [], [1], [[]], [{}], ["text"]),
         [{"role": "system", "content": "a"}],
-        [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}],
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         [{"role": "user", "content": "a"}] * 2000,
     ],
     ("messages", 0, "role"): ["tool", "function", "System", "user " * 1000, "", 1, [], {}],
     ("messages", 0, "content"): [
-        *("", " \n", 1, 1.5, True, {}, [], [1], ["a"], [{}], "\ud800", "\x00\udfff"),
+        *("", " \n", 1, 1.5, True, {}, [], [1], ["a"], [{}]),
         *([{"type": kind}] for kind in ("text", "image_url", "audio", "", 1)),
         *([{"type": "text", "text": text}] for text in (1, None, [], "")),
         *([{"type": "image_url", "image_url": url}] for url in (1, "data:image/png;base64,AAAA", {}, {"url": 1})),
