@@ -410,7 +410,8 @@ def create_app(
             it alone are refused. By default the LLM's window, so that each chat fits, or 16,384 if that is more.
         max_queue: maximum number of waiting requests; further ones get 429.
         max_client_requests: maximum number of requests that an address may have open, so that one client leaves room
-            for the others; further ones get 429. Raise it where all clients come from one address.
+            for the others; further ones get 429. Four times as many are let in a second; what comes faster waits.
+            Raise it where all clients come from one address.
         timeout: seconds that a request may take to arrive, and its response after that.
         allow_origins: origins whose pages a browser lets use this server, `https://example.org` or `*` for all. They
             need the key, too.
