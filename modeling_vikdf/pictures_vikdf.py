@@ -49,7 +49,7 @@ def read_picture(picture: bytes | str | os.PathLike | Image.Image, max_pixels: i
     if width * height > max_pixels:
         raise ValueError(f"the picture has {width} x {height} pixels; at most {max_pixels} are read.")
     try:
-        upright = ImageOps.exif_transpose(picture)  # which decodes it
+        upright = ImageOps.exif_transpose(picture)  # which decodes it, and copies it
     except Exception as error:  # damaged files make decoders raise nearly anything
         raise ValueError(f"cannot read the picture: it is not a complete {_formats()} ({error}).") from error
     try:
@@ -79,7 +79,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:  # transparent pixels may have any color, often black
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # a copy more would be as large as a picture
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

@@ -218,6 +218,13 @@ def test_every_way_in_gives_the_same_error(kind, tmp_path, server, processor):
     assert len(errors) == 1 and "0x" not in errors.pop()  # the same each time: no address of an object in it
 
 
+def test_a_picture_is_copied_once():
+    image = Image.effect_noise((64, 64), 50).convert("RGB")
+    before = Image.core.get_stats()["new_count"]
+    assert pixels(read_picture(image)) == pixels(image)
+    assert Image.core.get_stats()["new_count"] == before + 1  # images that were made
+
+
 def test_images_of_the_caller_are_read_as_their_files_and_left_alone():
     for image, expected in (
         (row("I;16B", 20000, 0), [GREY, (0,) * 3]),

@@ -31,13 +31,11 @@ WRONG: dict[tuple[str | int, ...], list[Any]] = {
     ("messages",): [
         *("", "text", 1, True, {}, [], [1], [[]], [{}], ["text"]),
         [{"role": "system", "content": "a"}],
-        [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}],
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         [{"role": "user", "content": "a"}] * 2000,
     ],
     ("messages", 0, "role"): ["tool", "function", "System", "user " * 1000, "", 1, [], {}],
     ("messages", 0, "content"): [
-        *("", " \n", 1, 1.5, True, {}, [], [1], ["a"], [{}], "\ud800", "\x00\udfff"),
+        *("", " \n", 1, 1.5, True, {}, [], [1], ["a"], [{}]),
         *([{"type": kind}] for kind in ("text", "image_url", "audio", "", 1)),
         *([{"type": "text", "text": text}] for text in (1, None, [], "")),
         *([{"type": "image_url", "image_url": url}] for url in (1, "data:image/png;base64,AAAA", {}, {"url": 1})),
@@ -169,14 +167,17 @@ async def memory(client: httpx.AsyncClient) -> int | None:
 async def send_malformed(
     client: httpx.AsyncClient, model: str, requests: int, seed: int
 ) -> tuple[dict[int, int], list[str]]:
-    """How many malformed requests were answered with each status, and those that did not get a 4xx."""
+    """How many malformed requests got each status (0: no answer), and those that did not get a 4xx."""
     random, statuses, wrong = Random(seed), Counter(), []
     for _ in range(requests):
         body = malformed_body(random, model)
         headers = {"Content-Type": "application/json"}
-        response = await client.post("/v1/chat/completions", content=body, headers=headers)
-        statuses[response.status_code] += 1
-        if not 400 <= response.status_code < 500:
+        try:
+            status = (await client.post("/v1/chat/completions", content=body, headers=headers)).status_code
+        except httpx.TransportError:
+            status = 0
+        statuses[status] += 1
+        if not 400 <= status < 500:
             wrong.append(repr(body[:500]))
     return dict(sorted(statuses.items())), wrong
 

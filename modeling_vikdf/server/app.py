@@ -23,18 +23,21 @@ Example run:
 
 import asyncio
 import base64
+import gc
 import hmac
 import logging
 import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import torch
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Security
@@ -55,7 +58,7 @@ from .answers import ChatCompletion, Health, Knowledge, Model, ModelList, Refusa
 from .engine import Engine, EngineWorker, connect
 from .engine import encode_prompt_embeddings as encode_prompt_embeddings  # was here up to 0.1: for one more release
 from .jobs import Job, Update
-from .limits import MAX_OPEN_BYTES, SMALL_BODY, Budget, client_network
+from .limits import BYTES_PER_SECOND, MAX_OPEN_BYTES, SMALL_BODY, Budget, Pace, client_network
 from .logprobs import TokenTexts
 from .schema import ChatBody, ChatCompletionRequest, KnowledgeRequest, error_response
 from .worker import Metrics, Worker, log_failure
@@ -65,6 +68,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 * 2**20
 MAX_MARKS = 250_000  # brackets and colons of a body: each may begin an object, of 100 times its bytes, and takes time
+REQUESTS_PER_SECOND = 4  # of a client, for each that it may have open
 CLIENT_LEFT = 499  # never sent: for the log and the metrics only
 ANSWERED_CHAT = {200: {"model": ChatCompletion, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is nginx's
@@ -77,8 +81,8 @@ class RequestGuard:
     """
     The outermost ASGI middleware, but for that of other origins.
 
-    It refuses wrong keys, bodies that are too large or too slow, and what exceeds a client's share; turns unexpected
-    errors into a 500, and counts and logs every response.
+    It refuses wrong keys, bodies that are too large or too slow, and what exceeds a client's share; lets clients that
+    are too fast wait; turns unexpected errors into a 500, and counts and logs every response.
 
     Args:
         app: the application behind it.
@@ -92,6 +96,9 @@ class RequestGuard:
         self.app, self.metrics, self.timeout = app, metrics, timeout
         self.open_requests = Budget(math.inf, max_client_requests)
         self.open_bytes = Budget(MAX_OPEN_BYTES, MAX_OPEN_BYTES // 2)
+        per_second = REQUESTS_PER_SECOND * max_client_requests
+        self.request_pace = Pace(per_second, per_second)
+        self.byte_pace = Pace(BYTES_PER_SECOND, MAX_BODY_BYTES)  # the largest body comes in at once
         self.expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -117,6 +124,8 @@ class RequestGuard:
                 limits = f"{MAX_BODY_BYTES} bytes, or {MAX_MARKS} of '[', '{{', ':'"
                 raise HTTPException(413, f"The request has more than {limits}.")
             more = min(len(body), max(0, size - SMALL_BODY))
+            if more:
+                await asyncio.sleep(self.byte_pace.take(client, more))
             if not self.open_bytes.take(client, more):
                 raise HTTPException(503, "Too many large requests are open; try again.", {"Retry-After": "1"})
             held += more
@@ -150,6 +159,8 @@ class RequestGuard:
                 )
                 await refusal(scope, receive, counted_send)
             else:
+                if is_api:
+                    await asyncio.sleep(self.request_pace.take(client, 1))
                 await self.app(scope, limited_receive, counted_send)
         except Exception as error:
             log_failure(error)
@@ -248,7 +259,9 @@ class Api:
     started: int = field(default_factory=lambda: int(time.time()))
     texts: TokenTexts = field(init=False)
     preparing: int = 0  # requests whose job is not yet in the worker's queue
-    preparing_large: asyncio.Lock = field(default_factory=asyncio.Lock)  # a picture, or a long text
+    # a picture or a long text at a time, of a client and in all; one thread, since each keeps memory for the next one
+    preparing_large: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "vikdf-prepare"))
+    turns: WeakValueDictionary[str | None, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def __post_init__(self):
         self.texts = TokenTexts(self.worker.processor)
@@ -261,21 +274,29 @@ class Api:
             HTTPException: 404 for another model's name, 400 for a chat that the processor refuses, 413 for too much
                 text, 429 if the queue is full, 503 if the server is shutting down.
         """
-        loop = asyncio.get_running_loop()
         self._check_name(body.model)
         self.worker.check_room(self.preparing)  # before any work is done
-        deadline = loop.time() + self.timeout
+        client = client_network(request.client)
+        deadline = asyncio.get_running_loop().time() + self.timeout
         self.preparing += 1
         try:
-            async with self.preparing_large if body.is_large() else nullcontext():  # one at a time
-                job = await asyncio.to_thread(self.worker.prepare, body, deadline, loop)
+            job = await self._prepare(body, client, deadline)
         except ValueError as error:
             raise HTTPException(400, str(error).removeprefix("row 0").lstrip(":, ")) from error
         finally:
             self.preparing -= 1
+        job.client = client
         self.worker.submit(job)
         job.watcher = asyncio.create_task(cancel_when_client_leaves(request, job, self.worker))
         return job
+
+    async def _prepare(self, body: ChatBody, client: str | None, deadline: float) -> Job:
+        loop = asyncio.get_running_loop()
+        prepare = partial(self.worker.prepare, body, deadline, loop)
+        if not body.is_large():
+            return await loop.run_in_executor(None, prepare)
+        async with self.turns.setdefault(client, asyncio.Lock()):  # one client's second behind any other's first
+            return await loop.run_in_executor(self.preparing_large, prepare)
 
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
         """A reply or several, whole or streamed."""
@@ -389,7 +410,8 @@ def create_app(
             it alone are refused. By default the LLM's window, so that each chat fits, or 16,384 if that is more.
         max_queue: maximum number of waiting requests; further ones get 429.
         max_client_requests: maximum number of requests that an address may have open, so that one client leaves room
-            for the others; further ones get 429. Raise it where all clients come from one address.
+            for the others; further ones get 429. Four times as many are let in a second; what comes faster waits.
+            Raise it where all clients come from one address.
         timeout: seconds that a request may take to arrive, and its response after that.
         allow_origins: origins whose pages a browser lets use this server, `https://example.org` or `*` for all. They
             need the key, too.
@@ -533,6 +555,8 @@ def serve(
         logger.warning("Anyone who can reach %s:%d can use this server: it requires no API key.", host, port)
     if api_key is None and "*" in settings.get("allow_origins", ()):
         logger.warning("Any page in a browser on this machine can use this server: it requires no API key.")
+    gc.collect()
+    gc.freeze()  # or each full collection, which large bodies cause, looks at all that was imported, in 0.2 s
     # uvicorn's own access log would show whole URLs, whatever they contain
     uvicorn.run(
         app,

@@ -6,6 +6,7 @@ Knows uvicorn's protocol and its connections; nothing of requests, jobs and mode
 import asyncio
 from collections import Counter
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .limits import client_network
@@ -13,6 +14,7 @@ from .limits import client_network
 
 HEADER_TIMEOUT = 10.0  # seconds for a request's header; uvicorn has no limit once its first byte has come
 SEND_TIMEOUT = 30.0  # seconds for what has been written to a client that does not read
+REFUSED_PAUSE = 0.1  # seconds before more is read of a request that has been answered already
 MAX_CLIENT_CONNECTIONS = 64  # without a whole request
 MAX_CONNECTIONS = 512  # half of the 1,024 file descriptors that a process usually has
 BACKLOG = 128  # connections that the system accepts at once, before any of them can be closed
@@ -23,9 +25,10 @@ class GuardedProtocol(H11Protocol):
     uvicorn's HTTP protocol, which closes connections that do not ask anything, or do not read what they asked for.
 
     A request's header has to arrive within `HEADER_TIMEOUT`, in however many pieces. A client that stops reading has
-    `SEND_TIMEOUT`; nothing more is written meanwhile. Of more than `MAX_CLIENT_CONNECTIONS` of a client without a
-    whole request the oldest ends. Where there are more than `MAX_CONNECTIONS`, the client that has most of these loses
-    its oldest one. A request that is being answered is never lost.
+    `SEND_TIMEOUT`; nothing more is written meanwhile. What still comes of a request that has been answered is read
+    slowly, for as long as a header may take. Of more than `MAX_CLIENT_CONNECTIONS` of a client without a whole request
+    the oldest ends. Where there are more than `MAX_CONNECTIONS`, the client that has most of these loses its oldest
+    one. A request that is being answered is never lost.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -50,6 +53,9 @@ class GuardedProtocol(H11Protocol):
         """Passes data on; the header's time runs on until it is complete."""
         super().data_received(data)
         self._watch()
+        if self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY:
+            self.transport.pause_reading()
+            self.loop.call_later(REFUSED_PAUSE, self._read_on)
 
     def on_response_complete(self) -> None:
         """The time of the next header begins."""
@@ -87,6 +93,10 @@ class GuardedProtocol(H11Protocol):
             self._end_watch()
         elif self.silence is None and not self.transport.is_closing():
             self.silence = self.loop.call_later(HEADER_TIMEOUT, self.transport.close)  # after what is still to be sent
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def _end_watch(self) -> None:
         if self.silence is not None:

@@ -60,6 +60,7 @@ class Job:
         loop: the event loop that waits for the results.
         continued: whether the reply continues the chat's last message.
         num_logprobs: how many likely tokens are told beside each of the reply's own; `None` for not even these.
+        client: whose request it is.
     """
 
     features: BatchFeature
@@ -70,6 +71,8 @@ class Job:
     loop: asyncio.AbstractEventLoop
     continued: bool = False
     num_logprobs: int | None = None
+    client: str | None = None
+    turn: float = 0.0  # jobs with lower ones come first
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     arrived: float = field(default_factory=time.monotonic)
     cancelled: bool = False
@@ -93,6 +96,11 @@ class Job:
     def finished(self) -> bool:
         """Whether all of its replies are finished."""
         return all(reply.finished for reply in self.replies)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and the longest reply, with all beams, candidates and replies."""
+        return self.copies * (self.prompt_length + self.max_new_tokens)
 
     @property
     def prompt_length(self) -> int:
@@ -147,9 +155,15 @@ class Job:
 def _undecided(text: str, stops: tuple[str, ...]) -> int:
     """How many characters at the end may yet change: an incomplete character, or the beginning of a stop sequence."""
     incomplete = len(text) - len(text.rstrip("\ufffd"))
-    longest = (range(min(len(stop) - 1, len(text)), 0, -1) for stop in stops)
-    beginnings = (n for stop, lengths in zip(stops, longest, strict=True) for n in lengths if text.endswith(stop[:n]))
-    return max(incomplete, max(beginnings, default=0))
+    return max([incomplete, *(_begun(text[max(0, len(text) - len(stop) + 1) :], stop) for stop in stops)])
+
+
+def _begun(end: str, stop: str) -> int:
+    """How many characters of a stop sequence the end of a text is the beginning of."""
+    at = end.find(stop[0])
+    while at >= 0 and not stop.startswith(end[at:]):
+        at = end.find(stop[0], at + 1)
+    return len(end) - at if at >= 0 else 0
 
 
 __all__ = ["Job", "Reply", "Update"]

@@ -4,11 +4,14 @@ Knows addresses and numbers; nothing of connections, requests and models.
 """
 
 import ipaddress
+import time
 from collections import Counter
+from collections.abc import Callable
 
 
 MAX_OPEN_BYTES = 64 * 2**20  # of the bodies of all open requests; a client has half of it at most
 SMALL_BODY = 2**16  # bytes of a body that do not count: an ordinary chat is always let in
+BYTES_PER_SECOND = 8 * 2**20  # of a client's bodies, without these; reading and checking 8 MiB takes up to 0.2 s
 
 
 class Budget:
@@ -38,6 +41,29 @@ class Budget:
             del self.taken[client]
 
 
+class Pace:
+    """
+    How fast a client may go on: some at once, and then so much a second.
+
+    Args:
+        rate: how much a second.
+        burst: how much at once, after a pause.
+        clock: tells the seconds.
+    """
+
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic):
+        self.rate, self.burst, self.clock = rate, burst, clock
+        self.due: dict[str | None, float] = {}  # when what a client has taken is worked off; who took last comes last
+
+    def take(self, client: str | None, amount: float) -> float:
+        """Takes some for a client, which then has to wait for so many seconds; of who is done nothing is kept."""
+        now = self.clock()
+        while self.due and self.due[oldest := next(iter(self.due))] <= now:
+            del self.due[oldest]
+        self.due[client] = max(now, self.due.pop(client, now)) + amount / self.rate
+        return max(0.0, self.due[client] - now - self.burst / self.rate)
+
+
 def client_network(client: tuple[str, int] | None) -> str | None:
     """The address of a client; the first half of an IPv6 address, because each network has all of the second."""
     host = client and client[0]
@@ -48,4 +74,4 @@ def client_network(client: tuple[str, int] | None) -> str | None:
     return str(address.ipv4_mapped or ipaddress.IPv6Network((int(address), 64), strict=False))
 
 
-__all__ = ["MAX_OPEN_BYTES", "SMALL_BODY", "Budget", "client_network"]
+__all__ = ["BYTES_PER_SECOND", "MAX_OPEN_BYTES", "SMALL_BODY", "Budget", "Pace", "client_network"]

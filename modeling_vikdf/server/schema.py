@@ -19,13 +19,14 @@ LARGE_TEXT = 4_000  # characters that take noticeable time to be tokenized: one 
 MAX_FIELDS = 64  # of an object; each that is unknown is an error, and costs as much time as a page of text
 MAX_STOP = 256  # characters of a stop sequence, which is looked for at each token
 MIN_TEMPERATURE = 0.001  # above 0; logits divided by less overflow
+MAX_MESSAGE = 1000  # characters of an error, which may quote a body
 DEFAULT_MAX_TOKENS = 256  # where neither the request nor the model sets one
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """An error as OpenAI's clients read it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    message = message.encode(errors="replace").decode()  # it may quote half a surrogate pair
+    message = message[:MAX_MESSAGE].encode(errors="replace").decode()  # it may quote half a surrogate pair
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status, headers)
 
 

@@ -36,6 +36,7 @@ from ..modeling_compilation import SHORTEST, next_size, warm_up
 from ..modeling_vikdf import VikdfForConditionalGeneration
 from ..processing_vikdf import VikdfProcessor
 from .jobs import Job
+from .limits import Pace
 from .logprobs import LogprobRecorder, TokenLogprobs
 from .schema import ChatBody, ChatCompletionRequest, Decoding
 
@@ -118,7 +119,7 @@ class Batch:
 
 class Worker(threading.Thread):
     """
-    The thread that owns the model. It answers waiting jobs in batches, oldest first.
+    The thread that owns the model. It answers waiting jobs in batches, each client's oldest first.
 
     Args:
         model, processor: the model and its own processor.
@@ -150,6 +151,9 @@ class Worker(threading.Thread):
         self._running: list[Batch] = []  # the first was interrupted for the second, and so on
         self._changed = threading.Condition()
         self._closing = False
+        # start-time fair queueing: tokens in place of seconds, of which as many have passed as were served to a client
+        self._served = 0.0
+        self._turns = Pace(1, 0, clock=lambda: self._served)
         # tokenizers keep their truncation as state, so one chat at a time uses them; large ones use a copy, so that no
         # other waits for them
         processors = {False: processor, True: copy.deepcopy(processor)}
@@ -237,7 +241,7 @@ class Worker(threading.Thread):
 
     def submit(self, job: Job) -> None:
         """
-        Adds a job to the end of the queue.
+        Adds a job to the queue, in which clients take turns so that each gets as many tokens as any other.
 
         Raises:
             HTTPException: 429 if the queue is full, 503 if the server is shutting down.
@@ -248,6 +252,7 @@ class Worker(threading.Thread):
             self.check_room()
             if self.ident is None:  # a mounted application has no lifespan that starts it
                 self.start()
+            job.turn = self._served + self._turns.take(job.client, job.tokens)
             self._waiting.append(job)
             self._changed.notify()
 
@@ -279,7 +284,7 @@ class Worker(threading.Thread):
         # a hook would be compiled, too: then nothing goes between the passes
         hook = decoder.register_forward_pre_hook(self._before_pass) if self.compile_config is None else None
         while self._wait():
-            self._answer(self.max_batch_tokens)
+            self._answer(lambda job: self.max_batch_tokens)
         if hook is not None:
             hook.remove()
 
@@ -299,8 +304,8 @@ class Worker(threading.Thread):
             self._changed.wait_for(lambda: self._waiting or self._closing)
             return not self._closing
 
-    def _answer(self, max_tokens: int) -> None:
-        """Answers the oldest job of at most so many tokens, and those that can share its batch, if there is one."""
+    def _answer(self, max_tokens: Callable[[Job], int]) -> None:
+        """Answers the next job whose batch may have its tokens, and those that can share it, if there is one."""
         batch = self._take(max_tokens)
         if not batch.jobs:
             return
@@ -320,17 +325,18 @@ class Worker(threading.Thread):
             with self._changed:
                 self._running.remove(batch)
 
-    def _take(self, max_tokens: int) -> Batch:
-        """The oldest job that fits, and those that fit into its batch, as the batch that runs; none if none fits."""
+    def _take(self, max_tokens: Callable[[Job], int]) -> Batch:
+        """The first job that fits, and those that fit into its batch, as the batch that runs; none if none fits."""
         jobs: list[Job] = []
         with self._changed:
-            for job in self._waiting:
-                if (not jobs or job.decoding == jobs[0].decoding) and self._fit([*jobs, job], max_tokens):
+            for job in sorted(self._waiting, key=lambda job: job.turn):
+                if (not jobs or job.decoding == jobs[0].decoding) and self._fit([*jobs, job], max_tokens(job)):
                     jobs.append(job)
             self._waiting = [job for job in self._waiting if job not in jobs]
             batch = Batch(jobs)
             if jobs:
                 self._running.append(batch)
+                self._served = max(self._served, jobs[0].turn - jobs[0].tokens)
         self.progressed = time.monotonic()
         return batch
 
@@ -338,8 +344,7 @@ class Worker(threading.Thread):
         """
         Called before each pass of the LLM: ends a batch that nobody waits for, and lets short jobs go first.
 
-        These are batches with at most a quarter of the tokens of one of its rows: what is not much shorter waits, and
-        shares a batch, which is faster for all. See `UNDISTURBED` for how the time is shared.
+        See `_limits_between` for which, and `UNDISTURBED` for how the time is shared.
 
         Raises:
             Abandoned: if every job of the batch is finished or cancelled.
@@ -355,11 +360,29 @@ class Worker(threading.Thread):
             end = time.monotonic()
             batch.undisturbed_until = end + UNDISTURBED * (end - now)
 
+    def _limits_between(self, batch: Batch) -> Callable[[Job], int]:
+        """
+        How many tokens a batch between the passes of another one may have.
+
+        It is a quarter of one of its rows: what is not much shorter waits, and shares a batch, which is faster for
+        all. For a client that waits for none of its rows it is a quarter of them all, as long as it has had no more
+        tokens than those who do, and nothing after that.
+        """
+        turns = {job.client: job.turn for job in batch.jobs if not (job.finished or job.cancelled)}  # the last of each
+        tokens = self._tokens(batch.jobs)
+
+        def max_tokens(job: Job) -> int:
+            if turns.keys() <= {job.client}:
+                return tokens // len(batch.jobs) // 4
+            return tokens // 4 if job.turn <= min(turns.values()) else 0
+
+        return max_tokens
+
     def _interrupt(self, batch: Batch) -> None:
         with torch.random.fork_rng(enabled=batch.jobs[0].seeded):
             if batch.jobs[0].seeded:
                 torch.seed()  # for numbers of their own
-            self._answer(self._tokens(batch.jobs) // len(batch.jobs) // 4)
+            self._answer(self._limits_between(batch))
 
     def _fit(self, jobs: list[Job], max_tokens: int) -> bool:
         """Whether jobs fit into a batch of so many tokens, and the longest prompt and reply of any into the window."""
