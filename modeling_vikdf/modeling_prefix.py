@@ -6,8 +6,8 @@
                     -> `locate_columns`: where tokens, knowledge and targets lie, found once, where the batch is made
                     -> `take_columns`: with padding behind the tokens, where a causal LLM needs no mask
 
-Which of the two ways a training step takes is decided by `columns_apart`. Nothing here is trained. Knows only the LLM's
-cache and vocabulary head, and the processor's placeholder and padding.
+Which of the two ways a training step takes is decided by `columns_apart`. Nothing here is trained. Knows only the
+LLM's cache and vocabulary head, and the processor's placeholder and padding.
 """
 
 import copy
@@ -271,14 +271,12 @@ def read_prompts(
         logits_to_keep: as in transformers; with labels 0 means those of the labels.
         kwargs: for the LLM.
     """
-    labelled = labels is not None or shift_labels is not None
     # requested caches, hidden states and attentions are those of all columns
     whole = kwargs.get(CACHE) is not None or kwargs.get("use_cache") or model.returns_states(kwargs)
-    prefix = 0
-    if labelled and input_ids is not None and not whole:
-        prefix = columns_apart(model, input_ids)
+    prefix = 0 if input_ids is None or whole else columns_apart(model, input_ids)
     all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
-    if labelled and shift_labels is None and "target_columns" in columns and all_logits and not (whole or prefix):
+    located = "target_columns" in columns and labels is not None and shift_labels is None
+    if located and all_logits and not (whole or prefix):
         unread = ("position_ids", CACHE)  # those of tokens alone are as the LLM counts them
         settings = {name: value for name, value in kwargs.items() if name not in unread}
         (states,) = read_tokens(model, (embeds, columns, columns["target_columns"]), **settings)  # [B, k, d_llm]
