@@ -441,7 +441,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             kwargs: for the LLM; except `shift_labels` [B, T], the ids that each position predicts, -100 for none,
                 which replaces `labels` in the loss; and where in `input_ids` what lies, as collators find it (see
                 `locate_columns`). Then a loss waits for no GPU, and the logits are those of each row's own targets.
-                What changes a batch's labels must leave `target_columns` out.
+                What changes a batch's labels must leave `target_columns` out; `VikdfTrainer` finds them anew.
 
         Raises:
             ValueError: see `embed_prompt`, `project_knowledge` and `get_image_knowledge`.
