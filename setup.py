@@ -30,11 +30,10 @@ setup(
     project_urls={"Paper": "https://arxiv.org/abs/2405.10121"},
     cmdclass={"build_py": BuildAnew},
     packages=[
-        *find_packages(include=["modeling_vikdf", "modeling_vikdf.*"]),
+        *find_packages(include=["modeling_vikdf", "modeling_vikdf.*", "vikdf_cli"]),  # the latter beside it, see there
         "modeling_vikdf.hub_cards",
         "modeling_vikdf.configs",
     ],
-    py_modules=["vikdf_cli"],  # beside the package, see there
     # the templates of the cards, which the package fills, and the recipes
     package_dir={"modeling_vikdf.hub_cards": "hub_cards", "modeling_vikdf.configs": "configs"},
     package_data={

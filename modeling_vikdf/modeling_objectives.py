@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from .configuration_vikdf import VikdfConfig
-from .modeling_prefix import chosen_columns, pays_apart, pop_columns, read_tokens
+from .modeling_prefix import chosen_columns, columns_apart, pop_columns, read_tokens
 
 
 Count = torch.Tensor | float | None  # how much the whole batch scores; `None`: what is given is the whole
@@ -245,7 +245,7 @@ def read_captions_and_draws(model: Any, batch: SimpleNamespace, active: Collecti
         return
     prompts, columns = (batch.input_ids, batch.draw_input_ids), (batch.columns, batch.draw_columns)
     known = all("knowledge_columns" in found for found in columns) and "target_columns" in batch.columns
-    if not known or any(pays_apart(ids, model.config) for ids in prompts):
+    if not known or any(columns_apart(model, ids) for ids in prompts):
         return
     embeds = (
         model.embed_prompt(ids, batch.llm_knowledge, base=base, columns=found["knowledge_columns"])
@@ -264,8 +264,8 @@ def read_draws(
     columns: dict[str, torch.Tensor],
 ) -> torch.Tensor:
     """The LLM's last hidden states before each knowledge vector [B, n, d_llm]; see `text_to_knowledge`."""
-    n = model.config.num_knowledge_tokens
-    if "knowledge_columns" in columns and not pays_apart(input_ids, model.config):
+    n, before = model.config.num_knowledge_tokens, columns_apart(model, input_ids)
+    if "knowledge_columns" in columns and not before:
         places = columns["knowledge_columns"]
         embeds = model.embed_prompt(input_ids, knowledge, columns=places)  # [B, T, d_llm]
         return read_tokens(model, (embeds, columns, places - 1))[0]
@@ -278,8 +278,7 @@ def read_draws(
         embeds,
         mask[:, :-1],
         **positions,
-        # the state of the token before the first vector is wanted
-        prefix=input_ids.shape[1] - n - 1 if pays_apart(input_ids, model.config) else 0,
+        prefix=max(before - 1, 0),  # the state of the token before the first vector is wanted
         language_model=model.language_model.base_model,
     )
     return outputs.last_hidden_state[:, -n:].to(embeds.device)

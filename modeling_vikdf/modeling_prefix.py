@@ -6,8 +6,8 @@
                     -> `locate_columns`: where tokens, knowledge and targets lie, found once, where the batch is made
                     -> `take_columns`: with padding behind the tokens, where a causal LLM needs no mask
 
-Which of the two ways a training step takes is decided by `pays_apart`. Nothing here is trained. Knows only the LLM's
-cache and vocabulary head, and the processor's placeholder and padding.
+Which of the two ways a training step takes is decided by `columns_apart`. Nothing here is trained. Knows only the
+LLM's cache and vocabulary head, and the processor's placeholder and padding.
 """
 
 import copy
@@ -18,6 +18,8 @@ from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
+
+from .modeling_checkpointing import unwritten_cache
 
 
 # The name of the LLM's cache in the installed transformers: "past_key_values" up to 5.23, "cache" since 5.24.
@@ -129,6 +131,11 @@ def pays_apart(input_ids: torch.Tensor, config: PreTrainedConfig) -> bool:
     return torch.is_grad_enabled() and worth is not None and config.text_config.hidden_size >= worth
 
 
+def columns_apart(model: Any, input_ids: torch.Tensor) -> int:
+    """Columns before the knowledge in prompts [B, T] that a step reads in a pass of their own; 0 for one pass."""
+    return model.tokens_before_knowledge(input_ids) if pays_apart(input_ids, model.config) else 0
+
+
 def chosen_columns(chosen: torch.Tensor) -> torch.Tensor:
     """Of each row [B, T] (bool) the columns that are chosen, then others, [B, k]: k those of the row with the most."""
     # at least one: what runs in a step must not depend on chance
@@ -227,14 +234,17 @@ def read_tokens(
         Of each reading [B, k, d_llm].
     """
     embeds, found, wanted = zip(*readings, strict=True)
+    sizes, cache = [len(rows) for rows in embeds], unwritten_cache(model.language_model)
+    tokens = stack_rows([columns["token_columns"] for columns in found]).split(sizes)  # [B, W], W the widest reading's
+    inputs = [take_columns(rows, some) for rows, some in zip(embeds, tokens, strict=True)]  # [B, W, d_llm]
+    kwargs |= {CACHE: cache} if cache is None else {CACHE: cache, "use_cache": False}
     outputs = model.run_language_model(
-        stack_rows(embeds) if len(embeds) > 1 else embeds[0],
-        tokens=stack_rows([columns["token_columns"] for columns in found]),
+        torch.cat(inputs) if len(inputs) > 1 else inputs[0],  # the padding is behind the tokens, and needs no mask
         language_model=model.language_model.base_model,
         **kwargs,
     )
     # an LLM on several devices leaves them on the last
-    states = outputs.last_hidden_state.to(embeds[0].device).split([len(rows) for rows in embeds])
+    states = outputs.last_hidden_state.to(embeds[0].device).split(sizes)
     wanted = (take_columns(columns["token_positions"], some) for columns, some in zip(found, wanted, strict=True))
     return [take_columns(rows, some) for rows, some in zip(states, wanted, strict=True)]
 
@@ -265,14 +275,12 @@ def read_prompts(
         logits_to_keep: as in transformers; with labels 0 means those of the labels.
         kwargs: for the LLM.
     """
-    labelled = labels is not None or shift_labels is not None
     # requested caches, hidden states and attentions are those of all columns
     whole = kwargs.get(CACHE) is not None or kwargs.get("use_cache") or model.returns_states(kwargs)
-    prefix = 0
-    if labelled and input_ids is not None and not whole and pays_apart(input_ids, model.config):
-        prefix = model.tokens_before_knowledge(input_ids)
+    prefix = 0 if input_ids is None or whole else columns_apart(model, input_ids)
     all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
-    if labelled and shift_labels is None and "target_columns" in columns and all_logits and not (whole or prefix):
+    located = "target_columns" in columns and labels is not None and shift_labels is None
+    if located and all_logits and not (whole or prefix):
         unread = ("position_ids", CACHE)  # those of tokens alone are as the LLM counts them
         settings = {name: value for name, value in kwargs.items() if name not in unread}
         (states,) = read_tokens(model, (embeds, columns, columns["target_columns"]), **settings)  # [B, k, d_llm]
@@ -326,6 +334,7 @@ __all__ = [
     "align_at_knowledge",
     "choose_targets",
     "chosen_columns",
+    "columns_apart",
     "locate_columns",
     "pays_apart",
     "pop_cache",

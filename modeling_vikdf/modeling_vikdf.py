@@ -28,7 +28,7 @@ from .modeling_checkpointing import ReadOnlyCache, checkpointed_layers, checkpoi
 from .modeling_compilation import has_compiled_layers, selects_outputs
 from .modeling_generation import KnowledgeGenerationMixin
 from .modeling_iqformer import VikdfIQFormer, VikdfMatchingHead, initialize_from_bert, whole_mask
-from .modeling_prefix import CACHE, pop_cache, pop_columns, read_prefix, read_prompts, take_columns
+from .modeling_prefix import CACHE, pop_cache, pop_columns, read_prefix, read_prompts
 from .modeling_pretrained import VikdfPreTrainedModel, find_backbone
 
 
@@ -441,7 +441,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             kwargs: for the LLM; except `shift_labels` [B, T], the ids that each position predicts, -100 for none,
                 which replaces `labels` in the loss; and where in `input_ids` what lies, as collators find it (see
                 `locate_columns`). Then a loss waits for no GPU, and the logits are those of each row's own targets.
-                What changes a batch's labels must leave `target_columns` out.
+                What changes a batch's labels must leave `target_columns` out; `VikdfTrainer` finds them anew.
 
         Raises:
             ValueError: see `embed_prompt`, `project_knowledge` and `get_image_knowledge`.
@@ -496,7 +496,6 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         attention_mask: torch.Tensor | None = None,
         *,
         prefix: int = 0,
-        tokens: torch.Tensor | None = None,
         language_model: nn.Module | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -512,18 +511,12 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
             inputs_embeds: [B, T, d_llm].
             attention_mask: [B, T].
             prefix: number of columns before the first knowledge vector, if they are to be read apart.
-            tokens: the columns [B, W] to read instead of all, in each row those of its tokens, then of padding, which
-                needs no mask.
             language_model: the LLM (default), or its decoder if no logits are needed.
             logits_to_keep: as in transformers, in columns of the whole sequence.
             kwargs: for the LLM.
         """
         logits = {} if language_model is not None else {"logits_to_keep": logits_to_keep}
         language_model = self.language_model if language_model is None else language_model
-        if tokens is not None:
-            inputs_embeds, attention_mask = take_columns(inputs_embeds, tokens), None
-            kwargs |= {CACHE: unwritten_cache(self.language_model)}
-            kwargs |= {} if kwargs[CACHE] is None else {"use_cache": False}
         if (
             prefix
             and logits

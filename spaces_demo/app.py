@@ -30,7 +30,7 @@ import gradio as gr
 import torch
 from fastapi import Depends, HTTPException, Request
 from PIL import Image
-from transformers import BatchFeature, pipeline
+from transformers import BatchFeature, GenerationConfig, pipeline
 
 from modeling_vikdf import DEFAULT_CHECKPOINT, VikdfDialoguePipeline, VikdfProcessor
 from modeling_vikdf.building import load_model
@@ -113,6 +113,8 @@ FOLLOW = """
 """
 
 FOLLOWED = "(...inputs) => { window.followReplies(); return inputs; }"
+
+QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # of handlers that need no model
 
 LAUNCH = {
     "css": CSS,
@@ -309,93 +311,111 @@ class Demo:
         with gr.Blocks(title="VIKDF", analytics_enabled=False) as page:
             page.load(None, js=FOLLOW, api_visibility="private")
             gr.Markdown(HEADER)
-            look = {
-                "show_label": False,
-                "buttons": [],
-                "height": "min(60vh, 620px)",
-                "elem_classes": "chat",
-                "group_consecutive_messages": False,
-                "latex_delimiters": [],
-                "render_markdown": False,  # texts are shown as typed; their HTML is up to `inert`
-            }
-            with gr.Row():
-                with gr.Column(min_width=320):
-                    with_title = gr.Markdown("**With knowledge**", visible=False)
-                    chat = gr.Chatbot(
-                        label="With knowledge",
-                        editable="user",
-                        placeholder="<h3>Say something, see what it pictures</h3>",
-                        examples=[{"text": text} for text in EXAMPLES],
-                        **look,
-                    )
-                with gr.Column(min_width=320, visible=False) as beside:
-                    gr.Markdown("**The same language model without knowledge**")
-                    bare = gr.Chatbot(label="Without knowledge", **look)
-            box = gr.MultimodalTextbox(
-                placeholder="Message" if self.no_pictures else "Message or picture",
-                sources=[] if self.no_pictures else ["upload"],
-                file_types=["image"],
-                show_label=False,
-                label="Message",
-                max_plain_text_length=LONGEST_MESSAGE,
-            )
-            if self.no_pictures:
-                gr.Markdown(f"*{self.no_pictures}*")
+            chat, bare, beside = build_dialogues()
+            box = self._message_box()
             with gr.Row(equal_height=True):
                 compare = gr.Checkbox(label="Side by side with the same model without knowledge", min_width=280)
                 new = gr.Button("New chat", size="sm", scale=0, min_width=120)
-            with gr.Accordion("Settings", open=False), gr.Row():
-                config = self.pipe.model.generation_config
-                longest = config.max_new_tokens or 64
-                length = gr.Slider(8, 200, longest, step=8, label="Longest reply", info="in tokens")
-                temperature = gr.Slider(
-                    0,
-                    1.5,
-                    (config.temperature or 1.0) if config.do_sample else 0,
-                    step=0.1,
-                    label="Temperature",
-                    info="0 always takes the likeliest word; a retry never does",
-                )
-                beams = gr.Slider(1, 4, 1, step=1, label="Beams", info="more than one: no sampling, and no streaming")
-                candidates = gr.Slider(
-                    1,
-                    16,
-                    getattr(config, "num_candidates", 1),
-                    step=1,
-                    label="Candidates",
-                    info="replies that are sampled, to give the best; one is streamed",
-                )
+            settings = build_settings(self.pipe.model.generation_config)
             gr.Markdown(FOOTER.format(count=0 if self.index is None else len(self.index)))
 
-            controls = [compare, length, temperature, beams, candidates]
-            state, busy = [chat, bare, *controls], {"concurrency_limit": 4, "concurrency_id": "model"}
-            shown = [box, chat, bare]
-            gr.Button(visible=False).click(self.send, [box, *state], shown, api_name="send", **busy)
-            quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-            accepted = [
-                box.submit(self.accept, shown, shown, **quick),
-                chat.example_select(self.accept_example, [chat, bare], shown, **quick),
-            ]
-            sent, chosen = (
-                event.success(self.reply, state, shown, api_visibility="private", js=FOLLOWED, **busy)
-                for event in accepted
-            )
-            again = chat.retry(self.retry, state, [box, chat, bare], api_visibility="private", **busy)
-            other = chat.edit(self.edit, state, [box, chat, bare], api_visibility="private", **busy)
-            ready = {"fn": lambda: gr.MultimodalTextbox(submit_btn=True, stop_btn=False), "outputs": box}
-            running = [sent, chosen, again, other]
-            for event in running:
-                event.then(**ready, **quick)
-            box.stop(**ready, cancels=running, **quick)
+            self._reply_to(box, chat, bare, [compare, *settings])
             # An event that clears the page could be followed by the last words of a reply that is being cancelled.
             new.click(None, js="() => window.location.reload()", api_visibility="private")
-            compare.change(
-                show_beside,
-                [compare, chat],
-                [with_title, beside, bare],
-                **quick,
-            ).then(None, js="() => window.followReplies()", **quick)
+            compare.change(show_beside, [compare, chat], [*beside, bare], **QUICK).then(
+                None, js="() => window.followReplies()", **QUICK
+            )
         return page
+
+    def _message_box(self) -> gr.MultimodalTextbox:
+        """Where visitors write, with the reason below it if they cannot add pictures."""
+        box = gr.MultimodalTextbox(
+            placeholder="Message" if self.no_pictures else "Message or picture",
+            sources=[] if self.no_pictures else ["upload"],
+            file_types=["image"],
+            show_label=False,
+            label="Message",
+            max_plain_text_length=LONGEST_MESSAGE,
+        )
+        if self.no_pictures:
+            gr.Markdown(f"*{self.no_pictures}*")
+        return box
+
+    def _reply_to(self, box: gr.MultimodalTextbox, chat: gr.Chatbot, bare: gr.Chatbot, controls: list) -> None:
+        """What visitors do with messages, and API clients, leads to replies, which the box's button stops."""
+        state, busy = [chat, bare, *controls], {"concurrency_limit": 4, "concurrency_id": "model"}
+        shown = [box, chat, bare]
+        gr.Button(visible=False).click(self.send, [box, *state], shown, api_name="send", **busy)
+        accepted = [
+            box.submit(self.accept, shown, shown, **QUICK),
+            chat.example_select(self.accept_example, [chat, bare], shown, **QUICK),
+        ]
+        sent, chosen = (
+            event.success(self.reply, state, shown, api_visibility="private", js=FOLLOWED, **busy)
+            for event in accepted
+        )
+        again = chat.retry(self.retry, state, shown, api_visibility="private", **busy)
+        other = chat.edit(self.edit, state, shown, api_visibility="private", **busy)
+        ready = {"fn": lambda: gr.MultimodalTextbox(submit_btn=True, stop_btn=False), "outputs": box}
+        running = [sent, chosen, again, other]
+        for event in running:
+            event.then(**ready, **QUICK)
+        box.stop(**ready, cancels=running, **QUICK)
+
+
+# ---- parts of the page ----
+
+
+def build_dialogues() -> tuple[gr.Chatbot, gr.Chatbot, tuple[gr.Markdown, gr.Column]]:
+    """The dialogue, the one without knowledge, and what is shown only when both are: a title and the second column."""
+    look = {
+        "show_label": False,
+        "buttons": [],
+        "height": "min(60vh, 620px)",
+        "elem_classes": "chat",
+        "group_consecutive_messages": False,
+        "latex_delimiters": [],
+        "render_markdown": False,  # texts are shown as typed; their HTML is up to `inert`
+    }
+    with gr.Row():
+        with gr.Column(min_width=320):
+            title = gr.Markdown("**With knowledge**", visible=False)
+            chat = gr.Chatbot(
+                label="With knowledge",
+                editable="user",
+                placeholder="<h3>Say something, see what it pictures</h3>",
+                examples=[{"text": text} for text in EXAMPLES],
+                **look,
+            )
+        with gr.Column(min_width=320, visible=False) as column:
+            gr.Markdown("**The same language model without knowledge**")
+            bare = gr.Chatbot(label="Without knowledge", **look)
+    return chat, bare, (title, column)
+
+
+def build_settings(config: GenerationConfig) -> list[gr.Slider]:
+    """Length, temperature, beams and candidates of replies, as the model's configuration has them."""
+    with gr.Accordion("Settings", open=False), gr.Row():
+        longest = config.max_new_tokens or 64
+        length = gr.Slider(8, 200, longest, step=8, label="Longest reply", info="in tokens")
+        temperature = gr.Slider(
+            0,
+            1.5,
+            (config.temperature or 1.0) if config.do_sample else 0,
+            step=0.1,
+            label="Temperature",
+            info="0 always takes the likeliest word; a retry never does",
+        )
+        beams = gr.Slider(1, 4, 1, step=1, label="Beams", info="more than one: no sampling, and no streaming")
+        candidates = gr.Slider(
+            1,
+            16,
+            getattr(config, "num_candidates", 1),
+            step=1,
+            label="Candidates",
+            info="replies that are sampled, to give the best; one is streamed",
+        )
+    return [length, temperature, beams, candidates]
 
 
 # ---- dialogues in the page's format ----

@@ -526,7 +526,7 @@ def test_command(tmp_path):
 
 def test_the_package_carries_the_templates(tmp_path):
     """What is built, and so in the wheel, of a package of one module: the default checkpoint need not be copied."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vikdf_cli.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("hub_cards", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name)

@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_models import tiny_config
 from tiny_training import ALL, dialogue_model, dialogues, model_config, pairs, prepare, pretraining_model, processor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
 import modeling_vikdf
@@ -24,7 +25,7 @@ from modeling_vikdf.modeling_distillation import (
     matching_loss,
     text_to_knowledge_loss,
 )
-from modeling_vikdf.modeling_prefix import pays_apart
+from modeling_vikdf.modeling_prefix import locate_columns, pays_apart, read_tokens
 from modeling_vikdf.modeling_vikdf import reply_loss
 from modeling_vikdf.training.trainer import freeze_unused
 
@@ -585,6 +586,51 @@ def test_the_prefix_is_read_apart_where_that_pays():
         assert not pays_apart(ids.to("meta"), large)  # as on any device that is no CPU
         with torch.no_grad():
             assert not pays_apart(ids, large)
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize(
+    "objectives", [{"knowledge_to_text": 1.0}, {"text_to_knowledge": 1.0}, ALL], ids=["to_text", "to_knowledge", "all"]
+)
+def test_compiled_layers_read_no_prefix_apart(objectives):
+    """They would compile anew for its part of the cache; so both directions go in one pass there, too."""
+    model = pretraining_model(objectives)
+    batch, passes = PreTrainingCollator(processor(), model.config)(pairs(4)), []
+    expected = gradients_of(model, batch)
+    model.language_model.layers_are_compiled = True
+    model.language_model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    assert_same(gradients_of(model, batch), expected)
+    assert len(passes) == 1
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_no_padding_of_prompts_is_copied(monkeypatch):
+    """Of prompts with much padding the LLM gets the tokens alone, and nothing larger is made on the way there."""
+    model, width = dialogue_model(), 7
+    monkeypatch.setattr(
+        model, "run_language_model", lambda embeds, **_: SimpleNamespace(last_hidden_state=embeds.clone())
+    )
+    ids, readings, expected = torch.full((1, 40), 5), [], []
+    for first in (30, 36):  # the first token
+        mask = (torch.arange(40) >= first).long()[None]
+        embeds, wanted = torch.randn(1, 40, width), torch.tensor([[first + 1, 39]])
+        readings.append((embeds, locate_columns({"input_ids": ids, "attention_mask": mask}, 400), wanted))
+        expected.append(embeds[:, wanted[0]])
+    with Largest() as made:
+        found = read_tokens(model, *readings)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert made.largest == 2 * 10 * width
 
 
 def checkpoint_activations(model) -> None:

@@ -245,7 +245,7 @@ def test_the_map_has_every_file_and_says_what_ships():
     table = {cells[0].strip("`"): cells[2] for cells in rows(ROOT / "docs" / "architecture.md", "Map of files")}
     modules = {name(path) for path in (ROOT / "modeling_vikdf").rglob("*.py")}
     installed = {path for path in modules if not re.search(r"/\w+/__init__", path.removeprefix("modeling_vikdf"))}
-    installed.add("vikdf_cli.py")
+    installed |= {name(path) for path in (ROOT / "vikdf_cli").glob("*.py")}
     assert {path for path in table if path.endswith(".py")} == installed
     assert all((ROOT / path).exists() for path in table)
     shipped = {Path(path).name for path in {sharing.__file__, *get_relative_import_files(sharing.__file__)}}

@@ -83,7 +83,7 @@ def environment(folder: Path, extra: str | None) -> Path:
         for top in {path.parts[0] for path in distribution.files if path.parts[0] not in ("..", "__pycache__")}:
             if not (folder / top).exists():
                 (folder / top).symlink_to(distribution.locate_file(top))
-    for name in ("modeling_vikdf", "hub_cards", "vikdf_cli.py"):
+    for name in ("modeling_vikdf", "hub_cards", "vikdf_cli"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 

@@ -23,9 +23,9 @@ def setup(folder: Path, *arguments: str) -> None:
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """A copy of what setup.py reads, but for the packaged checkpoint and its megabytes."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vikdf_cli.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("hub_cards", "configs", "modeling_vikdf"):
+    for name in ("hub_cards", "configs", "modeling_vikdf", "vikdf_cli"):
         ignored = shutil.ignore_patterns("default_checkpoint", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     return tmp_path
@@ -41,7 +41,7 @@ def test_the_build_holds_the_recipes_the_command_and_the_mark_of_types(checkout)
     files = built(checkout)
     configs = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "study"}
     assert {f"modeling_vikdf/{path.as_posix()}" for path in configs} <= files
-    assert {"vikdf_cli.py", "modeling_vikdf/py.typed", "modeling_vikdf/__main__.py"} <= files
+    assert {"vikdf_cli/commands.py", "modeling_vikdf/py.typed", "modeling_vikdf/__main__.py"} <= files
     assert not [name for name in files if "study" in name or "tests" in name]
 
 
@@ -59,7 +59,7 @@ def test_a_build_elsewhere_removes_nothing_there(checkout):
     (checkout / "elsewhere").mkdir()
     (checkout / "elsewhere" / "notes").touch()
     setup(checkout, "build_py", "--build-lib", "elsewhere")
-    assert (checkout / "elsewhere" / "notes").exists() and (checkout / "elsewhere" / "vikdf_cli.py").exists()
+    assert (checkout / "elsewhere" / "notes").exists() and (checkout / "elsewhere" / "vikdf_cli").exists()
 
 
 def test_the_metadata_say_who_what_and_where(checkout):
@@ -87,14 +87,15 @@ def imports_of(path: Path, modules: set[str]) -> set[str]:
 
 
 def test_imports_have_no_circle():
-    paths = [*(ROOT / "modeling_vikdf").rglob("*.py"), ROOT / "vikdf_cli.py"]
+    paths = [path for folder in ("modeling_vikdf", "vikdf_cli") for path in (ROOT / folder).rglob("*.py")]
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths}
     graph = {name: imports_of(path, {*names.values()}) - {name} for path, name in names.items()}
     assert sum(map(len, graph.values())) > 50
     graphlib.TopologicalSorter(graph).prepare()  # raises for a circle
 
 
-SOURCES = sorted((ROOT / "modeling_vikdf").rglob("*.py"))
+FOLDERS = ("modeling_vikdf", "vikdf_cli", "spaces_demo", "eval")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -21,9 +21,10 @@ from tiny_training import (
     trained_weights,
 )
 
-from modeling_vikdf import VikdfForConditionalGeneration
+from modeling_vikdf import VikdfForConditionalGeneration, modeling_prefix, modeling_vikdf
 from modeling_vikdf.cli import main
 from modeling_vikdf.data import DialogueCollator, PreferenceCollator, SkipReport, load_preferences
+from modeling_vikdf.modeling_vikdf import reply_loss
 from modeling_vikdf.training import PreferenceTrainer, PreferenceTrainingArguments
 from modeling_vikdf.training.preferences import preference_loss
 from modeling_vikdf.training.recipe import check_recipe
@@ -108,6 +109,29 @@ def test_the_steps_loss_is_computed_by_hand(tmp_path):
     nll = [-sum(value for value, _ in part) / sum(tokens for _, tokens in part) for part in (chosen, plain)]
     preference = sum(math.log(1 + math.exp(-0.3 * margin)) for margin in margins) / len(margins)
     assert loss.item() == pytest.approx(preference + 0.4 * nll[0] + 0.7 * nll[1], rel=1e-4)
+
+
+def test_a_step_computes_no_other_loss(tmp_path, monkeypatch):
+    """The model's own, of all replies together, would be thrown away."""
+    trainer, computed = make_trainer(tmp_path, max_steps=1), []
+    monkeypatch.setattr(modeling_vikdf, "reply_loss", lambda *args: computed.append(args) or reply_loss(*args))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss_chosen"] > 0 and not computed
+
+
+def test_what_comes_before_the_knowledge_is_read_without_gradient(tmp_path, monkeypatch):
+    """Where that pays, and it changes no loss and no gradient."""
+    runs = []
+    for worth in (256, 0):
+        monkeypatch.setattr(modeling_prefix, "WORTH_APART", {"cpu": worth})
+        trainer = make_trainer(tmp_path, max_steps=1, optim="sgd")
+        model, read = trainer.model, []
+        model.read_prefix = lambda *args, own=model.read_prefix, read=read: read.append(1) or own(*args)
+        trainer.train()
+        assert len(read) == (1 if worth == 0 else 0)
+        runs.append((trainer.state.log_history[0]["grad_norm"], trained_weights(model)))
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5)
+    assert all(torch.allclose(runs[1][1][name], value, atol=1e-6) for name, value in runs[0][1].items())
 
 
 # ---- the reference ----

@@ -36,7 +36,7 @@ from modeling_vikdf import (
     modeling_prefix,
     modeling_vikdf,
 )
-from modeling_vikdf.data.collators import DialogueCollator, PreTrainingCollator
+from modeling_vikdf.data.collators import DialogueCollator, JointCollator, PreTrainingCollator
 from modeling_vikdf.modeling_prefix import CACHE
 from modeling_vikdf.training import arguments as training_arguments
 from modeling_vikdf.training import trainer as training
@@ -401,6 +401,56 @@ def test_shifted_labels_of_a_collator(make, tmp_path):
     trainer = TRAINERS[make](tmp_path, model, dialogues(4), collate, train_sampling_strategy="sequential", **settings)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(log / count, rel=1e-5)
+
+
+def label_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Labels of every token that another one, not padding, stands directly before."""
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    behind = F.pad(mask, (1, 0))[:, :-1]
+    return ids.masked_fill(~(mask & behind) | (ids == processor().knowledge_token_id), -100)
+
+
+def test_labels_that_a_collator_changes_are_scored(tmp_path):
+    """Also those that it adds outside of the columns in which `DialogueCollator` found some."""
+
+    def collate(examples):
+        batch = DialogueCollator(processor())(examples)
+        return {**batch, "labels": label_tokens(batch)}
+
+    batch, model = collate(dialogues(4)), dialogue_model()
+    expected = smoothed(logits_of(model, batch), F.pad(batch["labels"], (0, 1), value=-100)[:, 1:], 0.0)
+    trainer = vikdf_trainer(tmp_path, model, dialogues(4), collate, eval_dataset=dialogues(4))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    trainer.train()
+    assert logged_losses(trainer)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["map-style", "stream"])
+def test_what_a_collator_changes_of_pairs_is_scored(kind, tmp_path):
+    """Other labels of captions, masked tokens and pictures than `PreTrainingCollator` chose, and beside dialogues."""
+
+    class Everything(JointCollator):
+        def __call__(self, examples):
+            batch = super().__call__(examples)
+            for prompts in (batch, batch["dialogues"]):
+                prompts["labels"] = label_tokens(prompts)
+            batch["masked_labels"] = batch["context_input_ids"].where(batch["context_attention_mask"] == 1, -100)
+            batch["masked_cells"] = torch.ones_like(batch["masked_cells"])
+            return batch
+
+    model = pretraining_model({**ALL, "reply": 1.0})
+    readers = DialogueCollator(processor()), PreTrainingCollator(processor(), model.config)
+    collate, found = Everything(*readers, pairs(4), pairs(4)), ("_columns", "_positions", "_patches")
+    batch = collate(dialogues(4))
+    plain = {name: value for name, value in batch.items() if not name.endswith(found)}
+    plain["dialogues"] = {name: value for name, value in batch["dialogues"].items() if not name.endswith(found)}
+    with torch.no_grad():
+        expected = {f"loss_{name}": value.item() for name, value in model(**plain).losses.items()}
+    data = dialogues(4) if kind == "map-style" else datasets.Dataset.from_list(dialogues(4)).to_iterable_dataset()
+    trainer = vikdf_trainer(tmp_path, model, data, collate)
+    trainer.train()
+    logged = logged_losses(trainer)[0]
+    assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)

@@ -3,7 +3,6 @@
 vLLM has an environment of its own, whose Python VLLM_PYTHON names; without it these tests are skipped.
 """
 
-import json
 import os
 import re
 import signal
@@ -14,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import load_script
 from transformers import GenerationConfig
 
 import modeling_vikdf
@@ -28,15 +28,13 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 from fastapi.testclient import TestClient  # noqa: E402
+from test_server import CHAT, SECRET, answer, body, streamed, text_of  # noqa: E402
 
 from modeling_vikdf.server import connect, create_app, encode_prompt_embeddings  # noqa: E402
 
 
-KEY = "a-secret-key"
 LOADING = 900  # seconds that vLLM may take to start
-TOPICS = ("the beach", "a kitchen", "snow", "my dog", "a wedding", "the harbour", "tomatoes", "an old train")
-TEXTS = [f"{start} {topic}." for start in ("Tell me all about", "I dreamt of") for topic in TOPICS]
-CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
+CHATS = [[{"role": "user", "content": text}] for text in load_script("speed/compare_servers").SENTENCES]
 GREEDY = {"temperature": 0, "max_tokens": 40}
 
 
@@ -62,7 +60,7 @@ def vllm(parts, tmp_path_factory):
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     module = [os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--enable-prompt-embeds"]
-    command = [*module, "--model", language_model, "--port", str(port), "--api-key", KEY, "--dtype", "float32"]
+    command = [*module, "--model", language_model, "--port", str(port), "--api-key", SECRET, "--dtype", "float32"]
     command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
     with open(folder / "log", "w") as log:
@@ -87,7 +85,7 @@ def answers(url: str) -> bool:
 
 @pytest.fixture(scope="module")
 def client(parts, vllm):
-    with TestClient(create_app(*parts, engine=connect(vllm, parts[0], KEY))) as client:
+    with TestClient(create_app(*parts, engine=connect(vllm, parts[0], SECRET))) as client:
         yield client
 
 
@@ -102,61 +100,46 @@ def expected(parts):
     return replies
 
 
-def ask(client, messages, **settings) -> dict:
-    body = {"model": "vikdf", "messages": messages, **settings}
-    response = client.post("/v1/chat/completions", json=body)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def text_of(answer: dict) -> str:
-    return answer["choices"][0]["message"]["content"]
-
-
 def test_the_same_greedy_tokens(parts, vllm, expected):
     """As a client of vLLM alone gets them, with the body that docs/serving.md shows."""
     model, processor = parts
-    with httpx.Client(base_url=vllm, headers={"Authorization": f"Bearer {KEY}"}, timeout=300) as client:
+    with httpx.Client(base_url=vllm, headers={"Authorization": f"Bearer {SECRET}"}, timeout=300) as client:
         name = client.get("/v1/models").json()["data"][0]["id"]
         for chat, tokens in zip(CHATS, expected, strict=True):
-            body = {
+            request = {
                 "model": name,
                 "prompt_embeds": encode_prompt_embeddings(prompt_embeddings(model, processor, chat)),
                 "return_token_ids": True,
                 "logit_bias": {str(processor.knowledge_token_id): -100},
                 **GREEDY,
             }
-            reply = client.post("/v1/completions", json=body).raise_for_status().json()
+            reply = client.post("/v1/completions", json=request).raise_for_status().json()
             assert reply["choices"][0]["token_ids"] == tokens, chat
 
 
 def test_16_clients_at_once_get_their_own_replies(parts, client, expected):
     with ThreadPoolExecutor(len(CHATS)) as pool:
-        found = [*pool.map(lambda chat: ask(client, chat, **GREEDY), CHATS)]
+        found = [*pool.map(lambda chat: answer(client, chat, **GREEDY), CHATS)]
     decoded = parts[1].batch_decode(expected, skip_special_tokens=True)
-    assert [text_of(answer) for answer in found] == [text.strip() for text in decoded]
-    assert [answer["usage"]["completion_tokens"] for answer in found] == [len(tokens) for tokens in expected]
+    assert [text_of(reply) for reply in found] == [text.strip() for text in decoded]
+    assert [reply["usage"]["completion_tokens"] for reply in found] == [len(tokens) for tokens in expected]
 
 
 def test_streams_stops_and_seeds(client):
-    whole = text_of(ask(client, CHATS[0], **GREEDY))
-    body = {"model": "vikdf", "messages": CHATS[0], "stream": True, **GREEDY}
-    *chunks, done, _ = client.post("/v1/chat/completions", json=body).text.split("\n\n")
-    deltas = [json.loads(chunk.removeprefix("data: "))["choices"][0]["delta"] for chunk in chunks]
-    pieces = [delta.get("content", "") for delta in deltas]
-    assert "".join(pieces) == whole and len(pieces) > 5 and done == "data: [DONE]"
+    whole = text_of(answer(client, CHATS[0], **GREEDY))
+    text, _, pieces = streamed(client, CHATS[0], **GREEDY)
+    assert text == whole and pieces > 5
     stop = whole[len(whole) // 2 :][:4]
-    assert text_of(ask(client, CHATS[0], stop=stop, **GREEDY)) == whole[: whole.index(stop)].strip()
-    sampled = [text_of(ask(client, CHATS[0], temperature=1.2, top_p=0.95, seed=seed)) for seed in (1, 1, 2, 3)]
+    assert text_of(answer(client, CHATS[0], stop=stop, **GREEDY)) == whole[: whole.index(stop)].strip()
+    sampled = [text_of(answer(client, CHATS[0], temperature=1.2, top_p=0.95, seed=seed)) for seed in (1, 1, 2, 3)]
     assert sampled[0] == sampled[1] and len({*sampled}) > 1
-    assert text_of(ask(client, CHATS[0], use_knowledge=False, **GREEDY)) != whole
+    assert text_of(answer(client, CHATS[0], use_knowledge=False, **GREEDY)) != whole
 
 
 def test_a_reply_that_nobody_waits_for_ends(parts, vllm):
     before = metric(vllm, "generation_tokens_total")
-    with TestClient(create_app(*parts, engine=connect(vllm, parts[0], KEY), timeout=2)) as client:
-        body = {"model": "vikdf", "messages": CHATS[0], "temperature": 2, "seed": 1, "max_tokens": 900}
-        client.post("/v1/chat/completions", json=body)  # 504, or the words that there are
+    with TestClient(create_app(*parts, engine=connect(vllm, parts[0], SECRET), timeout=2)) as client:
+        client.post(CHAT, json=body(CHATS[0], temperature=2, seed=1, max_tokens=900))  # 504, or what there is
         end = time.monotonic() + 60
         while metric(vllm, "num_requests_running"):
             assert time.monotonic() < end

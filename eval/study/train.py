@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--pairs", required=True, help="image-text pairs to train on")
     parser.add_argument("--dialogues", required=True, help="dialogues to train on (JSONL)")
     parser.add_argument("--few-shot", type=Path, help="dialogues that few-shot steps learn a share of (JSONL)")
-    parser.add_argument("--preferences", type=Path, help="pairs of replies that steps of preference learn from (JSONL)")
+    parser.add_argument("--preferences", type=Path, help="pairs of replies for steps of preference (JSONL)")
     parser.add_argument("--features", default="outputs/features", help="cache of the encoders' states")
     parser.add_argument("--output", type=Path, default=Path("outputs/study"))
     parser.add_argument("--steps", nargs="+", required=True, help="steps of the study to train and evaluate")

@@ -9,16 +9,17 @@ no files and no losses.
 import copy
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration_vikdf import VikdfConfig
 from ..modeling_distillation import active_objectives, needs_of
-from ..modeling_objectives import cells_to_pixels, scored_patches, to_patches
-from ..modeling_prefix import align_at_knowledge, chosen_columns, locate_columns
+from ..modeling_objectives import MASKED_COLUMNS, cells_to_pixels, scored_patches, to_patches
+from ..modeling_prefix import COLUMNS, align_at_knowledge, chosen_columns, locate_columns
 from ..processing_vikdf import VikdfProcessor, pad
 from .features import tokenize_captions
 from .sources import SkipReport
@@ -59,6 +60,60 @@ MAX_CAPTION = 1000  # characters of a caption that the LLM reads; the text encod
 def _make_rng(seed: int, epoch: int, key: str) -> random.Random:
     """The random generator of an example in an epoch."""
     return random.Random(f"{seed}/{epoch}/{key}")
+
+
+LOCATED = {*COLUMNS, *(f"draw_{name}" for name in COLUMNS), *MASKED_COLUMNS}  # what `locate` finds
+
+
+def locate(
+    batch: dict[str, torch.Tensor], token_id: int, vision_config: PreTrainedConfig | None
+) -> dict[str, torch.Tensor]:
+    """
+    Where in a batch what lies that objectives score, so that none of them has to look for it on a GPU.
+
+    Args:
+        batch: inputs of a model.
+        token_id: the placeholder's.
+        vision_config: the vision encoder's, for its patches.
+    """
+    columns = {}
+    if "input_ids" in batch:
+        columns |= locate_columns(batch, token_id)
+    if "draw_input_ids" in batch:
+        draws = {key: batch[f"draw_{key}"] for key in ("input_ids", "attention_mask")}
+        columns |= {f"draw_{name}": value for name, value in locate_columns(draws, token_id).items()}
+    if "masked_cells" in batch and vision_config is not None:
+        size, patch = batch["pixel_values"].shape[-2:], vision_config.patch_size
+        pixels = cells_to_pixels(batch["masked_cells"], *size, patch)[:, None]
+        columns["scored_patches"] = scored_patches(to_patches(pixels, patch))
+    if "masked_labels" in batch:
+        columns["masked_columns"] = chosen_columns(batch["masked_labels"] != -100)
+    return columns
+
+
+class RelocatingCollator:
+    """
+    Batches of any collator, in which what `locate` found, in their dialogues too, is true of what they hold now.
+
+    So labels and masks count that were changed behind the collator that found it. What was not there is not added.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], config: VikdfConfig):
+        self.collate, self.vision_config = collate, config.vision_config
+        self.token_id = -1 if config.knowledge_token_id is None else config.knowledge_token_id
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Examples -> a batch."""
+        return self._relocate(self.collate(examples))
+
+    def _relocate(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if stale := LOCATED.intersection(batch):
+            found = locate(batch, self.token_id, self.vision_config)
+            kept = {name: value for name, value in batch.items() if name not in stale}
+            batch = kept | {name: found[name] for name in stale.intersection(found)}
+        if "dialogues" in batch:
+            batch = {**batch, "dialogues": self._relocate(batch["dialogues"])}
+        return batch
 
 
 class _Collator:
@@ -163,23 +218,7 @@ class PreTrainingCollator(_Collator):
             batch |= self._draw_prompts(examples, chosen, rngs)
         if self.uses_image_knowledge:
             batch["use_image_knowledge"] = torch.tensor([rng.random() < self.image_knowledge_share for rng in rngs])
-        return batch | self._locate(batch)
-
-    def _locate(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Where in the batch what lies that objectives score, so that none of them has to look for it on a GPU."""
-        columns, token_id = {}, self.processor.knowledge_token_id
-        if "input_ids" in batch:
-            columns |= locate_columns(batch, token_id)
-        if "draw_input_ids" in batch:
-            draws = {key: batch[f"draw_{key}"] for key in ("input_ids", "attention_mask")}
-            columns |= {f"draw_{name}": value for name, value in locate_columns(draws, token_id).items()}
-        if "masked_cells" in batch and self.config.vision_config is not None:
-            size, patch = batch["pixel_values"].shape[-2:], self.config.vision_config.patch_size
-            pixels = cells_to_pixels(batch["masked_cells"], *size, patch)[:, None]
-            columns["scored_patches"] = scored_patches(to_patches(pixels, patch))
-        if "masked_labels" in batch:
-            columns["masked_columns"] = chosen_columns(batch["masked_labels"] != -100)
-        return columns
+        return batch | locate(batch, self.processor.knowledge_token_id, self.config.vision_config)
 
     def choose_pictures(
         self, examples: list[dict[str, Any]], chosen: list[int], rngs: list[random.Random]
@@ -462,4 +501,4 @@ def _stochastic_round(value: float, rng: random.Random) -> int:
     return math.floor(value + rng.random())
 
 
-__all__ = ["DialogueCollator", "JointCollator", "PreTrainingCollator", "align_at_knowledge"]
+__all__ = ["DialogueCollator", "JointCollator", "PreTrainingCollator", "RelocatingCollator", "align_at_knowledge"]

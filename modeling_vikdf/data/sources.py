@@ -8,6 +8,7 @@ not know what a pair or a dialogue is (pairs.py, dialogues.py), nor any tokenize
 
 import codecs
 import contextlib
+import copy
 import glob
 import gzip
 import hashlib
@@ -32,7 +33,9 @@ from typing import Any
 
 import datasets
 import fsspec
+import torch
 from datasets import Dataset, Features, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from transformers.utils import logging
 
 from ..backbones import may_be_on_hub
@@ -482,3 +485,31 @@ def hash_values(*values: Any) -> str:
     for value in values:
         digest.update(value if isinstance(value, bytes) else repr(value).encode())
     return digest.hexdigest()[:20]
+
+
+class EndlessStream(torch.utils.data.IterableDataset):
+    """
+    A stream that begins again, reshuffled, where it ends.
+
+    So a step is never short of a batch, processes whose shares differ never wait for one another, and a run that
+    resumes in the third epoch skips to the third epoch. Each example has its epoch, on which the collator's random
+    choices depend.
+    """
+
+    def __init__(self, dataset: Any, rank: int = 0, world_size: int = 1):
+        self.rank, self.world_size = rank, world_size
+        if world_size > 1 and isinstance(dataset, datasets.IterableDataset):
+            dataset, self.rank, self.world_size = split_dataset_by_node(dataset, rank, world_size), 0, 1
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # a copy, for `datasets` keeps the epoch in memory that the workers share
+        dataset = copy.deepcopy(self.dataset) if hasattr(self.dataset, "set_epoch") else self.dataset
+        for epoch in itertools.count():
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(epoch)
+            example = None
+            for example in itertools.islice(dataset, self.rank, None, self.world_size):
+                yield {**example, "epoch": epoch}
+            if example is None:
+                return  # nothing to read, as for a worker without a shard

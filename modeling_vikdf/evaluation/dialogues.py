@@ -341,8 +341,7 @@ def _prepare_example(
     chats = [[*messages, {"role": "assistant", "content": text}] for text in texts]
     answered = processor(chats, use_knowledge=use_knowledge, max_length=window, return_labels=True)
 
-    rows, starts = [], []  # each chat's ids up to the end of the reply, and the reply's position in them
-    visual = []
+    rows, starts, visual = [], [], []  # each chat's ids up to the end of the reply, and the reply's position in them
     for row, chat in enumerate(chats):
         real = answered["attention_mask"][row] == 1
         ids, labels = answered["input_ids"][row][real].tolist(), answered["labels"][row][real]
@@ -356,19 +355,26 @@ def _prepare_example(
                 text, _, offsets = processor.locate_tokens(chat)
                 earlier = len(ids) - len(offsets)
                 visual[-1] = _touches(offsets[start - earlier : stop - earlier], text, visual_words)
-    # the token before a reply predicts its first one, so it is not part of the prefix
-    shared = min(len(os.path.commonprefix(rows)), min(starts) - 1)
     example = Example(
         key=dialogue["key"],
         references=references,
         prompt=prompt["input_ids"][0].tolist(),
         context=prompt["context_input_ids"][0].tolist() if use_knowledge else [],
-        prefix=rows[0][:shared],
-        candidates=[ids[shared:] for ids in rows],
-        tokens=[len(ids) - start for ids, start in zip(rows, starts, strict=True)],
         visual=visual,
+        **continue_prefix(rows, starts),
     )
     return example, (prompt.dropped_turns[0], prompt.dropped_context_turns[0])
+
+
+def continue_prefix(rows: list[list[int]], starts: list[int]) -> dict[str, Any]:
+    """What an [`Example`] says of chats, given as ids up to the end of a reply, and of where the replies start."""
+    # the token before a reply predicts its first one, so it is not part of the prefix
+    shared = min(len(os.path.commonprefix(rows)), min(starts) - 1)
+    return {
+        "prefix": rows[0][:shared],
+        "candidates": [ids[shared:] for ids in rows],
+        "tokens": [len(ids) - start for ids, start in zip(rows, starts, strict=True)],
+    }
 
 
 def _last_run(labelled: torch.Tensor) -> tuple[int, int]:

@@ -7,7 +7,6 @@ there is no second model. Its log-likelihoods are computed once, before training
 
 import contextlib
 import itertools
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +20,9 @@ from transformers.trainer_utils import has_length
 
 from ..configuration_vikdf import VikdfConfig
 from ..data.preferences import REFERENCE, PreferenceCollator
-from ..evaluation.dialogues import Example, prefill, score_candidates
+from ..evaluation.dialogues import Example, continue_prefix, prefill, score_candidates
 from ..modeling_distillation import VikdfForPreTraining
+from ..modeling_prefix import choose_targets
 from ..processing_vikdf import IGNORED
 from .arguments import UNUSABLE_IN_PREFERENCES, PreferenceTrainingArguments, refuse_unusable
 from .checkpoints import unwrap_peft
@@ -177,11 +177,8 @@ class PreferenceTrainer(VikdfTrainer):
                     f"{key}: the reply's tokens differ between prompts with and without knowledge, so that their "
                     "likelihoods cannot be compared. Does the chat template change what it is given?"
                 )
-        # the last token of the prompt predicts the first of each reply
-        before = min(len(row) - len(reply) for row, reply in zip(rows, replies, strict=True)) - 1
-        shared = min(before, len(os.path.commonprefix(rows)))
-        candidates = [row[shared:] for row in rows]
-        return Example(key, [], [], [], rows[0][:shared], candidates, [len(reply) for reply in replies], [])
+        starts = [len(row) - len(reply) for row, reply in zip(rows, replies, strict=True)]
+        return Example(key, references=[], prompt=[], context=[], visual=[], **continue_prefix(rows, starts))
 
     # ---- the loss ----
 
@@ -227,13 +224,10 @@ class PreferenceTrainer(VikdfTrainer):
     ) -> dict[str, torch.Tensor]:
         """Losses and rewards of a batch, as shares of the means over all that `counts` counts."""
         own = {"labels", "chosen", "rejected", "ordinary", "counts", "dropout_seed", *REFERENCE}  # not the model's
-        targets = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]  # [R, T]: position t predicts label t + 1
-        columns = (targets != IGNORED).any(0).nonzero().squeeze(1)  # [k]
+        targets, columns = choose_targets(inputs["labels"], None, 0)  # [R, k], [k]
         with self._dropout(inputs["dropout_seed"]) if "dropout_seed" in inputs else contextlib.nullcontext():
-            # with targets, the model reads what comes before the knowledge without gradient
             arguments = {name: value for name, value in inputs.items() if name not in own}
-            logits = model(**arguments, shift_labels=targets, logits_to_keep=columns).logits  # [R, k, vocabulary]
-        targets = targets[:, columns]
+            logits = model(**arguments, logits_to_keep=columns).logits  # [R, k, vocabulary]
         nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         nll = nll.view(targets.shape).sum(1)  # [R], in nats a reply
         chosen, rejected = (

@@ -7,8 +7,6 @@ each time and its means do not depend on how the data was cut into batches. It k
 """
 
 import contextlib
-import copy
-import itertools
 import random
 import time
 from collections import defaultdict
@@ -19,14 +17,14 @@ import datasets
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import TorchDynamoPlugin
-from datasets.distributed import split_dataset_by_node
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..configuration_vikdf import VikdfConfig
-from ..data.collators import DialogueCollator, PreTrainingCollator
+from ..data.collators import DialogueCollator, PreTrainingCollator, RelocatingCollator
+from ..data.sources import EndlessStream
 from ..modeling_compilation import compile_layers
 from ..modeling_distillation import OBJECTIVE_TABLE, VikdfForPreTraining, active_objectives
 from ..modeling_objectives import SHARED, count_labels
@@ -206,18 +204,29 @@ class VikdfTrainer(CheckpointingTrainer):
         lengths = [sum(len(message["content"]) for message in chat) for chat in data["messages"]]  # in characters
         return data.add_column(column, lengths)
 
+    @contextlib.contextmanager
+    def _collating(self, collator: Any) -> Iterator[None]:
+        """Loaders that the Trainer makes inside the context collate with this."""
+        own = self.data_collator
+        self.data_collator = RelocatingCollator(collator, self.model_config)
+        try:
+            yield
+        finally:
+            self.data_collator = own
+
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's; a stream goes on from epoch to epoch, each process with its own share of it."""
         if self.train_dataset is None or has_length(self.train_dataset):
             if self.train_dataset is not None and not len(self.train_dataset):
                 raise ValueError("Nothing can be learnt: the training data hold no examples.")
-            return super().get_train_dataloader()
+            with self._collating(self.data_collator):
+                return super().get_train_dataloader()
         stream = EndlessStream(self.train_dataset, self.args.process_index, self.args.world_size)
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
             stream,
             batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
+            collate_fn=RelocatingCollator(self.data_collator, self.model_config),
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -382,25 +391,19 @@ class VikdfTrainer(CheckpointingTrainer):
 
     # ---- evaluation ----
 
-    @contextlib.contextmanager
-    def _evaluation_collator(self) -> Iterator[None]:
-        """Makes the collator that of epoch 0 inside the context: the same masks, captions and prompts each time."""
-        training_collator = self.data_collator
-        if hasattr(training_collator, "for_evaluation"):
-            self.data_collator = training_collator.for_evaluation()
-        try:
-            yield
-        finally:
-            self.data_collator = training_collator
+    def _evaluation_collator(self) -> Any:
+        """The collator of epoch 0: the same masks, captions and prompts each time."""
+        collator = self.data_collator
+        return collator.for_evaluation() if hasattr(collator, "for_evaluation") else collator
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the Trainer's, with the same masks, captions and prompts each time."""
-        with self._evaluation_collator():
+        with self._collating(self._evaluation_collator()):
             return super().get_eval_dataloader(self._with_lengths(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As `get_eval_dataloader`."""
-        with self._evaluation_collator():
+        with self._collating(self._evaluation_collator()):
             return super().get_test_dataloader(self._with_lengths(test_dataset))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -532,34 +535,6 @@ class VikdfTrainer(CheckpointingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._off_the_clock():
             super()._save_checkpoint(model, trial)
-
-
-class EndlessStream(torch.utils.data.IterableDataset):
-    """
-    A stream that begins again, reshuffled, where it ends.
-
-    So a step is never short of a batch, processes whose shares differ never wait for one another, and a run that
-    resumes in the third epoch skips to the third epoch. Each example has its epoch, on which the collator's random
-    choices depend.
-    """
-
-    def __init__(self, dataset: Any, rank: int = 0, world_size: int = 1):
-        self.rank, self.world_size = rank, world_size
-        if world_size > 1 and isinstance(dataset, datasets.IterableDataset):
-            dataset, self.rank, self.world_size = split_dataset_by_node(dataset, rank, world_size), 0, 1
-        self.dataset = dataset
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        # a copy, for `datasets` keeps the epoch in memory that the workers share
-        dataset = copy.deepcopy(self.dataset) if hasattr(self.dataset, "set_epoch") else self.dataset
-        for epoch in itertools.count():
-            if hasattr(dataset, "set_epoch"):
-                dataset.set_epoch(epoch)
-            example = None
-            for example in itertools.islice(dataset, self.rank, None, self.world_size):
-                yield {**example, "epoch": epoch}
-            if example is None:
-                return  # nothing to read, as for a worker without a shard
 
 
 def _supervised(labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,6 @@
+"""`python -m vikdf_cli`: the command `vikdf`."""
+
+from . import main
+
+
+main()
