@@ -1106,14 +1106,14 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     root = Path(__file__).parents[1]
     study = load_script("study/train")
     steps = yaml.safe_load((root / "configs" / "study.yaml").read_text())["steps"]
-    ran, controlled = [], {}
+    ran, shrunk, controlled = [], [], {}
 
     def check(stage, recipe, collators):
         checked = check_recipe(stage, recipe)
         if collators:
             controlled[recipe["training"]["output_dir"]] = {data: each.__name__ for data, each in collators.items()}
         parent = checked.model.checkpoint
-        assert parent is None or parent in ran
+        assert parent is None or parent in ran + shrunk
         ran.append(recipe["training"]["output_dir"])
 
     class Untrained:
@@ -1132,6 +1132,7 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     def save_stage(name, model, processor, source, output, stage):
         assert str(source) in ran and stage["share"] == model.shrunk[-1][1]
         output.mkdir()
+        shrunk.append(str(output))
 
     monkeypatch.setattr(study, "run_stage", check)
     monkeypatch.setattr(study, "load_model", lambda folder: (Trained(), None))
@@ -1144,7 +1145,7 @@ def test_steps_of_the_study_are_understood(monkeypatch, tmp_path):
     args = argparse.Namespace(
         config=root / "configs" / "study.yaml", output=tmp_path, pairs="p.tar", dialogues="d.jsonl", features="cache"
     )
-    args.few_shot = None
+    args.few_shot, args.preferences = None, tmp_path / "pairs.jsonl"
     with pytest.raises(ValueError, match="few_shot_eighth .* --few-shot"):
         study.train("few_shot_eighth", 0, steps, args)
     args.few_shot = few
