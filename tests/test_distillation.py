@@ -624,7 +624,7 @@ def test_no_padding_of_prompts_is_copied(monkeypatch):
     ids, readings, expected = torch.full((1, 40), 5), [], []
     for first in (30, 36):  # the first token
         mask = (torch.arange(40) >= first).long()[None]
-        embeds, wanted = torch.randn(1, 40, width), torch.tensor([[first + 1, 38]])  # nothing is predicted from the last token
+        embeds, wanted = torch.randn(1, 40, width), torch.tensor([[first + 1, 38]])  # 39 predicts nothing
         readings.append((embeds, locate_columns({"input_ids": ids, "attention_mask": mask}, 400), wanted))
         expected.append(embeds[:, wanted[0]])
     with Largest() as made:

@@ -10,7 +10,7 @@ from modeling_vikdf.evaluation.reports import METRICS, Metric
 
 
 SUMMARY = {  # rows of README's table, from image_chat_test: arm -> what it is, in a newcomer's words
-    "vikdf_shrunk": "**VIKDF**, the packaged recipe",
+    "vikdf_shrunk": "**VIKDF**, before preferences",
     "vikdf_shrunk, shuffled": "the same, with another dialogue's knowledge",
     "vikdf, mean": "the same, with the mean knowledge of all",
     "paper": "the authors' recipe, trained here",
