@@ -98,7 +98,7 @@ def test_what_is_no_report_is_of_no_kind(content):
 def test_results_of_studies_before_there_were_kinds_are_known():
     results = Path(__file__).parents[1] / "eval" / "results"
     kinds = {path.stem: kind_of(json.loads(path.read_text()), path) for path in results.glob("*.json")}
-    assert {name for name, kind in kinds.items() if kind is None} == {"latency", "speed", "throughput"}
+    assert {name for name, kind in kinds.items() if kind is None} == {"latency", "memory", "speed", "throughput"}
     assert set(kinds.values()) == {"study", None}
 
 
