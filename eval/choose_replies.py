@@ -1,6 +1,7 @@
-"""Pairs of replies, the best and the worst of several of the language model's own: what knowledge can learn from.
+"""Pairs of replies, the first and the last of several of the language model's own: what knowledge can learn from.
 
-    dialogues, each without its last turn -> candidates of the LLM alone -> the best and the worst by the reward head
+    dialogues, each without its last turn -> candidates of the LLM alone, without those broken off for taking longest
+        -> the first and the last of them, as the reward head ranks them
 
 The LLM alone speaks, without knowledge, so that what is learnt from its replies is which of them to give and not how
 others write. `--captions` are dialogues as well: someone tells what is to be seen, as a caption does.

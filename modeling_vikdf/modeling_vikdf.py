@@ -520,7 +520,7 @@ class VikdfForConditionalGeneration(VikdfPreTrainedModel, KnowledgeGenerationMix
         if (
             prefix
             and logits
-            and (isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep[0]) < prefix))
+            and (isinstance(logits_to_keep, int) or (len(logits_to_keep) and int(logits_to_keep.min()) < prefix))
         ):
             prefix = 0  # the prefix's own logits are requested
         if logits and isinstance(logits_to_keep, int) and logits_to_keep > 0 and inputs_embeds.shape[1] > 1:

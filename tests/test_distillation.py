@@ -603,6 +603,17 @@ def test_compiled_layers_read_no_prefix_apart(objectives):
     assert len(passes) == 1
 
 
+def test_logits_that_are_asked_for_in_any_order_are_those_of_their_columns(monkeypatch):
+    """Also if some are of the text before the knowledge, which may be read apart."""
+    monkeypatch.setattr(modeling_vikdf.modeling_prefix, "WORTH_APART", {"cpu": 0})
+    model, batch = dialogue_model(), DialogueCollator(processor())(dialogues(4))
+    batch = {name: value for name, value in batch.items() if name != "labels"}
+    wanted = torch.tensor([batch["input_ids"].shape[1] - 2, 3])
+    whole = model(**batch).logits
+    assert model.tokens_before_knowledge(batch["input_ids"]) > 3
+    assert torch.allclose(model(**batch, logits_to_keep=wanted).logits, whole[:, wanted], atol=1e-5)
+
+
 class Largest(TorchDispatchMode):
     """The size of the largest tensor that is made."""
 

@@ -136,7 +136,7 @@ def test_a_refused_request_is_read_slowly_to_its_end(parts):
         with patch.object(connections, "REFUSED_PAUSE", 0.001), raw(url, b"") as connection:
             found = b""
             for number in (1, 2):  # the second request behind the whole of the first one
-                send(connection, 2**20)
+                connection.sendall(head % 2**20 + b"a" * 2**20)
                 while found.count(b"Not Found") < 2 * number:
                     found += connection.recv(1000)
             assert found.count(b"HTTP/1.1 404") == 2
@@ -158,6 +158,23 @@ def test_one_clients_many_requests_do_not_stand_before_anothers_single_one(parts
             assert all(each.result().status_code == 200 for each in asked)
         order = [call.kwargs["temperature"] for call in generate.call_args_list[1:]]
         assert order == [0.5, 0.2, 0.6, 0.3, 0.4]
+
+
+def test_an_idle_server_owes_nothing(parts):
+    """What a client has had before does not put it behind another one that comes later."""
+    spy = patch.object(type(parts[0]), "generate", autospec=True, side_effect=type(parts[0]).generate)
+    with listening(parts) as url, httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(9) as pool:
+        assert [ask(client, 1).status_code for _ in range(3)] == [200] * 3
+        wait_until(lambda: not requests_in(client))
+        with held(parts[0]) as (go, steps), spy as generate:
+            asked = [pool.submit(ask, client, 3)]
+            wait_until(lambda: steps)
+            for number, heat in ((1, 0.2), (2, 0.3)):  # so that none share a batch
+                asked.append(pool.submit(ask, client, number, temperature=heat))
+                wait_until(lambda: requests_in(client) == len(asked))
+            go.set()
+            assert all(each.result().status_code == 200 for each in asked)
+        assert [call.kwargs["temperature"] for call in generate.call_args_list[1:]] == [0.2, 0.3]
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/knowledge"])
@@ -245,7 +262,7 @@ def test_large_requests_are_prepared_in_turn_and_in_a_thread_of_their_own(parts)
     assert len(threads[False]) == 1 and not threads[False] & threads[True]
 
 
-original_prepare = getattr(app.Api, "_prepare", None)
+original_prepare = app.Api._prepare
 
 
 # ---- what a request costs ----

@@ -183,14 +183,15 @@ def test_a_study_trains_each_step_once_and_reports_what_was_asked(monkeypatch, t
     ]
 
 
-def test_a_step_of_preference_learns_from_the_pairs_that_are_named(monkeypatch, tmp_path):
+def test_a_step_of_preference_learns_from_the_pairs_that_are_named(monkeypatch, tmp_path, capsys):
     study, stages = load_script("study/train"), []
     monkeypatch.setattr(study, "run_stage", lambda stage, recipe, _: stages.append((stage, recipe)))
     command = ["train.py", "--config", ROOT / "configs" / "study.yaml", "--output", tmp_path, "--pairs", "p.tar"]
     command += ["--dialogues", "d.jsonl", "--steps", "preferred_soft_prompt"]
     monkeypatch.setattr(sys, "argv", [str(each) for each in command])
-    with pytest.raises(ValueError, match="--preferences"):
+    with pytest.raises(SystemExit):
         study.main()
+    assert not stages and "name them with --preferences" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--preferences", "best.jsonl"])
     study.main()
     assert [stage for stage, _ in stages] == ["tune", "prefer"]

@@ -25,6 +25,9 @@ from modeling_vikdf.training.shrinking import mean_knowledge, save_stage
 from modeling_vikdf.training.stages import run_stage
 
 
+PREFER = "smollm2/prefer.yaml"
+
+
 def edit(recipe: dict[str, Any], changes: dict[str, Any], drop: list[str]) -> dict[str, Any]:
     """The recipe with each `section.key` set or left out; a name without a key stands for a whole section."""
     recipe = copy.deepcopy(recipe)
@@ -88,8 +91,6 @@ def run(name: str, seed: int, folder: Path, steps: dict[str, dict], args: argpar
     if stage == "tune":
         data["train"] = args.dialogues
     if stage == "prefer":
-        if args.preferences is None:
-            raise ValueError(f"The step {name} learns from pairs of replies; name them with --preferences.")
         data |= {"train": str(args.preferences), "dialogues": args.dialogues}
     if "few_shot_share" in step:
         if args.few_shot is None:
@@ -162,6 +163,8 @@ def main() -> None:
     unknown = sorted(set(args.steps) - set(steps))
     if unknown:
         parser.error(f"unknown steps {unknown}; {args.config} has {sorted(steps)}")
+    if args.preferences is None and (learning := [name for name in args.steps if steps[name].get("recipe") == PREFER]):
+        parser.error(f"{learning} learn from pairs of replies; name them with --preferences")
     for seed in args.seeds:
         for name in args.steps:
             folder = train(name, seed, steps, args)

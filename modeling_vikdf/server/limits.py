@@ -53,10 +53,12 @@ class Pace:
 
     def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic):
         self.rate, self.burst, self.clock = rate, burst, clock
-        self.due: dict[str | None, float] = {}  # when what a client has taken is worked off; who took last comes last
+        self.due: dict[
+            str | None, float
+        ] = {}  # when what a client has taken is worked off; the client that took last is the last
 
     def take(self, client: str | None, amount: float) -> float:
-        """Takes some for a client, which then has to wait for so many seconds; of who is done nothing is kept."""
+        """Takes some for a client, which then has to wait for so many seconds; who has worked it off is forgotten."""
         now = self.clock()
         while self.due and self.due[oldest := next(iter(self.due))] <= now:
             del self.due[oldest]

@@ -241,7 +241,7 @@ class Worker(threading.Thread):
 
     def submit(self, job: Job) -> None:
         """
-        Adds a job to the queue, in which clients take turns so that each gets as many tokens as any other.
+        Adds a job to the queue, in which clients take turns so that each may ask for as many tokens as any other.
 
         Raises:
             HTTPException: 429 if the queue is full, 503 if the server is shutting down.
@@ -252,6 +252,8 @@ class Worker(threading.Thread):
             self.check_room()
             if self.ident is None:  # a mounted application has no lifespan that starts it
                 self.start()
+            if not (self._waiting or self._running):  # nobody is owed anything by a server that has nothing to do
+                self._turns.due.clear()
             job.turn = self._served + self._turns.take(job.client, job.tokens)
             self._waiting.append(job)
             self._changed.notify()
@@ -372,7 +374,7 @@ class Worker(threading.Thread):
         tokens = self._tokens(batch.jobs)
 
         def max_tokens(job: Job) -> int:
-            if turns.keys() <= {job.client}:
+            if job.client in turns or not turns:
                 return tokens // len(batch.jobs) // 4
             return tokens // 4 if job.turn <= min(turns.values()) else 0
 
