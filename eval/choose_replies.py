@@ -1,7 +1,9 @@
 """Pairs of replies, the first and the last of several of the language model's own: what knowledge can learn from.
 
-    dialogues, each without its last turn -> candidates of the LLM alone, without those broken off for taking longest
+    dialogues, each without its last turn -> candidates of the LLM alone, without those that would make the others wait
         -> the first and the last of them, as the reward head ranks them
+
+One that has reached the longest length is among them, behind all that ended, so it is often the one rejected.
 
 The LLM alone speaks, without knowledge, so that what is learnt from its replies is which of them to give and not how
 others write. `--captions` are dialogues as well: someone tells what is to be seen, as a caption does.
@@ -65,7 +67,7 @@ def main() -> None:
     batches = [part[start : start + BATCH] for part in batches for start in range(0, len(part), BATCH)]
     done = len(args.output.read_text(encoding="utf-8").splitlines()) if args.output.is_file() else 0
     candidates = model.generation_config.num_candidates
-    ending = count_ending(candidates)  # the others are broken off, and would be rejected for that
+    ending = count_ending(candidates)  # the others are always broken off, and would be rejected for that
     with open(args.output, "a", encoding="utf-8") as file:
         for number, part in enumerate(tqdm(batches, desc="replies", unit=" batches")):
             if number * BATCH < done:

@@ -53,9 +53,8 @@ class Pace:
 
     def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic):
         self.rate, self.burst, self.clock = rate, burst, clock
-        self.due: dict[
-            str | None, float
-        ] = {}  # when what a client has taken is worked off; the client that took last is the last
+        # when what a client has taken is worked off; the client that took last is the last
+        self.due: dict[str | None, float] = {}
 
     def take(self, client: str | None, amount: float) -> float:
         """Takes some for a client, which then has to wait for so many seconds; who has worked it off is forgotten."""
